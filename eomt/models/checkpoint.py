@@ -1,0 +1,239 @@
+"""Reading published and own EoMT weights, with nothing skipped silently."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from eomt.models.eomt import EoMT
+
+HEAD_KEYS = ("class_head.weight", "class_head.bias")
+OPTIONAL_KEYS = ("encoder.pixel_mean", "encoder.pixel_std")  # else the backbone's own
+POS_EMBED = "encoder.backbone.pos_embed"
+# State of the published training module that is no weight of the network.
+NOT_WEIGHTS = ("criterion.", "metrics.", "encoder.backbone.rope_embeddings.", "encoder.backbone.patch_embed.mask_token")
+DINOV3_NAMES = {
+    "patch_embed.cls_token": "cls_token",
+    "patch_embed.register_tokens": "reg_token",
+    "patch_embed.patch_embeddings.": "patch_embed.proj.",
+    ".attention.o_proj.": ".attn.proj.",
+    ".layer_scale1.lambda1": ".gamma_1",
+    ".layer_scale2.lambda1": ".gamma_2",
+    ".mlp.up_proj.": ".mlp.fc1.",
+    ".mlp.down_proj.": ".mlp.fc2.",
+}
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor: `str(report)` is a short table for the log."""
+
+    path: str
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"CHECKPOINT {self.path}"]
+        for name in ("loaded", "resampled", "skipped", "reinitialised"):
+            keys = getattr(self, name)
+            shown = (
+                "" if name == "loaded" or not keys else "  " + ", ".join(keys[:4]) + (" ..." if len(keys) > 4 else "")
+            )
+            lines.append(f"  {name:<14}{len(keys):>5} tensors{shown}")
+        return "\n".join(lines)
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """A checkpoint file's tensors, under the published key names less `network.`, and its image size where it says so.
+
+    Accepts `.safetensors`, a `pytorch_model.bin`, a Lightning `.ckpt` (published or ours), or a folder written by
+    `save_pretrained`. Pickled code is never run (`weights_only`).
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a checkpoint, or one that holds more than tensors.
+    """
+    path = Path(path).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"ckpt_path {path} is an adapter, not a network: open it with MaskClassificationSemantic.from_pretrained, "
+            "or give the checkpoint it was trained from"
+        )
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path {path}: no such file")
+    try:
+        content = (
+            read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        )
+    except Exception as error:
+        raise ValueError(
+            f"ckpt_path {path} cannot be read as tensors ({type(error).__name__}); the file may be half-downloaded, or "
+            "hold pickled objects, which are never loaded: save its state_dict alone with torch.save"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"ckpt_path {path} holds a {type(content).__name__}, not a state dict: nothing would be loaded"
+        )
+    img_size = content.get("hyper_parameters", {}).get("img_size")
+    content = content.get("state_dict", content)
+    tensors = {clean_key(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"ckpt_path {path} holds no tensors: nothing would be loaded")
+    if any(".lora_" in key for key in tensors):
+        raise ValueError(
+            f"ckpt_path {path} is the checkpoint of a LoRA run, which holds no backbone: continue that run with "
+            "resume=, or open its adapter/ folder with MaskClassificationSemantic.from_pretrained"
+        )
+    return map_dinov3(tensors), tuple(img_size) if img_size else None
+
+
+def read_safetensors(path: Path) -> dict:
+    """Tensors, and the image size that `save_pretrained` left in the metadata, laid out like a Lightning checkpoint."""
+    with safe_open(path, "pt") as file:
+        img_size = json.loads((file.metadata() or {}).get("img_size", "null"))
+        return {
+            "state_dict": {key: file.get_tensor(key) for key in file.keys()},  # noqa: SIM118
+            "hyper_parameters": {"img_size": img_size},
+        }
+
+
+def clean_key(key: str) -> str:
+    """Drops what a training module (`network.`) and `torch.compile` (`_orig_mod`) add to a name."""
+    return key.replace("._orig_mod", "").removeprefix("_orig_mod.").removeprefix("network.")
+
+
+def map_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the published DINOv3 EoMT (transformers' backbone) -> timm's `*_dinov3_qkvb`; others pass unchanged.
+
+    q, k and v become one fused layer; the keys have no bias there, as in timm.
+    """
+    mapped = {}
+    for key, tensor in state.items():
+        if ".attention.q_proj.weight" in key:
+            block = key.removesuffix("attention.q_proj.weight")
+            parts = [state[f"{block}attention.{name}_proj.weight"] for name in "qkv"]
+            mapped[f"{block}attn.qkv.weight"] = torch.cat(parts)
+        elif ".attention.q_proj.bias" in key or ".attention.v_proj.bias" in key:
+            mapped[
+                key.replace("attention.q_proj.bias", "attn.q_bias").replace("attention.v_proj.bias", "attn.v_bias")
+            ] = tensor
+        elif ".attention.k_proj.weight" not in key and ".attention.v_proj.weight" not in key:
+            for theirs, ours in DINOV3_NAMES.items():
+                key = key.replace(theirs, ours)
+            mapped[key] = tensor
+    return mapped
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the tensors say of the network they belong to."""
+    blocks = [int(key.split("backbone.blocks.")[1].split(".")[0]) for key in state if "backbone.blocks." in key]
+    facts = {
+        "num_q": ("q.weight", lambda t: t.shape[0]),
+        "num_blocks": ("attn_mask_probs", lambda t: t.shape[0]),
+        "num_classes": ("class_head.weight", lambda t: t.shape[0] - 1),
+        "patch_size": ("encoder.backbone.patch_embed.proj.weight", lambda t: t.shape[-1]),
+        "embed_dim": ("q.weight", lambda t: t.shape[1]),
+    }
+    found = {name: read(state[key]) for name, (key, read) in facts.items() if key in state}
+    return found | ({"depth": max(blocks) + 1} if blocks else {})
+
+
+def load_checkpoint(
+    network: EoMT, path: str | Path, load_class_head: bool = True, delta_weights: bool = False
+) -> LoadReport:
+    """Loads a checkpoint into the network; every weight is loaded, or the reason is in the report, or it is an error.
+
+    Args:
+        network: a plain network: adapters come after the weights.
+        path: see `read_checkpoint`.
+        load_class_head: False keeps the fresh class head, the only way to change the number of classes.
+        delta_weights: the file holds differences to the pretrained backbone, as the published DINOv3 checkpoints do;
+            the network must hold that backbone (`pretrained: true`).
+
+    Raises:
+        ValueError: configuration and checkpoint disagree, a weight is missing, or nothing would be loaded.
+    """
+    state, img_size = read_checkpoint(path)
+    own = network.state_dict()
+    report = LoadReport(str(path))
+    check_agreement(network, describe(state), path, load_class_head)
+
+    weights = {}
+    for key, tensor in state.items():
+        if key not in own:
+            report.skipped.append(key)
+        elif key in HEAD_KEYS and not load_class_head:
+            report.reinitialised.append(key)
+        elif tensor.shape == own[key].shape:
+            weights[key] = tensor
+        elif key == POS_EMBED:
+            weights[key] = resample_pos_embed(tensor, own[key], img_size, network)
+            report.resampled.append(key)
+        else:
+            raise ValueError(
+                f"ckpt_path {path}: {key} is {list(tensor.shape)}, this network's is {list(own[key].shape)}"
+            )
+    check_complete(own, weights, report)
+    if delta_weights:
+        weights = {k: v + own[k] if k.startswith("encoder.backbone.") else v for k, v in weights.items()}
+    network.load_state_dict(weights, strict=False)
+    report.loaded = sorted(weights)
+    return report
+
+
+def check_agreement(network: EoMT, found: Mapping[str, int], path: str | Path, load_class_head: bool) -> None:
+    """Raises ValueError naming both values where the checkpoint was made for another network."""
+    configured = {
+        "num_blocks": network.num_blocks,
+        "num_q": network.num_q,
+        "patch_size": network.encoder.patch_size,
+        "embed_dim": network.encoder.embed_dim,
+        "depth": len(network.encoder.blocks),
+    }
+    if load_class_head:
+        configured["num_classes"] = network.num_classes
+    for name, value in configured.items():
+        if name not in found or found[name] == value:
+            continue
+        remedy = f"set {name}={found[name]}"
+        if name == "num_classes":
+            remedy += ", or load_ckpt_class_head=false to train a fresh class head"
+        elif name in ("embed_dim", "depth"):
+            remedy = "choose the backbone_name (and backbone_kwargs) that the checkpoint was trained with"
+        raise ValueError(f"ckpt_path {path} has {name} {found[name]}, the configuration says {value}: {remedy}")
+
+
+def check_complete(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Raises ValueError when a weight of the network is not in the checkpoint, or the reverse."""
+    unknown = [key for key in report.skipped if not key.startswith(NOT_WEIGHTS)]
+    missing = sorted(own.keys() - weights.keys() - set(report.reinitialised) - set(OPTIONAL_KEYS))
+    if missing or unknown:
+        raise ValueError(
+            f"ckpt_path {report.path} does not fit this network: {len(missing)} of its {len(own)} weights are missing "
+            f"there ({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown here "
+            f"({', '.join(unknown[:3]) or 'none'}); check backbone_name and backbone_kwargs"
+        )
+
+
+def resample_pos_embed(tensor: Tensor, own: Tensor, img_size: tuple[int, int] | None, network: EoMT) -> Tensor:
+    """Position embeddings [1, prefix + N, C] of another image size, interpolated to this network's patch grid."""
+    grid, patch_size = network.encoder.grid_size, network.encoder.patch_size
+    prefix = own.shape[1] - grid[0] * grid[1]
+    patches = tensor.shape[1] - prefix
+    side = math.isqrt(patches)
+    old_grid = (img_size[0] // patch_size, img_size[1] // patch_size) if img_size else (side, side)
+    if old_grid[0] * old_grid[1] != patches:
+        raise ValueError(
+            f"position embeddings for {patches} patches are no {old_grid[0]}x{old_grid[1]} grid: "
+            "train at the checkpoint's own img_size"
+        )
+    return resample_abs_pos_embed(tensor, list(grid), list(old_grid), num_prefix_tokens=prefix)

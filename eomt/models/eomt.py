@@ -1,0 +1,133 @@
+"""EoMT: learnable queries join the patch tokens inside a plain ViT, which then segments by itself.
+
+Kerssies et al., "Your ViT is Secretly an Image Segmentation Model", CVPR 2025. Parameter names are those of the
+published code, so its checkpoints load as they are.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eomt.models.scale_block import ScaleBlock
+from eomt.models.vit import ViT, attend
+
+
+class EoMT(nn.Module):
+    """Encoder-only mask transformer.
+
+    Args:
+        encoder: the ViT.
+        num_classes: K known classes; class logits have one more, "no object", in the last place.
+        num_q: number of queries, Q.
+        num_blocks: how many last blocks see the queries, L.
+        masked_attn_enabled: predict before each of these blocks and let a query attend to its own mask only.
+
+    `attn_mask_probs` [L] holds, per block, the probability that a query is masked: 1 at the start of training,
+    annealed to 0, so that the deployed network needs no masks (section 3.2).
+    """
+
+    def __init__(
+        self, encoder: ViT, num_classes: int, num_q: int = 100, num_blocks: int = 4, masked_attn_enabled: bool = True
+    ) -> None:
+        super().__init__()
+        depth, dim = len(encoder.blocks), encoder.embed_dim
+        for name, value, low, high in (
+            ("num_classes", num_classes, 1, None),
+            ("num_q", num_q, 1, None),
+            ("num_blocks", num_blocks, 1, depth),
+        ):
+            if value < low or (high is not None and value > high):
+                wanted = f"at least {low}" if high is None else f"between {low} and the backbone's depth {high}"
+                raise ValueError(f"{name} {value}: must be {wanted}")
+        self.encoder = encoder
+        self.num_q = num_q
+        self.num_blocks = num_blocks
+        self.masked_attn_enabled = masked_attn_enabled
+
+        self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
+        self.q = nn.Embedding(num_q, dim)
+        self.class_head = nn.Linear(dim, num_classes + 1)
+        self.mask_head = nn.Sequential(
+            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
+        )
+        num_upscale = max(1, int(math.log2(encoder.patch_size)) - 2)
+        self.upscale = nn.Sequential(*[ScaleBlock(dim) for _ in range(num_upscale)])
+
+        # Rotary positions are for patches only, and the queries stand before them.
+        for block in encoder.blocks[depth - num_blocks :]:
+            if hasattr(block.attn, "num_prefix_tokens"):
+                block.attn.num_prefix_tokens = encoder.num_prefix_tokens + num_q
+
+    @property
+    def num_classes(self) -> int:
+        """K, "no object" not counted."""
+        return self.class_head.out_features - 1
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Predicts Q masks and their classes, before each masked block and at the end.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+
+        Returns:
+            Mask logits [B, Q, H/4, W/4] and class logits [B, Q, K + 1], a list entry per prediction: L + 1 with masked
+            attention, otherwise the final one alone.
+        """
+        blocks = self.encoder.blocks
+        x, rope = self.encoder.embed(images)  # [B, P + N, C]: prefix, patches
+        for block in blocks[: -self.num_blocks]:
+            x = attend(block, x, rope, mask=None)
+
+        queries = self.q.weight.expand(x.shape[0], -1, -1)
+        x = torch.cat((queries, x), dim=1)  # [B, Q + P + N, C]
+        predictions = []
+        for block, prob in zip(blocks[-self.num_blocks :], self.attn_mask_probs.tolist(), strict=True):
+            mask = None
+            if self.masked_attn_enabled:
+                predictions.append(self.predict(x))
+                mask = self.attention_mask(predictions[-1][0], prob)
+            x = attend(block, x, rope, mask)
+        predictions.append(self.predict(x))
+
+        mask_logits, class_logits = zip(*predictions, strict=True)
+        return list(mask_logits), list(class_logits)
+
+    @contextmanager
+    def deployed(self) -> Iterator[None]:
+        """Without masked attention, as it is evaluated and used: the final prediction alone."""
+        enabled, self.masked_attn_enabled = self.masked_attn_enabled, False
+        try:
+            yield
+        finally:
+            self.masked_attn_enabled = enabled
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, Q + P + N, C] -> mask logits [B, Q, H/4, W/4], class logits [B, Q, K + 1]."""
+        x = self.encoder.norm(x)
+        queries = x[:, : self.num_q]
+        pixels = x[:, self.num_q + self.encoder.num_prefix_tokens :]  # [B, N, C]
+        pixels = pixels.transpose(1, 2).unflatten(2, self.encoder.grid_size)  # [B, C, H/p, W/p]
+        mask_logits = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), self.upscale(pixels))
+        return mask_logits, self.class_head(queries)
+
+    @torch.no_grad()
+    def attention_mask(self, mask_logits: Tensor, prob: float) -> Tensor | None:
+        """Which columns each token may attend to: [B, 1, T, T] with T = Q + P + N, or None when nothing is masked.
+
+        A query sees all queries and prefix tokens, but of the patches those inside its own mask only; with probability
+        1 - `prob` it sees all of them. Patches and prefix tokens see everything.
+        """
+        if prob == 0:
+            return None
+        inside = F.interpolate(mask_logits, self.encoder.grid_size, mode="bilinear").flatten(2) > 0  # [B, Q, N]
+        unmasked = torch.rand(inside.shape[:2], device=inside.device) > prob  # [B, Q]
+        inside |= unmasked[..., None]
+        first_patch = self.num_q + self.encoder.num_prefix_tokens
+        total = first_patch + inside.shape[2]
+        mask = torch.ones(inside.shape[0], 1, total, total, dtype=torch.bool, device=inside.device)
+        mask[:, 0, : self.num_q, first_patch:] = inside
+        return mask

@@ -1,0 +1,162 @@
+"""A timm ViT as EoMT's encoder: pixels in, tokens out, one interface for every backbone family."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def nearest_multiple(size: int, step: int) -> int:
+    """The positive multiple of `step` closest to `size`."""
+    return max(step, step * round(size / step))
+
+
+def check_img_size(img_size: Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Returns (height, width), or raises ValueError naming the nearest valid size.
+
+    The patch grid must be whole, otherwise border pixels would silently belong to no token.
+    """
+    if len(img_size) != 2:
+        raise ValueError(f"img_size {list(img_size)}: two numbers are needed, [height, width]")
+    height, width = img_size
+    if height < 1 or width < 1 or height % patch_size or width % patch_size:
+        valid = f"[{nearest_multiple(height, patch_size)}, {nearest_multiple(width, patch_size)}]"
+        raise ValueError(
+            f"img_size [{height}, {width}]: both sides must be multiples of patch_size {patch_size}; try {valid}"
+        )
+    return height, width
+
+
+class ViT(nn.Module):
+    """A plain ViT from timm (DINOv2, DINOv3, SigLIP2, `vit_*`, EVA) and its pixel normalisation.
+
+    Args:
+        img_size: (height, width) in pixels, multiples of `patch_size`.
+        patch_size: side of a patch; pretrained patch embeddings of another size are resampled by timm.
+        backbone_name: any timm ViT, e.g. `vit_large_patch14_reg4_dinov2`.
+        pretrained: take timm's weights from the hub.
+        backbone_kwargs: passed to `timm.create_model`; `{embed_dim: 64, depth: 6, num_heads: 2}` makes a tiny one.
+
+    Raises:
+        ValueError: impossible image size, unknown name, or a model that is no plain ViT.
+        ConnectionError: the pretrained weights could not be had.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        patch_size: int = 16,
+        backbone_name: str = "vit_large_patch14_reg4_dinov2",
+        pretrained: bool = True,
+        backbone_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size = check_img_size(img_size, patch_size)
+        self.patch_size = patch_size
+        self.backbone = create_backbone(backbone_name, self.img_size, patch_size, pretrained, backbone_kwargs or {})
+        config = self.backbone.pretrained_cfg
+        self.register_buffer("pixel_mean", torch.tensor(config["mean"]).reshape(1, 3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(config["std"]).reshape(1, 3, 1, 1))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.backbone.blocks
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.backbone.norm
+
+    @property
+    def embed_dim(self) -> int:
+        return self.backbone.embed_dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens, which stand before the patches."""
+        return self.backbone.num_prefix_tokens
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches (down, across)."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to the mean and deviation that the backbone was pretrained with; done here alone."""
+        if not torch.compiler.is_compiling():
+            low, high = images.aminmax()
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"images range from {low:.3g} to {high:.3g}, but the model takes [0, 1] and normalises by itself; "
+                    "divide uint8 images by 255 and drop any other normalisation"
+                )
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images [B, 3, H, W] in [0, 1] -> tokens [B, prefix + H/p * W/p, C], and rotary embeddings if there are any."""
+        if tuple(images.shape[-2:]) != self.img_size:
+            raise ValueError(
+                f"image {list(images.shape[-2:])}: this model was built for img_size {list(self.img_size)}"
+            )
+        tokens = self.backbone._pos_embed(self.backbone.patch_embed(self.normalize(images)))
+        tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
+        if rope is None:  # Eva has dropped patches inside _pos_embed by now
+            tokens = self.backbone.patch_drop(tokens) if self.backbone.patch_drop is not None else tokens
+        return self.backbone.norm_pre(tokens), rope
+
+
+def attend(block: nn.Module, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+    """One transformer block on tokens [B, N, C]; `mask` [B, 1, N, N] is True where a row may attend to a column."""
+    return block(x, attn_mask=mask) if rope is None else block(x, rope=rope, attn_mask=mask)
+
+
+def create_backbone(
+    name: str, img_size: tuple[int, int], patch_size: int, pretrained: bool, kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """The timm model, headless and ready for LoRA; see `ViT` for the arguments and errors."""
+    if not timm.is_model(name):
+        similar = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("eva*"), n=3)
+        raise ValueError(
+            f"backbone_name {name!r} is not a timm model; did you mean {' or '.join(similar) or 'a vit_*'}?"
+        )
+    if pretrained and not timm.get_pretrained_cfg(name).has_weights and "pretrained_cfg_overlay" not in kwargs:
+        raise ValueError(
+            f"timm has no pretrained weights for {name!r}: set pretrained=false or choose another backbone"
+        )
+    try:
+        backbone = timm.create_model(
+            name,
+            pretrained=pretrained,
+            img_size=img_size,
+            patch_size=patch_size,
+            num_classes=0,
+            global_pool="",  # no pooling head: its weights would never train
+            **kwargs,
+        )
+    except TypeError as error:
+        raise ValueError(f"backbone {name!r} with backbone_kwargs {dict(kwargs)}: {error}") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise ConnectionError(
+            f"pretrained weights of {name!r} could not be loaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); "
+            "ways out: connect to the hub, give an EoMT checkpoint with ckpt_path=FILE pretrained=false, "
+            "or train from random weights with pretrained=false"
+        ) from error
+    if not hasattr(backbone, "blocks") or not hasattr(backbone, "_pos_embed") or getattr(backbone, "rope_mixed", False):
+        raise ValueError(f"backbone_name {name!r} is no plain ViT: EoMT needs one sequence of blocks over patch tokens")
+    apply_projection_layers(backbone)
+    return backbone
+
+
+def apply_projection_layers(backbone: nn.Module) -> None:
+    """Makes every attention call its `qkv` layer instead of reading the weight, so that an adapter there acts.
+
+    timm's Eva and BEiT read `self.qkv.weight` directly unless `qkv_bias_separate` is set; the result is the same.
+    """
+    for block in backbone.blocks:
+        if hasattr(block.attn, "qkv_bias_separate"):
+            block.attn.qkv_bias_separate = True

@@ -1,0 +1,71 @@
+"""Learning-rate and attention-mask schedules, as functions of the step."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+LRSchedule = Literal["poly", "cosine"]
+
+
+def resolve_steps(name: str, value: int | float, total_steps: int) -> int:
+    """A length in steps: an int is a number of steps, a float from 0.0 to 1.0 a fraction of the run.
+
+    Raises:
+        ValueError: a negative length, or a float above 1.
+    """
+    if isinstance(value, float):
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"{name} {value}: a fraction of the run is from 0.0 to 1.0; give whole steps as an integer"
+            )
+        return round(value * total_steps)
+    if value < 0:
+        raise ValueError(f"{name} {value}: a length cannot be negative")
+    return value
+
+
+def resolve_warmup(warmup_steps: Sequence[int | float], total_steps: int) -> tuple[int, int]:
+    """The two warm-up lengths in steps; together they must be shorter than the run."""
+    if len(warmup_steps) != 2:
+        raise ValueError(f"warmup_steps {list(warmup_steps)}: two lengths are needed, of the heads and of the backbone")
+    heads, backbone = (resolve_steps("warmup_steps", value, total_steps) for value in warmup_steps)
+    if heads + backbone >= total_steps:
+        raise ValueError(
+            f"warmup_steps {heads} + {backbone} do not end within the run of {total_steps} steps: the full learning rate "
+            "would never be reached; shorten them, or give fractions of the run such as [0.025, 0.05]"
+        )
+    return heads, backbone
+
+
+def lr_factor(
+    step: int, total_steps: int, start: int, warmup: int, schedule: LRSchedule = "poly", power: float = 0.9
+) -> float:
+    """Share of the base learning rate at `step`: zero before `start`, linear over `warmup` steps, then decay to zero.
+
+    Polynomial decay is (1 - progress) ** power, as in the published recipe; cosine is (1 + cos(pi * progress)) / 2.
+    """
+    if step < start:
+        return 0.0
+    if step < start + warmup:
+        return (step - start) / warmup
+    progress = min((step - start - warmup) / max(total_steps - start - warmup, 1), 1.0)
+    return (1 - progress) ** power if schedule == "poly" else (1 + math.cos(math.pi * progress)) / 2
+
+
+def mask_probability(step: int, start: int, end: int, power: float = 0.9) -> float:
+    """Probability that a query attends within its mask: 1 until `start`, then polynomially down to 0 at `end`."""
+    if step < start:
+        return 1.0
+    if step >= end:
+        return 0.0
+    return (1 - (step - start) / (end - start)) ** power
+
+
+def default_annealing(num_blocks: int) -> tuple[list[float], list[float]]:
+    """Fractions of the run at which the mask of each masked block starts and ends to fade, first block first.
+
+    For four blocks these are the published Cityscapes steps (3317..18242 and 6634..21560 of 19,902), except that the
+    last end, which lies past the published run, is the end of the run.
+    """
+    starts = [(3 * i + 2) / (3 * num_blocks) for i in range(num_blocks)]
+    return starts, [min(start + 2 / (3 * num_blocks), 1.0) for start in starts]

@@ -1,0 +1,46 @@
+"""Shared by all tests: two threads, no network, the reference numbers."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eomt.models.checkpoint import load_checkpoint
+from eomt.models.eomt import EoMT
+from eomt.models.vit import ViT
+
+REFERENCE = Path(__file__).parent / "reference"
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Tensors of the published implementation, and the facts that go with them."""
+    return load_file(REFERENCE / "eomt_reference.safetensors"), json.loads(
+        (REFERENCE / "eomt_reference.json").read_text()
+    )
+
+
+@pytest.fixture
+def reference_network(reference, tmp_path):
+    """The reference network, its weights loaded through the function a user's checkpoint goes through."""
+    tensors, facts = reference
+    state = {f"network.{k.removeprefix('state.')}": v for k, v in tensors.items() if k.startswith("state.")}
+    save_file(state, tmp_path / "published.safetensors")
+    encoder = ViT(
+        facts["img_size"], backbone_name=facts["backbone"], pretrained=False, backbone_kwargs=backbone_kwargs(facts)
+    )
+    network = EoMT(encoder, facts["num_classes"], facts["num_queries"], facts["num_blocks"])
+    load_checkpoint(network, tmp_path / "published.safetensors")
+    return network.eval()
+
+
+def backbone_kwargs(facts):
+    return {key: value for key, value in facts["backbone_kwargs"].items() if key != "patch_size"}
