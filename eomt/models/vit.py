@@ -95,7 +95,7 @@ class ViT(nn.Module):
         return (images - self.pixel_mean) / self.pixel_std
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images [B, 3, H, W] in [0, 1] -> tokens [B, prefix + H/p * W/p, C], and rotary embeddings if there are any."""
+        """Images [B, 3, H, W] in [0, 1] -> tokens [B, prefix + H/p * W/p, C], and rotary embeddings or None."""
         if tuple(images.shape[-2:]) != self.img_size:
             raise ValueError(
                 f"image {list(images.shape[-2:])}: this model was built for img_size {list(self.img_size)}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-IGNORE = 255
+from eomt.data.labels import IGNORE
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def resolve_warmup(warmup_steps: Sequence[int | float], total_steps: int) -> tup
     heads, backbone = (resolve_steps("warmup_steps", value, total_steps) for value in warmup_steps)
     if heads + backbone >= total_steps:
         raise ValueError(
-            f"warmup_steps {heads} + {backbone} do not end within the run of {total_steps} steps: the full learning rate "
+            f"warmup_steps {heads} + {backbone} do not end within the run of {total_steps} steps: the full rate "
             "would never be reached; shorten them, or give fractions of the run such as [0.025, 0.05]"
         )
     return heads, backbone

@@ -35,7 +35,7 @@ def to_windows(image: Tensor, window: tuple[int, int]) -> tuple[Tensor, list[tup
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Image uint8 [3, H, W] at another (height, width), by Pillow's bilinear filter: other libraries round otherwise."""
+    """Image uint8 [3, H, W] at another (height, width), by Pillow's bilinear filter; others round otherwise."""
     if tuple(image.shape[-2:]) == size:
         return image
     pixels = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(size[::-1], Image.Resampling.BILINEAR)

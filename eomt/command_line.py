@@ -1,0 +1,105 @@
+"""The command line of `train_with_lora.py`: the guide's flags, `--help`, and errors in one sentence."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# flag: how many values it takes, and the override that it stands for
+FLAGS = {
+    "--use_lora": (0, "model.use_lora=true"),
+    "--lora_rank": (1, "model.lora_rank={}"),
+    "--lora_alpha": (1, "model.lora_alpha={}"),
+    "--lora_dropout": (1, "model.lora_dropout={}"),
+    "--epochs": (1, "trainer.max_epochs={}"),
+    "--batch_size": (1, "data.batch_size={}"),
+    "--lr": (1, "model.lr={}"),
+    "--img_size": (2, "model.img_size=[{},{}]"),
+    "--num_workers": (1, "data.num_workers={}"),
+    "--dataset_root": (1, "data.root='{}'"),
+    "--ckpt_path": (1, "model.ckpt_path='{}'"),
+    "--output_dir": (1, "output_dir='{}'"),
+    "--use_wandb": (0, "logger=wandb"),
+}
+HYDRA_FLAGS = (
+    "--config-name --config-dir --config-path --multirun --cfg --resolve --package --info --run --version --hydra-help "
+    "--shell-completion --experimental-rerun"
+).split()
+
+
+def translate_flags(arguments: Sequence[str]) -> list[str]:
+    """The guide's flags as Hydra overrides; everything else unchanged.
+
+    `--use_lora` chooses the `cityscapes_lora` configuration, unless another one was named.
+
+    Raises:
+        ValueError: an unknown flag, or one without its values.
+    """
+    translated, rest = [], [part for word in arguments for part in split_flag(word)]
+    if "--use_lora" in rest and not {"--config-name", "-cn"} & set(rest):
+        translated += ["--config-name", "cityscapes_lora"]
+    while rest:
+        word = rest.pop(0)
+        if word in FLAGS:
+            count, override = FLAGS[word]
+            values, rest = rest[:count], rest[count:]
+            if len(values) < count or any(value.startswith("--") for value in values):
+                raise ValueError(f"{word} takes {count} value{'s' * (count > 1)}, got {len(values)}; see --help")
+            translated.append(override.format(*values))
+        elif word.startswith("--") and word not in HYDRA_FLAGS:
+            from eomt.config_check import did_you_mean
+
+            raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])} See --help")
+        else:
+            translated.append(word)
+    return translated
+
+
+def split_flag(word: str) -> list[str]:
+    """`--flag=value` as two words; overrides stay whole."""
+    return word.split("=", 1) if word.startswith("--") and "=" in word else [word]
+
+
+def help_text(configs: Path) -> str:
+    """What `--help` prints: examples, flags, configuration groups and the LoRA options with their defaults."""
+    flags = "\n".join(f"  {flag + ' VALUE' * count:<24}{override}" for flag, (count, override) in FLAGS.items())
+    groups = "\n".join(
+        f"  {folder.name:<12}{', '.join(sorted(file.stem for file in folder.glob('*.yaml') if file.stem != 'base'))}"
+        for folder in sorted(configs.iterdir())
+        if folder.is_dir()
+    )
+    lora = "\n".join(
+        f"  model.{line}"
+        for line in (configs / "model" / "base.yaml").read_text().splitlines()
+        if line.startswith(("use_lora", "lora_"))
+    )
+    names = ", ".join(sorted(file.stem for file in configs.glob("*.yaml")))
+    return f"""Train EoMT for semantic segmentation, as a full fine-tune or with LoRA.
+
+usage: python train_with_lora.py [--config-name NAME] [flags] [group=choice] [key=value ...]
+
+Examples
+  python train_with_lora.py --config-name cityscapes_lora data.root=/data/cityscapes model.lora_rank=8
+  python train_with_lora.py --use_lora --lora_rank 16 --lora_alpha 32 --epochs 50 --batch_size 4 --dataset_root /data/cityscapes
+  python train_with_lora.py experiment=toy_lora        # needs no data, no download and no GPU
+
+Configurations (--config-name)
+  {names}
+
+Groups (group=choice)
+{groups}
+
+LoRA options and their defaults
+{lora}
+
+Short flags and what they stand for
+{flags}
+
+  --cfg job             print the composed configuration and exit
+  --multirun            one run for each of model.lora_rank=4,8,16
+  --hydra-help          options of Hydra itself
+"""
+
+
+def one_sentence(error: BaseException) -> str:
+    """The first line of an error's innermost cause, without library prefixes."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0]

@@ -1,0 +1,85 @@
+"""What a run tells at its start and at its end."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningDataModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from lora_config import trainable_report
+
+logger = logging.getLogger(__name__)
+
+
+def print_start(module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
+    """Logs what will train, and on what."""
+    title = "TRAINABLE PARAMETERS" if module.lora is None else "TRAINABLE PARAMETERS (LoRA)"
+    facts = datamodule.fingerprint()
+    logger.info("%d training images, %d validation images", facts["train_images"], facts["val_images"])
+    logger.info("%s", trainable_report(module, title))
+
+
+def finish_run(
+    trainer: Trainer,
+    module: MaskClassificationSemantic,
+    datamodule: LightningDataModule,
+    callbacks: Mapping[str, Callback],
+    output_dir: Path,
+    seed: int,
+    started: float,
+) -> dict[str, Any]:
+    """Writes `summary.json` and prints the result; returns the summary."""
+    best = callbacks["save_best"].best
+    audit = callbacks["audit"].audit
+    last = trainer.callback_metrics.get("val/miou")
+    folder = callbacks["save_best"].folder(module)
+    facts = {
+        "miou": best["miou"] if math.isfinite(best["miou"]) else None,
+        "class_iou": {name: None if iou != iou else iou for name, iou in best.get("class_iou", {}).items()},
+        "best_step": best.get("step"),
+        "last_miou": None if last is None else last.item(),
+        "steps": trainer.global_step,
+        "interrupted": trainer.interrupted,
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in module.parameters()),
+        "artefact": folder.name,
+        "files": {
+            f"{part.name}/{name}": size
+            for part in (folder, output_dir / "checkpoints")
+            for name, size in file_sizes(part).items()
+        },
+        "peak_memory": peak_memory(),
+        "seconds_per_step": callbacks["clock"].summary(),
+        "wall_seconds": time.time() - started,
+        "data": datamodule.fingerprint(),
+        "seed": seed,
+        "lora_audit": audit.results if audit else None,
+    }
+    if not trainer.is_global_zero:
+        return facts
+    summary = write_summary(output_dir / "summary.json", facts)
+    print_result(summary, output_dir)
+    return summary
+
+
+def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
+    console = Console(width=100)
+    if summary["class_iou"]:
+        table = Table("class", "IoU", title=f"mIoU {100 * summary['miou']:.2f} at step {summary['best_step']}")
+        for name, iou in summary["class_iou"].items():
+            table.add_row(name, "absent" if iou is None else f"{100 * iou:.2f}")
+        console.print(table)
+    size = sum(n for name, n in summary["files"].items() if name.startswith(summary["artefact"] + "/"))
+    console.print(
+        f"{summary['artefact']}/ {size / 2**20:.2f} MiB | {summary['trainable_parameters']:,} of "
+        f"{summary['total_parameters']:,} parameters trained | {summary['seconds_per_step']['total']:.3f} s per step | "
+        f"peak memory {summary['peak_memory']['bytes'] / 2**30:.2f} GiB"
+    )
+    console.print(f"run folder: {output_dir}", soft_wrap=True)

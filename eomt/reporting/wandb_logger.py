@@ -1,0 +1,39 @@
+"""Weights & Biases without surprises: no account, no key or no network means offline, never a question."""
+
+import logging
+import netrc
+import os
+import socket
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import WandbLogger
+
+logger = logging.getLogger(__name__)
+
+
+def wandb_logger(project: str = "eomt-lora", name: str | None = None, **options: Any) -> WandbLogger:
+    """A WandbLogger that goes offline, with one warning, where it cannot log in; see `WandbLogger` for the options."""
+    if "WANDB_MODE" not in os.environ and (reason := offline_reason()):
+        logger.warning("wandb is offline (%s): upload the run later with `wandb sync`", reason)
+        os.environ["WANDB_MODE"] = "offline"
+    return WandbLogger(project=project, name=name, **options)
+
+
+def offline_reason() -> str | None:
+    """Why logging in would fail or ask, or None."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    if not os.environ.get("WANDB_API_KEY") and not netrc_has(host):
+        return "no API key: set WANDB_API_KEY or run `wandb login`"
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        return f"{host} cannot be reached"
+    return None
+
+
+def netrc_has(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

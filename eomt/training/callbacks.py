@@ -1,0 +1,138 @@
+"""What happens around the training steps: the audit, the progress bar, the artefact of the best epoch."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from lora_config import LoRAAudit
+
+
+class AuditLoRA(Callback):
+    """Drives `LoRAAudit` through a run; without LoRA it does nothing."""
+
+    audit: LoRAAudit | None = None
+
+    def on_fit_start(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+        if module.lora is None:
+            return
+        own = {id(p) for p in module.backbone.parameters()}
+        elsewhere = [p for p in module.network.parameters() if p.requires_grad and id(p) not in own]
+        self.audit = LoRAAudit(
+            module.network, module.backbone, module.lora_settings, elsewhere, base_fingerprint=module.base_fingerprint
+        )
+        height, width = module.hparams.img_size
+        image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(module.device)
+
+        def forward() -> list[torch.Tensor]:
+            with module.network.deployed():
+                mask_logits, class_logits = module.network(image)
+            return [*mask_logits, *class_logits]
+
+        self.audit.before_training(trainer.optimizers[0], forward, resumed=trainer.ckpt_path is not None)
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        if self.audit and not self.audit.complete:
+            self.audit.after_backward()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.audit:
+            self.audit.after_step(trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.audit:
+            self.audit.at_end()
+
+
+class SaveBest(Callback):
+    """Keeps the artefact to ship, `adapter/` or `model/`, at the best `val/miou` so far; without validation, the last.
+
+    `best` holds the mIoU, the IoU per class and the step of what is on disk.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.best: dict[str, Any] = {"miou": -math.inf}
+
+    def folder(self, module: MaskClassificationSemantic) -> Path:
+        return self.directory / ("model" if module.lora is None else "adapter")
+
+    def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+        miou = trainer.callback_metrics.get("val/miou")
+        if trainer.sanity_checking or trainer.state.fn != "fit" or miou is None or not miou > self.best["miou"]:
+            return
+        self.best = {"miou": miou.item(), "class_iou": module.class_iou, "step": trainer.global_step}
+        if trainer.is_global_zero:
+            module.save_pretrained(self.folder(module))
+
+    def on_train_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+        if not math.isfinite(self.best["miou"]) and trainer.is_global_zero:
+            module.save_pretrained(self.folder(module))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+class SamplePictures(Callback):
+    """Every few epochs: image, target and prediction of the first validation images, in `samples/` and the loggers.
+
+    Args:
+        directory: where the PNG files go.
+        every_n_epochs: how often; 0 never.
+        num_images: rows of a picture.
+    """
+
+    def __init__(self, directory: str | Path, every_n_epochs: int = 10, num_images: int = 4) -> None:
+        self.directory, self.every_n_epochs, self.num_images = Path(directory), every_n_epochs, num_images
+
+    def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+        last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step >= module.total_steps
+        due = self.every_n_epochs and trainer.current_epoch % self.every_n_epochs == 0
+        if trainer.is_global_zero and trainer.state.fn == "fit" and (due or last) and not trainer.sanity_checking:
+            self.draw(trainer, module)
+
+    def draw(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+        from eomt.reporting.pictures import prediction_picture
+        from eomt.training.semantic_inference import segment
+
+        dataset = trainer.datamodule.val_set
+        rows = []
+        for i in torch.linspace(0, len(dataset) - 1, min(self.num_images, len(dataset))).round().int().tolist():
+            image, labels = dataset[i]
+            with trainer.precision_plugin.forward_context():
+                prediction = segment(module.network, image.to(module.device)).argmax(0).byte().cpu()
+            rows.append((image, labels, prediction))
+        path = self.directory / f"epoch_{trainer.current_epoch:04d}_step_{trainer.global_step:06d}.png"
+        prediction_picture(rows, dataset.classes, path, title=f"step {trainer.global_step}")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # wandb
+                logger.log_image("samples", [str(path)])
+
+
+class RunProgressBar(TQDMProgressBar):
+    """Loss, mIoU and the time left of the whole run; redrawn less often where a log file takes it down."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.started, self.first_step = time.monotonic(), trainer.global_step
+        super().on_train_start(trainer, module)
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
+        metrics = {name.split("/")[-1]: value for name, value in super().get_metrics(trainer, module).items()}
+        metrics.pop("v_num", None)
+        done, left = trainer.global_step - self.first_step, module.total_steps - trainer.global_step
+        if done:
+            seconds = int((time.monotonic() - self.started) / done * left)
+            metrics["run left"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return metrics

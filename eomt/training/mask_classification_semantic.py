@@ -1,0 +1,407 @@
+"""The module that users name in YAML: an EoMT for semantic segmentation, with or without LoRA, and how it trains."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from eomt import __version__
+from eomt.data.labels import IGNORE
+from eomt.models.checkpoint import load_checkpoint
+from eomt.models.eomt import EoMT
+from eomt.models.vit import ViT, check_img_size
+from eomt.training.mask_classification_loss import MaskClassificationLoss
+from eomt.training.param_groups import param_groups
+from eomt.training.schedules import (
+    LRSchedule,
+    default_annealing,
+    lr_factor,
+    mask_probability,
+    resolve_steps,
+    resolve_warmup,
+)
+from eomt.training.semantic_inference import segment
+from lora_config import LoRASettings, apply_lora, fingerprint, load_adapter, save_adapter
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
+CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
+    "eomt_config.json",
+    "model.safetensors",
+    "heads.safetensors",
+    "base.safetensors",
+)
+
+
+class MaskClassificationSemantic(lightning.LightningModule):
+    """EoMT for semantic segmentation.
+
+    Args:
+        img_size: (height, width) of training crops and evaluation windows, multiples of `patch_size`.
+        num_classes: K of the data set.
+        lr: base learning rate of heads and backbone.
+        use_lora: freeze the backbone and train low-rank adapters in it (see `lora_config`).
+        lora_rank, lora_alpha, lora_dropout, lora_target_modules, lora_blocks, lora_options: see `LoRASettings`.
+        lora_lr: learning rate of the adapters; None: `lr`.
+        backbone_name, patch_size, pretrained, backbone_kwargs: see `ViT`.
+        num_q, num_blocks, masked_attn_enabled: see `EoMT`.
+        attn_mask_annealing_enabled: fade the attention masks out during training. None: yes, unless training starts
+            from an EoMT checkpoint, which has learned to do without: then masks are off.
+        attn_mask_annealing_start, attn_mask_annealing_end: when each masked block's mask starts and ends to fade, in
+            steps or fractions of the run; None: evenly, as published.
+        ckpt_path: EoMT weights to start from (see `load_checkpoint`).
+        load_ckpt_class_head: False trains a fresh class head, for another set of classes.
+        delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints).
+        freeze: parts that do not train.
+        llrd: layer-wise learning-rate decay of the backbone; 1.0 is none.
+        llrd_masked_blocks: False exempts the blocks that see the queries from it.
+        weight_decay: of all but the adapters.
+        lr_schedule, poly_power: decay after warm-up, see `lr_factor`.
+        warmup_steps: warm-up of heads and adapters, then of the backbone, which waits for the first; in steps (int) or
+            fractions of the run (float).
+        num_points .. no_object_coefficient: see `MaskClassificationLoss`.
+        class_weights, class_names, class_colors: K weights for the class loss; K names and RGB colours for reports.
+        compile: `torch.compile` the network.
+
+    Raises:
+        ValueError: impossible values, before anything is built where that is possible.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        num_classes: int,
+        lr: float = 1e-4,
+        use_lora: bool = False,
+        lora_rank: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.05,
+        lora_target_modules: Sequence[str] = ("attn.qkv", "attn.proj"),
+        lora_blocks: int | Literal["all"] = "all",
+        lora_options: Mapping[str, Any] | None = None,
+        lora_lr: float | None = None,
+        backbone_name: str = "vit_large_patch14_reg4_dinov2",
+        patch_size: int = 16,
+        pretrained: bool = True,
+        backbone_kwargs: Mapping[str, Any] | None = None,
+        num_q: int = 100,
+        num_blocks: int = 4,
+        masked_attn_enabled: bool = True,
+        attn_mask_annealing_enabled: bool | None = None,
+        attn_mask_annealing_start: Sequence[int | float] | None = None,
+        attn_mask_annealing_end: Sequence[int | float] | None = None,
+        ckpt_path: str | None = None,
+        load_ckpt_class_head: bool = True,
+        delta_weights: bool = False,
+        freeze: Sequence[Part] = (),
+        llrd: float = 0.8,
+        llrd_masked_blocks: bool = True,
+        weight_decay: float = 0.05,
+        lr_schedule: LRSchedule = "poly",
+        poly_power: float = 0.9,
+        warmup_steps: Sequence[int | float] = (0.025, 0.05),
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        mask_coefficient: float = 5.0,
+        dice_coefficient: float = 5.0,
+        class_coefficient: float = 2.0,
+        no_object_coefficient: float = 0.1,
+        class_weights: Sequence[float] | None = None,
+        class_names: Sequence[str] | None = None,
+        class_colors: Sequence[Sequence[int]] | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lora_settings = LoRASettings(
+            lora_rank, lora_alpha, lora_dropout, lora_target_modules, lora_blocks, lora_options
+        )
+        check_values(self.hparams)
+
+        encoder = ViT(img_size, patch_size, backbone_name, pretrained, backbone_kwargs)
+        self.network = EoMT(encoder, num_classes, num_q, num_blocks, masked_attn_enabled)
+        if ckpt_path:  # weights before adapters: afterwards the names no longer fit
+            report = load_checkpoint(self.network, ckpt_path, load_ckpt_class_head, delta_weights)
+            logger.info("%s", report)
+            if not self.anneals:
+                self.network.attn_mask_probs.zero_()
+        self.base_fingerprint = fingerprint(self.backbone) if use_lora else None
+        self.lora: PeftModel | None = None
+        if use_lora:
+            if not (pretrained or ckpt_path):
+                logger.warning("use_lora with pretrained=false and no ckpt_path: the frozen backbone is random")
+            self.attach(apply_lora(self.backbone, self.lora_settings))
+        self.freeze_parts(freeze)
+
+        self.criterion = MaskClassificationLoss(
+            num_classes,
+            num_points,
+            oversample_ratio,
+            importance_sample_ratio,
+            mask_coefficient,
+            dice_coefficient,
+            class_coefficient,
+            no_object_coefficient,
+            class_weights,
+        )
+        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
+        if compile:
+            self.network.compile()
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.network.encoder.backbone
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.hparams.class_names or map(str, range(self.hparams.num_classes)))
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the attention masks fade out during training."""
+        enabled = self.hparams.attn_mask_annealing_enabled
+        return self.hparams.ckpt_path is None if enabled is None else enabled
+
+    def attach(self, lora: PeftModel) -> None:
+        """Keeps PEFT's handle beside the network, not in it: as a submodule it would double the state dict."""
+        self.__dict__["lora"] = lora
+        self.strict_loading = False  # its checkpoints hold no frozen weights; on_load_checkpoint checks the rest
+
+    def freeze_parts(self, parts: Sequence[Part]) -> None:
+        modules = {
+            "backbone": self.backbone,
+            "queries": self.network.q,
+            "class_head": self.network.class_head,
+            "mask_head": self.network.mask_head,
+            "upscale": self.network.upscale,
+        }
+        adapters = {id(p) for p in self.adapter_parameters()}
+        for part in parts:
+            for p in modules[part].parameters():
+                p.requires_grad_(id(p) in adapters)
+        if not any(p.requires_grad for p in self.parameters()):
+            raise ValueError(f"freeze {list(parts)} leaves nothing to train: free a part, or set use_lora=true")
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What LoRA adds to the backbone."""
+        return [p for name, p in self.backbone.named_parameters() if ".lora_" in name]
+
+    # Training
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """images uint8 [B, 3, H, W] and label maps uint8 [B, H, W] -> the loss, summed over all predictions."""
+        images, labels = batch
+        predictions = zip(*self.network(images / 255), strict=True)
+        terms = [self.criterion(mask_logits, class_logits, labels) for mask_logits, class_logits in predictions]
+        loss = sum(sum(term.values()) for term in terms)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms[-1].items()})
+        return loss
+
+    def on_fit_start(self) -> None:
+        self.total_steps = self.count_steps()
+        if self.anneals and self.network.masked_attn_enabled:
+            starts, ends = default_annealing(self.network.num_blocks)
+            self.annealing = [
+                tuple(resolve_steps("attn_mask_annealing", value, self.total_steps) for value in span)
+                for span in zip(
+                    self.hparams.attn_mask_annealing_start or starts,
+                    self.hparams.attn_mask_annealing_end or ends,
+                    strict=True,
+                )
+            ]
+            late = [span for span in self.annealing if span[1] > self.total_steps or span[0] > span[1]]
+            if late:
+                raise ValueError(
+                    f"attn_mask_annealing from step {late[0][0]} to {late[0][1]} does not end within the run of "
+                    f"{self.total_steps} steps: the deployed network has no masks; give fractions of the run"
+                )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.anneals and self.network.masked_attn_enabled:
+            probs = [mask_probability(self.global_step, *span) for span in self.annealing]
+            self.network.attn_mask_probs.copy_(torch.tensor(probs))
+
+    def count_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf") or steps < 1:
+            raise ValueError("the length of the run is unknown: set trainer.max_epochs or trainer.max_steps")
+        return int(steps)
+
+    def configure_optimizers(self) -> dict:
+        hp, total_steps = self.hparams, self.count_steps()
+        heads, backbone = resolve_warmup(hp.warmup_steps, total_steps)
+        groups = param_groups(
+            self.network,
+            self.adapter_parameters(),
+            hp.lr,
+            hp.lora_lr or hp.lr,
+            hp.llrd,
+            hp.llrd_masked_blocks,
+            hp.weight_decay,
+        )
+
+        def schedule(start: int, warmup: int):
+            return lambda step: lr_factor(step, total_steps, start, warmup, hp.lr_schedule, hp.poly_power)
+
+        optimizer = torch.optim.AdamW(groups)
+        waits = {"backbone": schedule(heads, backbone), "heads": schedule(0, heads), "lora": schedule(0, heads)}
+        scheduler = LambdaLR(optimizer, [waits[group["kind"]] for group in groups])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Evaluation
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> None:
+        """images uint8 [3, H, W] of any size and their label maps uint8 [H, W], judged at their own resolution."""
+        for image, labels in zip(*batch, strict=True):
+            prediction = segment(self.network, image).argmax(0)
+            self.confusion.update(prediction[None], labels[None])
+
+    def on_validation_epoch_end(self) -> None:
+        iou = iou_per_class(self.confusion.compute())
+        self.confusion.reset()
+        self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
+        self.log("val/miou", iou.nanmean(), prog_bar=True)  # already summed over all processes
+        self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})
+
+    # Checkpoints
+
+    def trained_keys(self) -> set[str]:
+        """State-dict keys that a LoRA run changes: trainable parameters and buffers."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return self.state_dict().keys() - frozen
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora is not None:
+            keys = self.trained_keys()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
+            checkpoint["base_fingerprint"] = self.base_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora is None:
+            return
+        check_fingerprint(checkpoint.get("base_fingerprint"), self.base_fingerprint, "this checkpoint")
+        wrong = self.trained_keys() ^ checkpoint["state_dict"].keys()
+        if wrong:
+            raise ValueError(
+                f"this checkpoint does not fit the LoRA configuration: {len(wrong)} weights differ "
+                f"({', '.join(sorted(wrong)[:3])}); resume with the settings it was trained with"
+            )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what is needed to rebuild this network: with LoRA a small adapter folder, otherwise all weights.
+
+        An adapter folder is PEFT's own format for the backbone, plus `heads.safetensors` (queries, heads, buffers) and
+        `eomt_config.json`. Its base weights are named, not copied, unless they are random and exist nowhere else.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {key: value.contiguous().cpu() for key, value in self.state_dict().items()}
+        metadata = {"img_size": json.dumps(list(self.hparams.img_size))}
+        if self.lora is None:
+            save_file(state, directory / WEIGHTS_FILE, metadata)
+        else:
+            save_adapter(self.lora, directory)
+            heads = {k: v for k, v in state.items() if not k.startswith("network.encoder.backbone.")}
+            save_file(heads, directory / HEADS_FILE, metadata)
+            if not (self.hparams.pretrained or self.hparams.ckpt_path):
+                base = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+                save_file(base, directory / BASE_FILE, metadata)
+        init = dict(self.hparams)
+        if init["ckpt_path"]:
+            init["ckpt_path"] = str(Path(init["ckpt_path"]).expanduser().resolve())
+        config = {"schema": 1, "eomt_lora": __version__, "base_fingerprint": self.base_fingerprint, "init": init}
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, ckpt_path: str | None = None) -> "MaskClassificationSemantic":
+        """Restores what `save_pretrained` wrote, bit for bit, in evaluation mode.
+
+        Args:
+            directory: an `adapter/` or `model/` folder of a run.
+            ckpt_path: the base weights of an adapter, if they have moved since.
+
+        Raises:
+            FileNotFoundError: not such a folder, or its base weights are gone.
+            ValueError: the base has other weights than the adapter was trained on.
+        """
+        directory = Path(directory)
+        if not (directory / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}: give the adapter/ or model/ folder of a run")
+        config = json.loads((directory / CONFIG_FILE).read_text())
+        init = config["init"]
+        built = {**init, "use_lora": False, "freeze": (), "compile": False}
+        if not init["use_lora"]:
+            module = cls(**built | {"pretrained": False, "ckpt_path": None})
+            load_checkpoint(module.network, directory / WEIGHTS_FILE)
+        else:
+            has_base = (directory / BASE_FILE).is_file()
+            base = ckpt_path or (str(directory / BASE_FILE) if has_base else init["ckpt_path"])
+            module = cls(**built | {"ckpt_path": base})
+            found = fingerprint(module.backbone)
+            check_fingerprint(config["base_fingerprint"], found, f"the adapter {directory}")
+            module.base_fingerprint = found
+            module.attach(load_adapter(module.backbone, directory))
+            load_heads(module, load_file(directory / HEADS_FILE))
+        module.hparams.update(init)
+        return module.eval()
+
+
+def load_heads(module: MaskClassificationSemantic, heads: Mapping[str, Tensor]) -> None:
+    """Everything outside the backbone, and nothing less."""
+    wanted = {key for key in module.state_dict() if not key.startswith("network.encoder.backbone.")}
+    if wrong := wanted ^ heads.keys():
+        raise ValueError(f"{HEADS_FILE} does not fit this network: {', '.join(sorted(wrong)[:3])}")
+    module.load_state_dict(heads, strict=False)
+
+
+def check_fingerprint(trained_on: str | None, found: str | None, what: str) -> None:
+    """Raises ValueError when an adapter meets other base weights than its own."""
+    if trained_on != found:
+        raise ValueError(
+            f"{what} was trained on base weights {str(trained_on)[:12]}, but this backbone has {str(found)[:12]}: "
+            "its updates would be added to other weights; give the original base with ckpt_path"
+        )
+
+
+def iou_per_class(confusion: Tensor) -> Tensor:
+    """Confusion counts [K, K] (target, prediction) -> IoU [K] in [0, 1], NaN for a class in neither."""
+    hit = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    return torch.where(union > 0, hit / union.clamp(min=1), torch.nan)
+
+
+def check_values(hp: Mapping[str, Any]) -> None:
+    """Impossible values, found before the network is built."""
+    check_img_size(hp["img_size"], hp["patch_size"])
+    for name in ("lr", "lora_lr", "llrd", "poly_power", "num_points", "num_q", "num_blocks", "num_classes"):
+        if hp[name] is not None and not hp[name] > 0:
+            raise ValueError(f"{name} {hp[name]}: must be greater than 0")
+    if hp["num_classes"] > IGNORE - 1:
+        raise ValueError(f"num_classes {hp['num_classes']}: label maps are uint8 and {IGNORE} is ignored; at most 254")
+    if hp["llrd"] > 1:
+        raise ValueError(f"llrd {hp['llrd']}: a decay per block lies between 0 and 1; 1.0 is none")
+    if hp["weight_decay"] < 0:
+        raise ValueError(f"weight_decay {hp['weight_decay']}: cannot be negative")
+    if not 0 <= hp["importance_sample_ratio"] <= 1:
+        raise ValueError(f"importance_sample_ratio {hp['importance_sample_ratio']}: a share of the points, 0 to 1")
+    if hp["oversample_ratio"] < 1:
+        raise ValueError(f"oversample_ratio {hp['oversample_ratio']}: candidates per point, at least 1")
+    for name in ("class_names", "class_colors", "class_weights"):
+        if hp[name] is not None and len(hp[name]) != hp["num_classes"]:
+            raise ValueError(f"{name} has {len(hp[name])} entries, num_classes is {hp['num_classes']}")
+    for name in ("attn_mask_annealing_start", "attn_mask_annealing_end"):
+        if hp[name] is not None and len(hp[name]) != hp["num_blocks"]:
+            raise ValueError(f"{name} has {len(hp[name])} entries, num_blocks is {hp['num_blocks']}")

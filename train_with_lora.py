@@ -1,0 +1,133 @@
+"""Trains EoMT on street scenes, with and without LoRA. `python train_with_lora.py --help` shows how."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from eomt.command_line import help_text, one_sentence, translate_flags
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def train(cfg, output_dir: Path) -> dict:  # noqa: ANN001
+    """One run, from configuration to summary."""
+    import lightning
+    import torch
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from eomt.reporting.run_report import finish_run, print_start
+
+    started = time.time()
+    check(cfg)
+    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    quiet_libraries()
+
+    datamodule = instantiate(cfg.data, _convert_="all")
+    module = instantiate(cfg.model, **classes_of(datamodule, cfg.model.num_classes), _convert_="all")
+    callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
+    if cfg.patience is not None:
+        stop = lightning.pytorch.callbacks.EarlyStopping("val/miou", mode="max", patience=cfg.patience)
+        callbacks["early_stopping"] = stop
+    loggers = [instantiate(node, _convert_="all") for node in cfg.logger.values()]
+    trainer = instantiate(
+        cfg.trainer, callbacks=list(callbacks.values()), logger=loggers, default_root_dir=output_dir, _convert_="all"
+    )
+
+    print_start(module, datamodule)
+    trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
+    return finish_run(trainer, module, datamodule, callbacks, output_dir, seed=cfg.seed, started=started)
+
+
+def check(cfg) -> None:  # noqa: ANN001
+    """Everything that can be known to be wrong before data and network are built."""
+    from omegaconf import OmegaConf
+
+    from eomt.config_check import check_config, did_you_mean
+
+    known = ("data", "model", "trainer", "callbacks", "logger", "experiment")
+    known += ("name", "output_dir", "seed", "resume", "patience")
+    for key in cfg:
+        if key not in known:
+            raise ValueError(f"{key} is unknown at the top of the configuration{did_you_mean(key, known)}")
+    for key in ("data", "model", "trainer", "callbacks", "logger"):
+        if key not in cfg:
+            raise ValueError(f"the configuration has no {key}: begin it with `defaults: [cityscapes, _self_]`")
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
+    if cfg.resume and not Path(cfg.resume).is_file():
+        raise FileNotFoundError(f"resume {cfg.resume}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain["model"]["num_classes"] = plain["model"]["num_classes"] or 1  # the data set says, later
+    check_config(plain)
+
+
+def quiet_libraries() -> None:
+    """Keeps advertising and notes to developers out of the log; warnings about the run stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
+
+
+def classes_of(datamodule, num_classes: int | None) -> dict:  # noqa: ANN001
+    """What the model must know of the data set's classes."""
+    if num_classes not in (None, datamodule.num_classes):
+        raise ValueError(
+            f"model.num_classes {num_classes}: the data set has {datamodule.num_classes} classes; leave it out"
+        )
+    return {
+        "num_classes": datamodule.num_classes,
+        "class_weights": datamodule.class_weights,
+        "class_names": list(datamodule.classes.names),
+        "class_colors": [list(color) for color in datamodule.classes.colors],
+    }
+
+
+def main() -> None:
+    """Command line: exit code 0; 1 for a run that cannot or must not go on; 2 for a mistyped command."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(CONFIGS))
+        return
+    try:
+        sys.argv[1:] = translate_flags(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(fail(error, 2))
+
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
+    def run(cfg) -> None:  # noqa: ANN001
+        from lora_config import AuditError
+
+        try:
+            train(cfg, Path(HydraConfig.get().runtime.output_dir))
+        except (ValueError, ImportError, OSError, AuditError, HydraException, OmegaConfBaseException) as error:
+            if full_error:
+                raise
+            sys.exit(fail(error, 1))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped override arrives here and not as Hydra's own page
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        sys.exit(fail(error, 2))
+
+
+def fail(error: BaseException, code: int) -> int:
+    """Prints the error as one sentence and returns the exit code."""
+    print(f"error: {one_sentence(error)}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()
