@@ -7,19 +7,19 @@ import time
 import warnings
 from pathlib import Path
 
-from eomt.command_line import help_text, one_sentence, translate_flags
+from eomt.command_line import did_you_mean, help_text, one_sentence, translate_flags
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def train(cfg, output_dir: Path) -> dict:  # noqa: ANN001
+def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     """One run, from configuration to summary."""
     import lightning
     import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from eomt.reporting.run_report import finish_run, print_start
+    from eomt.reporting.run_report import finish_run, print_start, validate_last_step
 
     started = time.time()
     check(cfg)
@@ -29,7 +29,7 @@ def train(cfg, output_dir: Path) -> dict:  # noqa: ANN001
     quiet_libraries()
 
     datamodule = instantiate(cfg.data, _convert_="all")
-    module = instantiate(cfg.model, **classes_of(datamodule, cfg.model.num_classes), _convert_="all")
+    module = instantiate(cfg.model, **classes_of(datamodule, cfg.model.get("num_classes")), _convert_="all")
     callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
     if cfg.patience is not None:
         stop = lightning.pytorch.callbacks.EarlyStopping("val/miou", mode="max", patience=cfg.patience)
@@ -40,15 +40,19 @@ def train(cfg, output_dir: Path) -> dict:  # noqa: ANN001
     )
 
     print_start(module, datamodule)
-    trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
-    return finish_run(trainer, module, datamodule, callbacks, output_dir, seed=cfg.seed, started=started)
+    try:
+        trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
+        validate_last_step(trainer, module, datamodule)
+    finally:  # a run that fails leaves its summary, too
+        finish_run(trainer, module, datamodule, callbacks, output_dir, seed=cfg.seed, started=started)
 
 
 def check(cfg) -> None:  # noqa: ANN001
     """Everything that can be known to be wrong before data and network are built."""
     from omegaconf import OmegaConf
 
-    from eomt.config_check import check_config, did_you_mean
+    from eomt.config_check import check_config
+    from eomt.training.mask_classification_semantic import check_settings
 
     known = ("data", "model", "trainer", "callbacks", "logger", "experiment")
     known += ("name", "output_dir", "seed", "resume", "patience")
@@ -58,13 +62,15 @@ def check(cfg) -> None:  # noqa: ANN001
     for key in ("data", "model", "trainer", "callbacks", "logger"):
         if key not in cfg:
             raise ValueError(f"the configuration has no {key}: begin it with `defaults: [cityscapes, _self_]`")
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
     if cfg.resume and not Path(cfg.resume).is_file():
         raise FileNotFoundError(f"resume {cfg.resume}: no such checkpoint; a run keeps checkpoints/last.ckpt")
     plain = OmegaConf.to_container(cfg, resolve=True)
-    plain["model"]["num_classes"] = plain["model"]["num_classes"] or 1  # the data set says, later
+    if plain["model"].get("num_classes") is None:
+        plain["model"]["num_classes"] = 1  # the data set says, later
     check_config(plain)
+    check_settings(**{key: value for key, value in plain["model"].items() if key != "_target_"})
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
 
 
 def quiet_libraries() -> None:
@@ -105,7 +111,7 @@ def main() -> None:
 
     @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
     def run(cfg) -> None:  # noqa: ANN001
-        from lora_config import AuditError
+        from lora_audit import AuditError
 
         try:
             train(cfg, Path(HydraConfig.get().runtime.output_dir))

@@ -1,6 +1,7 @@
 """The command line of `train_with_lora.py`: the guide's flags, `--help`, and errors in one sentence."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # flag: how many values it takes, and the override that it stands for
@@ -19,10 +20,8 @@ FLAGS = {
     "--output_dir": (1, "output_dir='{}'"),
     "--use_wandb": (0, "logger=wandb"),
 }
-HYDRA_FLAGS = (
-    "--config-name --config-dir --config-path --multirun --cfg --resolve --package --info --run --version --hydra-help "
-    "--shell-completion --experimental-rerun"
-).split()
+HYDRA_FLAGS = ("--config-name", "--config-dir", "--config-path", "--multirun", "--cfg", "--resolve", "--package")
+HYDRA_FLAGS += ("--info", "--run", "--version", "--hydra-help", "--shell-completion", "--experimental-rerun")
 
 
 def translate_flags(arguments: Sequence[str]) -> list[str]:
@@ -41,13 +40,13 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
         if word in FLAGS:
             count, override = FLAGS[word]
             values, rest = rest[:count], rest[count:]
-            if len(values) < count or any(value.startswith("--") for value in values):
-                raise ValueError(f"{word} takes {count} value{'s' * (count > 1)}, got {len(values)}; see --help")
+            if len(values) < count or any(value.startswith("--") or "=" in value for value in values):
+                raise ValueError(
+                    f"{word} takes {count} value{'s' * (count > 1)}, got {' '.join(values) or 'none'}; see --help"
+                )
             translated.append(override.format(*values))
         elif word.startswith("--") and word not in HYDRA_FLAGS:
-            from eomt.config_check import did_you_mean
-
-            raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])} See --help")
+            raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
         else:
             translated.append(word)
     return translated
@@ -78,7 +77,7 @@ usage: python train_with_lora.py [--config-name NAME] [flags] [group=choice] [ke
 
 Examples
   python train_with_lora.py --config-name cityscapes_lora data.root=/data/cityscapes model.lora_rank=8
-  python train_with_lora.py --use_lora --lora_rank 16 --lora_alpha 32 --epochs 50 --batch_size 4 --dataset_root /data/cityscapes
+  python train_with_lora.py --use_lora --lora_rank 16 --lora_alpha 32 --epochs 50 --batch_size 4 --dataset_root /data/cs
   python train_with_lora.py experiment=toy_lora        # needs no data, no download and no GPU
 
 Configurations (--config-name)
@@ -100,6 +99,17 @@ Short flags and what they stand for
 
 
 def one_sentence(error: BaseException) -> str:
-    """The first line of an error's innermost cause, without library prefixes."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0]
+    """An error without what libraries wrap around it: calls to targets, search paths, names of their own classes."""
+    cause, message = error.__cause__, str(error)
+    if type(error).__name__ == "InstantiationException" and cause is not None:
+        return one_sentence(cause)
+    if message.startswith("Could not override") and hasattr(cause, "parent_node"):
+        return f"{message.split(chr(39))[1]} is not in the configuration{did_you_mean(cause.key, cause.parent_node)}"
+    message = message.split("Config search path:")[0]  # a missing group lists the choices before that
+    return " ".join(message.split()) or type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable) -> str:
+    """The closest known word as the end of a sentence, or nothing."""
+    close = difflib.get_close_matches(word, [str(name) for name in known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,6 +1,5 @@
 """A configuration is checked against the signatures it will be called with, before anything is built."""
 
-import difflib
 import functools
 import inspect
 import pkgutil
@@ -10,6 +9,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
+
+from eomt.command_line import did_you_mean
 
 
 def check_config(node: Any, path: str = "") -> None:
@@ -78,9 +79,3 @@ def check_type(value: Any, hint: Any, path: str) -> None:
 @functools.cache
 def adapter(hint: Any) -> TypeAdapter:
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-
-
-def did_you_mean(word: str, known: Any) -> str:
-    """ "; did you mean ...?" for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, [str(name) for name in known], n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,12 @@ def print_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
     logger.info("%s", trainable_report(module, title))
 
 
+def validate_last_step(trainer: Trainer, module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
+    """A run whose length is no multiple of the validation interval ends with a validation, too."""
+    if module.validated_step != trainer.global_step and trainer.limit_val_batches != 0:
+        trainer.validate(module, datamodule, verbose=False)
+
+
 def finish_run(
     trainer: Trainer,
     module: MaskClassificationSemantic,
@@ -36,17 +43,18 @@ def finish_run(
     started: float,
 ) -> dict[str, Any]:
     """Writes `summary.json` and prints the result; returns the summary."""
+    error = sys.exc_info()[1]
     best = callbacks["save_best"].best
     audit = callbacks["audit"].audit
     last = trainer.callback_metrics.get("val/miou")
     folder = callbacks["save_best"].folder(module)
     facts = {
+        "status": "finished" if error is None else f"failed: {error}",
         "miou": best["miou"] if math.isfinite(best["miou"]) else None,
         "class_iou": {name: None if iou != iou else iou for name, iou in best.get("class_iou", {}).items()},
         "best_step": best.get("step"),
         "last_miou": None if last is None else last.item(),
         "steps": trainer.global_step,
-        "interrupted": trainer.interrupted,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "artefact": folder.name,
@@ -65,7 +73,8 @@ def finish_run(
     if not trainer.is_global_zero:
         return facts
     summary = write_summary(output_dir / "summary.json", facts)
-    print_result(summary, output_dir)
+    if error is None:
+        print_result(summary, output_dir)
     return summary
 
 

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from lora_config import LoRAAudit
+from lora_audit import LoRAAudit
 
 
 class AuditLoRA(Callback):
@@ -65,7 +65,7 @@ class SaveBest(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         miou = trainer.callback_metrics.get("val/miou")
-        if trainer.sanity_checking or trainer.state.fn != "fit" or miou is None or not miou > self.best["miou"]:
+        if trainer.sanity_checking or miou is None or not miou > self.best["miou"]:
             return
         self.best = {"miou": miou.item(), "class_iou": module.class_iou, "step": trainer.global_step}
         if trainer.is_global_zero:
@@ -95,9 +95,9 @@ class SamplePictures(Callback):
         self.directory, self.every_n_epochs, self.num_images = Path(directory), every_n_epochs, num_images
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step >= module.total_steps
-        due = self.every_n_epochs and trainer.current_epoch % self.every_n_epochs == 0
-        if trainer.is_global_zero and trainer.state.fn == "fit" and (due or last) and not trainer.sanity_checking:
+        due = trainer.current_epoch % self.every_n_epochs == 0 if self.every_n_epochs else False
+        last = self.every_n_epochs and trainer.global_step >= module.total_steps
+        if trainer.is_global_zero and (due or last) and not trainer.sanity_checking:
             self.draw(trainer, module)
 
     def draw(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:

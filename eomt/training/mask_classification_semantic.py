@@ -1,14 +1,16 @@
 """The module that users name in YAML: an EoMT for semantic segmentation, with or without LoRA, and how it trains."""
 
+from __future__ import annotations
+
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,6 +33,9 @@ from eomt.training.schedules import (
 )
 from eomt.training.semantic_inference import segment
 from lora_config import LoRASettings, apply_lora, fingerprint, load_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +129,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lora_settings = LoRASettings(
-            lora_rank, lora_alpha, lora_dropout, lora_target_modules, lora_blocks, lora_options
-        )
-        check_values(self.hparams)
+        self.lora_settings = check_settings(**self.hparams)
 
         encoder = ViT(img_size, patch_size, backbone_name, pretrained, backbone_kwargs)
         self.network = EoMT(encoder, num_classes, num_q, num_blocks, masked_attn_enabled)
@@ -155,6 +157,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
             no_object_coefficient,
             class_weights,
         )
+        self.validated_step: int | None = None
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
         if compile:
             self.network.compile()
@@ -273,6 +276,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         iou = iou_per_class(self.confusion.compute())
         self.confusion.reset()
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
+        self.validated_step = self.global_step
         self.log("val/miou", iou.nanmean(), prog_bar=True)  # already summed over all processes
         self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})
 
@@ -326,7 +330,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, ckpt_path: str | None = None) -> "MaskClassificationSemantic":
+    def from_pretrained(cls, directory: str | Path, ckpt_path: str | None = None) -> MaskClassificationSemantic:
         """Restores what `save_pretrained` wrote, bit for bit, in evaluation mode.
 
         Args:
@@ -383,13 +387,20 @@ def iou_per_class(confusion: Tensor) -> Tensor:
     return torch.where(union > 0, hit / union.clamp(min=1), torch.nan)
 
 
-def check_values(hp: Mapping[str, Any]) -> None:
-    """Impossible values, found before the network is built."""
+def check_settings(**settings: Any) -> LoRASettings:
+    """The arguments of `MaskClassificationSemantic`, checked without building it; returns those of LoRA.
+
+    Raises:
+        ValueError: an impossible value.
+    """
+    bound = inspect.signature(MaskClassificationSemantic).bind(**settings)
+    bound.apply_defaults()
+    hp = bound.arguments
     check_img_size(hp["img_size"], hp["patch_size"])
     for name in ("lr", "lora_lr", "llrd", "poly_power", "num_points", "num_q", "num_blocks", "num_classes"):
         if hp[name] is not None and not hp[name] > 0:
             raise ValueError(f"{name} {hp[name]}: must be greater than 0")
-    if hp["num_classes"] > IGNORE - 1:
+    if hp["num_classes"] >= IGNORE:
         raise ValueError(f"num_classes {hp['num_classes']}: label maps are uint8 and {IGNORE} is ignored; at most 254")
     if hp["llrd"] > 1:
         raise ValueError(f"llrd {hp['llrd']}: a decay per block lies between 0 and 1; 1.0 is none")
@@ -399,9 +410,13 @@ def check_values(hp: Mapping[str, Any]) -> None:
         raise ValueError(f"importance_sample_ratio {hp['importance_sample_ratio']}: a share of the points, 0 to 1")
     if hp["oversample_ratio"] < 1:
         raise ValueError(f"oversample_ratio {hp['oversample_ratio']}: candidates per point, at least 1")
-    for name in ("class_names", "class_colors", "class_weights"):
-        if hp[name] is not None and len(hp[name]) != hp["num_classes"]:
-            raise ValueError(f"{name} has {len(hp[name])} entries, num_classes is {hp['num_classes']}")
-    for name in ("attn_mask_annealing_start", "attn_mask_annealing_end"):
-        if hp[name] is not None and len(hp[name]) != hp["num_blocks"]:
-            raise ValueError(f"{name} has {len(hp[name])} entries, num_blocks is {hp['num_blocks']}")
+    for name, length in (
+        ("class_names", "num_classes"),
+        ("class_colors", "num_classes"),
+        ("class_weights", "num_classes"),
+        ("attn_mask_annealing_start", "num_blocks"),
+        ("attn_mask_annealing_end", "num_blocks"),
+    ):
+        if hp[name] is not None and len(hp[name]) != hp[length]:
+            raise ValueError(f"{name} has {len(hp[name])} entries, {length} is {hp[length]}")
+    return LoRASettings(**{name: hp[f"lora_{name}"] for name in LoRASettings.__dataclass_fields__})
