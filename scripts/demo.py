@@ -1,0 +1,95 @@
+"""The whole idea in five minutes, on a CPU: a network learns clear weather, then night and fog, with and without LoRA."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = {"source": "toy_source", "full fine-tune": "toy_full", "LoRA": "toy_lora"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    parser.add_argument("overrides", nargs="*", help="passed to every run, for example trainer.max_epochs=1")
+    arguments = parser.parse_args()
+    started = time.time()
+
+    source = arguments.output / "toy_source" / "model"
+    for experiment in VARIANTS.values():
+        start = [] if experiment == "toy_source" else [f"model.ckpt_path='{source}'"]
+        train(experiment, arguments.output / experiment, [*start, *arguments.overrides])
+
+    rows = [row(name, arguments.output / experiment) for name, experiment in VARIANTS.items()]
+    (arguments.output / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print_table(rows)
+    print(f"{time.time() - started:.0f} seconds; pictures of the predictions:")
+    for experiment in VARIANTS.values():
+        print(f"  {sorted((arguments.output / experiment / 'samples').glob('*.png'))[-1]}")
+
+
+def train(experiment: str, output_dir: Path, overrides: list[str]) -> None:
+    """One run, the way a user starts it."""
+    command = [sys.executable, str(ROOT / "train_with_lora.py"), f"experiment={experiment}"]
+    command += [f"output_dir='{output_dir}'", *overrides]
+    print("\n$ " + " ".join(["python", "train_with_lora.py", *command[2:]]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def row(name: str, run: Path) -> dict:
+    """What a run cost, and what its artefact is worth in both domains."""
+    summary = json.loads((run / "summary.json").read_text())
+    folder = summary["artefact"]
+    return {
+        "variant": name,
+        "miou_clear": miou(run / folder, "clear"),
+        "miou_night_fog": miou(run / folder, "night_fog"),
+        "trainable_parameters": summary["trainable_parameters"],
+        "artefact_bytes": sum(size for file, size in summary["files"].items() if file.startswith(folder + "/")),
+        "peak_memory_bytes": summary["peak_memory"]["bytes"],
+        "seconds_per_step": summary["seconds_per_step"]["total"],
+    }
+
+
+def miou(artefact: Path, domain: str) -> float:
+    """mIoU of a saved network on the validation images of a domain."""
+    import lightning
+
+    from eomt.data.toy_streets import toy_streets
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+    module = MaskClassificationSemantic.from_pretrained(artefact)
+    data = toy_streets(domain=domain, img_size=module.hparams.img_size, num_workers=0)
+    trainer = lightning.Trainer(
+        precision="bf16-mixed", logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1
+    )
+    return trainer.validate(module, data, verbose=False)[0]["val/miou"]
+
+
+def print_table(rows: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Clear weather to night and fog, from the same source network, data, steps and seed")
+    table.add_column("variant")
+    columns = "mIoU clear", "mIoU night/fog", "trainable parameters", "artefact", "peak memory", "s per step"
+    for column in columns:
+        table.add_column(column, justify="right")
+    for values in rows:
+        table.add_row(
+            values["variant"],
+            f"{100 * values['miou_clear']:.1f}",
+            f"{100 * values['miou_night_fog']:.1f}",
+            f"{values['trainable_parameters']:,}",
+            f"{values['artefact_bytes'] / 2**20:.2f} MiB",
+            f"{values['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"{values['seconds_per_step']:.3f}",
+        )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
+from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
+from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.statistics import ClassCounts, class_weights, count_classes
+
+CLASSES = LabelSet(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
+DECODER = IndexDecoder({0: 0, 1: 1, 2: 2, 255: IGNORE}, "mend it")
+
+
+@pytest.fixture
+def make_set(tmp_path):
+    def make(count, classes=CLASSES):
+        samples = []
+        for index in range(count):
+            image, label = tmp_path / f"{index}.png", tmp_path / f"{index}_l.png"
+            Image.fromarray(np.full((20, 30 + index, 3), index, dtype=np.uint8)).save(image)
+            labels = np.zeros((20, 30 + index), dtype=np.uint8)
+            labels[:5] = 1
+            labels[5:6] = IGNORE
+            Image.fromarray(labels).save(label)
+            samples.append(Sample(str(index), Source(str(image)), Source(str(label))))
+        return SegmentationDataset(samples, classes, DECODER)
+
+    return make
+
+
+def module(train, val, **options):
+    return SegmentationDataModule(train, val, **({"img_size": (16, 16), "batch_size": 2, "num_workers": 0} | options))
+
+
+def test_training_batches_are_uint8_crops_and_the_incomplete_last_one_is_dropped(make_set):
+    batches = list(module(make_set(5), make_set(1)).train_dataloader())
+    assert len(batches) == 2
+    images, labels = batches[0]
+    assert images.shape == (2, 3, 16, 16) and labels.shape == (2, 16, 16)
+    assert images.dtype == labels.dtype == torch.uint8
+
+
+def test_validation_gives_whole_images_in_order(make_set):
+    batches = list(module(make_set(2), make_set(3)).val_dataloader())
+    assert [images[0].shape for images, _ in batches] == [(3, 20, 30), (3, 20, 31), (3, 20, 32)]
+    assert all(isinstance(images, list) and isinstance(labels, list) for images, labels in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_seed_fixes_order_and_augmentation(make_set, workers):
+    def epoch(seed):
+        torch.manual_seed(seed)
+        loader = module(make_set(8), make_set(1), num_workers=workers).train_dataloader()
+        return torch.cat([images for images, _ in loader])
+
+    assert torch.equal(epoch(1), epoch(1))
+    assert not torch.equal(epoch(1), epoch(2))
+
+
+@pytest.mark.parametrize(("images", "processes"), [(5, 2), (2, 2), (7, 3)])
+def test_each_process_validates_on_images_of_its_own_and_none_is_repeated(make_set, images, processes):
+    seen = []
+    for rank in range(processes):
+        data = module(make_set(8), make_set(images))
+        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        seen += [int(batch[0][0, 0, 0]) for batch, _ in data.val_dataloader()]
+    assert sorted(seen) == list(range(images))
+
+
+def test_more_processes_than_validation_images_are_refused(make_set):
+    data = module(make_set(4), make_set(1))
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    with pytest.raises(ValueError, match="there are 1 for 2 processes"):
+        data.val_dataloader()
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(make_set):
+    with pytest.raises(ValueError, match=r"= 4 training images, there are 3; set data.batch_size to 3"):
+        module(make_set(3), make_set(1), batch_size=4)
+
+
+def test_a_batch_larger_than_a_process_share_of_the_training_set_is_refused(make_set):
+    data = module(make_set(3), make_set(2))
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    with pytest.raises(ValueError, match=r"2 x 2 process\(es\) = 4 training images, there are 3"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize(("train", "val", "split"), [(0, 1, "training"), (1, 0, "validation")])
+def test_empty_splits_are_refused(make_set, train, val, split):
+    with pytest.raises(ValueError, match=f"The {split} split has 0 images"):
+        module(make_set(train), make_set(val), batch_size=1)
+
+
+def test_splits_of_different_classes_are_refused(make_set):
+    with pytest.raises(ValueError, match="same classes"):
+        module(make_set(2), make_set(1, LabelSet(("x", "b", "c"), CLASSES.colors)))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_workers": -1}, {"class_weights": "median"}])
+def test_impossible_settings_are_refused(make_set, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        module(make_set(2), make_set(1), **options)
+
+
+def test_inverse_weights_are_inverse_to_the_pixels_and_have_mean_one(make_set):
+    weights = module(make_set(2), make_set(1), class_weights="inverse").class_weights
+    a, b, absent = weights
+    assert b / a == pytest.approx(14 / 5)  # 14 rows of a, 5 of b, one ignored
+    assert (a + b) / 2 == pytest.approx(1)
+    assert absent == 1
+
+
+def test_effective_number_follows_the_images_that_show_a_class():
+    counts = ClassCounts(torch.tensor([500, 500, 0]), torch.tensor([100, 10, 0]), num_images=100)
+    common, rare, absent = class_weights(counts, "effective_number")
+    assert rare / common == pytest.approx((1 - 0.99**100) / (1 - 0.99**10))
+    assert (common + rare) / 2 == pytest.approx(1)
+    assert absent == 1
+
+
+def test_no_weights_means_that_no_label_is_read(make_set, tmp_path):
+    data = module(make_set(2), make_set(1))
+    for path in tmp_path.glob("*_l.png"):
+        path.unlink()
+    assert data.class_weights is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_counts_are_those_of_all_labels(make_set, workers):
+    counts = count_classes(make_set(3), workers)
+    assert counts.pixels.tolist() == [14 * (30 + 31 + 32), 5 * (30 + 31 + 32), 0]
+    assert counts.images.tolist() == [3, 3, 0]
+    assert counts.num_images == 3
+
+
+def test_the_fingerprint_tells_splits_and_sizes(make_set):
+    one, two = (module(make_set(count), make_set(1)).fingerprint() for count in (2, 3))
+    assert (one["train_images"], one["val_images"], two["train_images"]) == (2, 1, 3)
+    assert one["train"] != two["train"]
+    assert one["val"] == two["val"]
+
+
+def test_loader_options_are_the_data_modules_own_parameters():
+    parameters = set(inspect.signature(SegmentationDataModule.__init__).parameters)
+    assert set(LoaderOptions.__annotations__) == parameters - {"self", "train", "val"}
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "camvid", "folder", "toy_streets"])
+def test_every_key_of_a_data_yaml_is_a_parameter_of_its_factory(name):
+    from importlib import import_module
+
+    path = Path(__file__).parents[1] / "configs" / "data" / f"{name}.yaml"
+    keys = yaml.safe_load(path.read_text())
+    module_name, function = keys.pop("_target_").rsplit(".", 1)
+    own = set(inspect.signature(getattr(import_module(module_name), function)).parameters) - {"loader"}
+    assert own <= set(keys)
+    assert set(keys) <= own | set(LoaderOptions.__annotations__)

@@ -1,0 +1,127 @@
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+
+from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
+from eomt.data.statistics import count_classes
+from eomt.data.toy_scene import draw_scene
+from eomt.data.toy_streets import toy_streets
+
+
+def draw(root, **options):
+    settings = {
+        "num_train": 3,
+        "num_val": 2,
+        "size": (64, 128),
+        "img_size": (32, 32),
+        "batch_size": 1,
+        "num_workers": 0,
+    }
+    return toy_streets(str(root), **(settings | options))
+
+
+def images(data):
+    return [image for image, _ in data.train_set.with_transform(None)]
+
+
+def zips(root):
+    return sorted(root.rglob("*.zip"))
+
+
+def test_the_zips_have_the_layout_of_cityscapes(tmp_path):
+    draw(tmp_path)
+    members = {name for path in zips(tmp_path) for name in ZipFile(path).namelist()}
+    assert {path.name for path in zips(tmp_path)} == {"leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"}
+    assert "leftImg8bit/train/toyville/toyville_000000_000019_leftImg8bit.png" in members
+    assert "gtFine/val/toyburg/toyburg_000001_000019_gtFine_labelIds.png" in members
+    assert len(members) == 10
+
+
+def test_the_same_settings_write_the_same_bytes(tmp_path):
+    draw(tmp_path / "a")
+    draw(tmp_path / "b")
+    for first, second in zip(zips(tmp_path / "a"), zips(tmp_path / "b"), strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_seeds_and_domains_and_splits_show_different_scenes(tmp_path):
+    sets = [
+        draw(tmp_path).train_set,
+        draw(tmp_path, data_seed=1).train_set,
+        draw(tmp_path, domain="night_fog").train_set,
+        draw(tmp_path).val_set,
+    ]
+    labels = [dataset.labels(0) for dataset in sets]
+    assert not any(torch.equal(labels[i], labels[j]) for i in range(4) for j in range(i))
+
+
+def test_a_larger_set_begins_with_the_smaller_one(tmp_path):
+    few, more = draw(tmp_path), draw(tmp_path, num_train=4)
+    assert all(torch.equal(a, b) for a, b in zip(images(few), images(more), strict=False))
+
+
+def test_the_scenes_are_written_once(tmp_path):
+    draw(tmp_path)
+    before = [path.stat().st_mtime_ns for path in zips(tmp_path)]
+    draw(tmp_path)
+    assert [path.stat().st_mtime_ns for path in zips(tmp_path)] == before
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eomt.data.toy_streets.draw_scene", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert len(draw(tmp_path).train_set) == 3
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("EOMT_CACHE", str(tmp_path))
+    toy_streets(num_train=1, num_val=1, size=(32, 64), img_size=(32, 32), batch_size=1, num_workers=0)
+    assert len(zips(tmp_path / "toy_streets")) == 2
+
+
+@pytest.mark.parametrize("domain", ["clear", "night_fog"])
+def test_at_least_twelve_classes_occur_often(tmp_path, domain):
+    data = draw(tmp_path, domain=domain, num_train=24, size=(128, 256))
+    counts = count_classes(data.train_set)
+    often = [name for name, n in zip(CITYSCAPES.names, counts.images, strict=True) if n >= 6]
+    assert len(often) >= 12, often
+    assert {"road", "sidewalk", "building", "vegetation", "sky", "car", "person", "pole"} <= set(often)
+
+
+def test_every_label_is_a_cityscapes_id_and_some_pixels_are_ignored():
+    scenes = [draw_scene(np.random.default_rng(seed), (64, 128), "clear")[1] for seed in range(20)]
+    ids = set(np.unique(scenes).tolist())
+    assert ids <= set(TRAIN_ID_OF_ID)
+    assert 4 in ids  # static
+
+
+def test_night_is_darker_than_day_but_not_black():
+    def brightness(domain):
+        return np.mean([draw_scene(np.random.default_rng(seed), (64, 128), domain)[0] for seed in range(8)])
+
+    assert 25 < brightness("night_fog") < 0.7 * brightness("clear")
+
+
+def test_labels_lie_on_the_things_they_name():
+    """By day the sky is brighter and bluer than the road below it, in every scene."""
+    for seed in range(8):
+        image, labels = draw_scene(np.random.default_rng(seed), (128, 256), "clear")
+        sky, road = image[labels == 23].mean(0), image[labels == 7].mean(0)
+        assert sky.mean() > road.mean() + 20
+        assert (labels[-1] == 7).any() and (labels[:4] == 7).sum() == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"domain": "snow"}, {"num_train": 0}, {"num_val": 0}, {"size": (16, 64)}, {"data_seed": -1}]
+)
+def test_impossible_settings_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match=f"data.{next(iter(options))}"):
+        draw(tmp_path, **options)
