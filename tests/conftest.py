@@ -44,3 +44,21 @@ def reference_network(reference, tmp_path):
 
 def backbone_kwargs(facts):
     return {key: value for key, value in facts["backbone_kwargs"].items() if key != "patch_size"}
+
+
+@pytest.fixture(scope="session")
+def toy_cache(tmp_path_factory):
+    """Where the tests' toy streets are drawn, once."""
+    return tmp_path_factory.mktemp("toy_streets")
+
+
+TINY = {  # the smallest network that still has everything
+    "img_size": [64, 128],
+    "num_classes": 19,
+    "backbone_name": "vit_tiny_patch16_224",
+    "backbone_kwargs": {"embed_dim": 64, "depth": 3, "num_heads": 2},
+    "pretrained": False,
+    "num_q": 20,
+    "num_blocks": 2,
+    "num_points": 64,
+}
