@@ -62,3 +62,12 @@ TINY = {  # the smallest network that still has everything
     "num_blocks": 2,
     "num_points": 64,
 }
+
+
+@pytest.fixture(scope="session")
+def camvid_root():
+    """CamVid, where $EOMT_CAMVID says it is."""
+    root = os.environ.get("EOMT_CAMVID")
+    if not root:
+        pytest.skip("EOMT_CAMVID names no folder with the CamVid images")
+    return root

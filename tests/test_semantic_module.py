@@ -173,7 +173,9 @@ def test_a_lora_checkpoint_holds_only_what_was_trained_and_resumes(base, data, t
     assert "network.attn_mask_probs" in checkpoint["state_dict"]
 
     resumed = build(**settings)
-    trainer = lightning.Trainer(max_steps=4, max_epochs=-1, logger=False, enable_progress_bar=False, limit_val_batches=0)
+    trainer = lightning.Trainer(
+        max_steps=4, max_epochs=-1, logger=False, enable_progress_bar=False, limit_val_batches=0
+    )
     trainer.fit(resumed, data, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert torch.equal(outputs(module), outputs(resumed))
 
@@ -191,7 +193,13 @@ def test_resuming_on_another_base_or_with_other_adapters_is_refused(base, data, 
 
 def test_the_audit_runs_in_training_and_passes(base, data, tmp_path):
     audit = AuditLoRA()
-    fit(build(use_lora=True, ckpt_path=base, warmup_steps=[2, 2]), data, tmp_path, callbacks=[audit], limit_val_batches=0)
+    fit(
+        build(use_lora=True, ckpt_path=base, warmup_steps=[2, 2]),
+        data,
+        tmp_path,
+        callbacks=[audit],
+        limit_val_batches=0,
+    )
     assert audit.audit.complete and all(check["passed"] for check in audit.audit.results.values())
     assert "frozen_unchanged" in audit.audit.results
 
@@ -206,7 +214,9 @@ def unfreeze_base(module):
 
 
 def early_optimizer(module):
-    heads = [p for p in module.network.parameters() if p.requires_grad and id(p) not in map(id, module.adapter_parameters())]
+    heads = [
+        p for p in module.network.parameters() if p.requires_grad and id(p) not in map(id, module.adapter_parameters())
+    ]
     module.configure_optimizers = lambda: torch.optim.AdamW(heads)
 
 

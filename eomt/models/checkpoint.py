@@ -120,8 +120,9 @@ def map_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if ".attention.q_proj.weight" in key:
             block = key.removesuffix("attention.q_proj.weight")
-            parts = [state[f"{block}attention.{name}_proj.weight"] for name in "qkv"]
-            mapped[f"{block}attn.qkv.weight"] = torch.cat(parts)
+            parts = [state.get(f"{block}attention.{name}_proj.weight") for name in "qkv"]
+            if all(part is not None for part in parts):  # otherwise the fused weight will be reported missing
+                mapped[f"{block}attn.qkv.weight"] = torch.cat(parts)
         elif ".attention.q_proj.bias" in key or ".attention.v_proj.bias" in key:
             mapped[
                 key.replace("attention.q_proj.bias", "attn.q_bias").replace("attention.v_proj.bias", "attn.v_bias")
@@ -164,16 +165,17 @@ def load_checkpoint(
     """
     state, img_size = read_checkpoint(path)
     own = network.state_dict()
-    report = LoadReport(str(path))
+    report = LoadReport(str(path), reinitialised=[] if load_class_head else list(HEAD_KEYS))
+    same_grid = img_size in (None, network.encoder.img_size)  # 4x8 patches are as many as 8x4
     check_agreement(network, describe(state), path, load_class_head)
 
+    report.skipped = [key for key in state if key not in own]
+    check_complete(own, state, report)  # before shapes, which say little about another backbone
     weights = {}
     for key, tensor in state.items():
-        if key not in own:
-            report.skipped.append(key)
-        elif key in HEAD_KEYS and not load_class_head:
-            report.reinitialised.append(key)
-        elif tensor.shape == own[key].shape:
+        if key not in own or key in report.reinitialised:
+            continue
+        if tensor.shape == own[key].shape and (same_grid or key != POS_EMBED):
             weights[key] = tensor
         elif key == POS_EMBED:
             weights[key] = resample_pos_embed(tensor, own[key], img_size, network)
@@ -182,7 +184,6 @@ def load_checkpoint(
             raise ValueError(
                 f"ckpt_path {path}: {key} is {list(tensor.shape)}, this network's is {list(own[key].shape)}"
             )
-    check_complete(own, weights, report)
     if delta_weights:
         weights = {k: v + own[k] if k.startswith("encoder.backbone.") else v for k, v in weights.items()}
     network.load_state_dict(weights, strict=False)
@@ -212,10 +213,10 @@ def check_agreement(network: EoMT, found: Mapping[str, int], path: str | Path, l
         raise ValueError(f"ckpt_path {path} has {name} {found[name]}, the configuration says {value}: {remedy}")
 
 
-def check_complete(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], report: LoadReport) -> None:
+def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> None:
     """Raises ValueError when a weight of the network is not in the checkpoint, or the reverse."""
     unknown = [key for key in report.skipped if not key.startswith(NOT_WEIGHTS)]
-    missing = sorted(own.keys() - weights.keys() - set(report.reinitialised) - set(OPTIONAL_KEYS))
+    missing = sorted(own.keys() - state.keys() - set(report.reinitialised) - set(OPTIONAL_KEYS))
     if missing or unknown:
         raise ValueError(
             f"ckpt_path {report.path} does not fit this network: {len(missing)} of its {len(own)} weights are missing "

@@ -8,6 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+PLAIN_FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules: one sequence of blocks over patch tokens
+
 
 def nearest_multiple(size: int, step: int) -> int:
     """The positive multiple of `step` closest to `size`."""
@@ -21,6 +23,8 @@ def check_img_size(img_size: Sequence[int], patch_size: int) -> tuple[int, int]:
     """
     if len(img_size) != 2:
         raise ValueError(f"img_size {list(img_size)}: two numbers are needed, [height, width]")
+    if patch_size < 1:
+        raise ValueError(f"patch_size {patch_size}: must be at least 1")
     height, width = img_size
     if height < 1 or width < 1 or height % patch_size or width % patch_size:
         valid = f"[{nearest_multiple(height, patch_size)}, {nearest_multiple(width, patch_size)}]"
@@ -86,8 +90,12 @@ class ViT(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to the mean and deviation that the backbone was pretrained with; done here alone."""
         if not torch.compiler.is_compiling():
+            if not images.is_floating_point():
+                raise ValueError(
+                    f"images are {images.dtype}, but the model takes floats in [0, 1]: divide uint8 by 255"
+                )
             low, high = images.aminmax()
-            if low < 0 or high > 1:
+            if not (low >= 0 and high <= 1):  # NaN fails too
                 raise ValueError(
                     f"images range from {low:.3g} to {high:.3g}, but the model takes [0, 1] and normalises by itself; "
                     "divide uint8 images by 255 and drop any other normalisation"
@@ -102,8 +110,6 @@ class ViT(nn.Module):
             )
         tokens = self.backbone._pos_embed(self.backbone.patch_embed(self.normalize(images)))
         tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
-        if rope is None:  # Eva has dropped patches inside _pos_embed by now
-            tokens = self.backbone.patch_drop(tokens) if self.backbone.patch_drop is not None else tokens
         return self.backbone.norm_pre(tokens), rope
 
 
@@ -116,11 +122,20 @@ def create_backbone(
     name: str, img_size: tuple[int, int], patch_size: int, pretrained: bool, kwargs: Mapping[str, Any]
 ) -> nn.Module:
     """The timm model, headless and ready for LoRA; see `ViT` for the arguments and errors."""
-    if not timm.is_model(name):
-        similar = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("eva*"), n=3)
+    family = name.split(".")[0]  # "family.tag" names one of its pretrained weights
+    if not timm.is_model(family):
+        known = timm.list_models("*vit*") + timm.list_models("eva*")
+        similar = difflib.get_close_matches(name, known, n=3) or [model for model in known if name in model][:3]
         raise ValueError(
             f"backbone_name {name!r} is not a timm model; did you mean {' or '.join(similar) or 'a vit_*'}?"
         )
+    no_plain_vit = f"backbone_name {name!r} is no plain ViT: EoMT needs one sequence of blocks over patch tokens"
+    if timm.models.model_entrypoint(family).__module__.split(".")[-1] not in PLAIN_FAMILIES:
+        raise ValueError(no_plain_vit)
+    if name != family and name not in timm.list_pretrained(family):
+        raise ValueError(f"backbone_name {name!r}: timm has {', '.join(timm.list_pretrained(family)) or 'no such tag'}")
+    if kwargs.get("patch_drop_rate"):
+        raise ValueError("backbone_kwargs patch_drop_rate: every patch is needed, masks are predicted from all of them")
     if pretrained and not timm.get_pretrained_cfg(name).has_weights and "pretrained_cfg_overlay" not in kwargs:
         raise ValueError(
             f"timm has no pretrained weights for {name!r}: set pretrained=false or choose another backbone"
@@ -135,7 +150,7 @@ def create_backbone(
             global_pool="",  # no pooling head: its weights would never train
             **kwargs,
         )
-    except TypeError as error:
+    except (TypeError, AssertionError, RuntimeError) as error:  # arguments, or weights of other shapes
         raise ValueError(f"backbone {name!r} with backbone_kwargs {dict(kwargs)}: {error}") from error
     except Exception as error:
         if not pretrained:
@@ -146,8 +161,8 @@ def create_backbone(
             "ways out: connect to the hub, give an EoMT checkpoint with ckpt_path=FILE pretrained=false, "
             "or train from random weights with pretrained=false"
         ) from error
-    if not hasattr(backbone, "blocks") or not hasattr(backbone, "_pos_embed") or getattr(backbone, "rope_mixed", False):
-        raise ValueError(f"backbone_name {name!r} is no plain ViT: EoMT needs one sequence of blocks over patch tokens")
+    if getattr(backbone, "rope_mixed", False) or not all(hasattr(block, "attn") for block in backbone.blocks):
+        raise ValueError(no_plain_vit)
     apply_projection_layers(backbone)
     return backbone
 

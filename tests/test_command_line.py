@@ -1,0 +1,134 @@
+"""The command line, as a user types it: help, the guide's flags, and every mistake in one sentence."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eomt.command_line import translate_flags
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train_with_lora.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_help_shows_groups_lora_options_and_three_examples_without_loading_torch():
+    started = time.perf_counter()
+    result = run("--help")
+    print(f"--help took {time.perf_counter() - started:.2f} s")
+    assert result.returncode == 0
+    for words in (
+        "camvid",
+        "cityscapes_lora",
+        "toy_lora",
+        "tensorboard",
+        "model.lora_target_modules: [attn.qkv, attn.proj]",
+    ):
+        assert words in result.stdout
+    assert result.stdout.count("python train_with_lora.py ") >= 3
+    assert max(map(len, result.stdout.splitlines())) <= 120
+    check = "import sys; sys.argv = ['x', '--help']; import train_with_lora; train_with_lora.main(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_the_guides_flags_become_overrides():
+    words = "--use_lora --lora_rank 16 --lora_alpha 32 --lora_dropout 0.1 --epochs 50 --batch_size=4 --lr 1e-4".split()
+    words += (
+        "--img_size 512 1024 --num_workers 2 --dataset_root /d/c --ckpt_path e.bin --output_dir out --use_wandb".split()
+    )
+    assert translate_flags(words) == [
+        "--config-name",
+        "cityscapes_lora",
+        "model.use_lora=true",
+        "model.lora_rank=16",
+        "model.lora_alpha=32",
+        "model.lora_dropout=0.1",
+        "trainer.max_epochs=50",
+        "data.batch_size=4",
+        "model.lr=1e-4",
+        "model.img_size=[512,1024]",
+        "data.num_workers=2",
+        "data.root='/d/c'",
+        "model.ckpt_path='e.bin'",
+        "output_dir='out'",
+        "logger=wandb",
+    ]
+
+
+def test_a_named_configuration_and_plain_overrides_pass_unchanged():
+    words = ["--config-name", "mine", "--use_lora", "model.lr=1", "--cfg", "job"]
+    assert translate_flags(words) == ["--config-name", "mine", "model.use_lora=true", "model.lr=1", "--cfg", "job"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--lora_rnk", "4"], 2, r"unknown option --lora_rnk; did you mean --lora_rank\?"),
+        (["--img_size", "640", "model.lr=1"], 2, "--img_size takes 2 values, got 640"),
+        (["model.lora_rnak=4"], 2, r"model.lora_rnak is not in the configuration; did you mean lora_rank\?"),
+        (["data=nowhere"], 2, "Could not find 'data/nowhere' Available options in 'data': .*camvid cityscapes"),
+        (["model.lora_rank=[1"], 2, "input"),
+        (["model.lora_rank=many"], 1, "model.lora_rank 'many': should be a valid integer"),
+        (["+model.lora_rnak=4"], 1, "model.lora_rnak is unknown; did you mean lora_rank"),
+        (["+modle.lr=1"], 1, "modle is unknown at the top of the configuration; did you mean model"),
+        (["model.use_lora=true", "model.lora_rank=0"], 1, "rank 0"),
+        (["model.use_lora=true", "model.lora_dropout=1.5"], 1, r"dropout 1\.5"),
+        (["model.img_size=[8,8]"], 1, r"img_size \[8, 8\]: both sides must be multiples .* try \[16, 16\]"),
+        ([], 1, "data.root is required"),
+        (["data.root=/nowhere"], 1, "/nowhere/leftImg8bit_trainvaltest.zip"),
+        (["data.root=/x", "resume=gone.ckpt"], 1, "resume gone.ckpt: no such checkpoint"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence_without_a_traceback(tmp_path, arguments, code, sentence):
+    result = run(*arguments, f"output_dir={tmp_path}")
+    assert result.returncode == code
+    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
+    assert line.startswith("error: ") and re.search(sentence, line)
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+TOY = [
+    "data=toy_streets",
+    "data.num_train=4",
+    "data.num_val=2",
+    "data.size=[64,128]",
+    "data.batch_size=2",
+    "model=tiny",
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["model.num_classes=20"], "model.num_classes 20: the data set has 19 classes"),
+        (["model.use_lora=true", "model.lora_target_modules=[nothing]"], "nothing"),
+        (
+            ["model.warmup_steps=[500,1000]", "trainer.max_epochs=2"],
+            "500 \\+ 1000 do not end within the run of 4 steps",
+        ),
+        (["model.pretrained=true"], "ckpt_path=FILE pretrained=false"),
+        (["data.batch_size=16"], "batch_size 16"),
+    ],
+)
+def test_a_mistake_that_shows_only_with_data_is_one_sentence_too(tmp_path, toy_cache, arguments, sentence):
+    result = run(*TOY, f"data.root={toy_cache}", "model.img_size=[64,64]", *arguments, f"output_dir={tmp_path}")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and re.search(sentence, errors[0]), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_traceback_is_there_for_who_asks(tmp_path):
+    result = run("model.use_lora=true", "model.lora_rank=0", f"output_dir={tmp_path}", HYDRA_FULL_ERROR="1")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "rank 0" in result.stderr

@@ -1,0 +1,173 @@
+"""Every configuration composes, agrees with the signatures, and builds what it names."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from eomt.config_check import check_config
+from eomt.data.datamodule import SegmentationDataModule
+from eomt.data.toy_streets import write_toy_streets
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = "{embed_dim: 64, depth: 5, num_heads: 2}"
+
+
+def choices(group):
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if path.stem != "base")
+
+
+def composed(name="cityscapes", overrides=()):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, ["output_dir=run", "name=test", *overrides])
+
+
+def checked(cfg):
+    """The configuration as a plain mapping that has passed the check, its required values filled in."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain["model"]["num_classes"] = plain["model"]["num_classes"] or 19
+    check_config(plain)
+    return plain
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "cityscapes_lora"])
+@pytest.mark.parametrize("experiment", ["none", *choices("experiment")])
+def test_every_experiment_composes_and_passes_the_check(name, experiment):
+    plain = checked(composed(name, [] if experiment == "none" else [f"experiment={experiment}"]))
+    assert experiment != "none" or plain["model"]["use_lora"] == (name == "cityscapes_lora")
+
+
+def test_the_baseline_is_the_published_recipe():
+    cfg = composed()
+    assert cfg.model.backbone_name == "vit_large_patch14_reg4_dinov2" and cfg.model.patch_size == 16
+    assert list(cfg.model.img_size) == list(cfg.data.img_size) == [1024, 1024]
+    assert (cfg.model.num_q, cfg.model.num_blocks, cfg.data.batch_size, cfg.trainer.max_epochs) == (100, 4, 16, 107)
+    assert (cfg.model.lr, cfg.model.llrd, cfg.model.weight_decay) == (1e-4, 0.8, 0.05)
+    assert [round(share * 19902) for share in cfg.model.warmup_steps] == pytest.approx([500, 1000], abs=5)
+
+
+def test_the_lora_variant_states_only_what_differs():
+    full, lora = OmegaConf.to_container(composed()), OmegaConf.to_container(composed("cityscapes_lora"))
+    assert {key for key in full if full[key] != lora[key]} == {"model"}
+    assert {key for key in full["model"] if full["model"][key] != lora["model"][key]} == {"use_lora", "lora_lr"}
+
+
+def test_the_model_yaml_and_the_signature_agree_on_every_default():
+    yaml = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "base.yaml"))
+    parameters = inspect.signature(MaskClassificationSemantic).parameters
+    from_data = {"num_classes", "class_weights", "class_names", "class_colors"}
+    assert set(parameters) - from_data == set(yaml) - {"_target_", "num_classes"}
+    for name, parameter in parameters.items():
+        if name in yaml and parameter.default is not inspect.Parameter.empty:
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            assert yaml[name] == default, name
+
+
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_model_is_built(model):
+    overrides = ["model.img_size=[64,96]", "model.pretrained=false", f"model.backbone_kwargs={TINY}"]
+    cfg = composed(overrides=[f"model={model}", *overrides])
+    module = instantiate(cfg.model, num_classes=5, _convert_="all")
+    assert module.network.num_classes == 5 and module.hparams.backbone_name == cfg.model.backbone_name
+    assert type(module.hparams.backbone_kwargs) is dict  # a DictConfig would make checkpoints unreadable
+
+
+@pytest.mark.parametrize("data", choices("data"))
+def test_every_data_set_is_opened(data, toy_cache, tmp_path, request):
+    toy = ["data.num_train=8", "data.num_val=3", "data.size=[64,128]"]
+    if data == "toy_streets":
+        overrides = [f"data.root={toy_cache}", *toy]
+    elif data == "cityscapes":
+        overrides = [f"data.root={write_toy_streets(toy_cache, 'clear', 8, 3, (64, 128), 0)}"]
+    elif data == "folder":
+        overrides = folder_data(tmp_path)
+    else:
+        overrides = [f"data.root={request.getfixturevalue('camvid_root')}"]
+    cfg = composed(overrides=[f"data={data}", "model.img_size=[64,64]", "data.batch_size=2", *overrides])
+    checked(cfg)
+    module = instantiate(cfg.data, _convert_="all")
+    assert isinstance(module, SegmentationDataModule) and module.num_classes > 1
+
+
+def folder_data(folder):
+    import numpy as np
+    from PIL import Image
+
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for i in range(5):
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "images" / f"{i}.png")
+        Image.fromarray(np.full((64, 64), i % 2, np.uint8)).save(folder / "masks" / f"{i}.png")
+    (folder / "classes.yaml").write_text(
+        "classes:\n  - {name: a, color: [1, 2, 3], ids: [0]}\n  - {name: b, color: [4, 5, 6], ids: [1]}\n"
+    )
+    return [f"data.{key}={folder / name}" for key, name in (("images", "images"), ("masks", "masks"))] + [
+        f"data.classes={folder / 'classes.yaml'}"
+    ]
+
+
+@pytest.mark.parametrize("logger", choices("logger"))
+def test_every_logger_and_callback_is_built(logger, tmp_path):
+    cfg = composed(overrides=[f"logger={logger}", f"output_dir={tmp_path}"])
+    checked(cfg)
+    loggers = [instantiate(node) for node in cfg.logger.values()]
+    assert type(loggers[0]).__name__ == "CSVLogger" and len(loggers) == (1 if logger == "csv" else 2)
+    assert all(instantiate(node) for node in cfg.callbacks.values())
+
+
+def test_the_guides_yaml_works_as_it_stands(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        """defaults: [cityscapes, _self_]
+model:
+  _target_: eomt.training.mask_classification_semantic.MaskClassificationSemantic
+  img_size: [640, 640]
+  num_classes: 19
+  lr: 1e-4
+  use_lora: true
+  lora_rank: 16
+  lora_alpha: 32
+  lora_dropout: 0.05
+"""
+    )
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("cityscapes", [f"hydra.searchpath=[file://{tmp_path}]"])
+        cfg = OmegaConf.merge(cfg, {"model": OmegaConf.load(tmp_path / "mine.yaml").model})
+    tiny = {"pretrained": False, "backbone_kwargs": {"embed_dim": 64, "depth": 4, "num_heads": 2}}
+    module = instantiate(cfg.model, **tiny, _convert_="all")
+    assert module.lora is not None and module.lora_settings.rank == 16 and module.network.encoder.img_size == (640, 640)
+
+
+@pytest.mark.parametrize(
+    ("node", "sentence"),
+    [
+        ({"_target_": "eomt.nothing.Here"}, "cannot be imported"),
+        (
+            {"_target_": "eomt.models.vit.ViT", "img_size": [64, 64], "patchsize": 16},
+            "x.patchsize is unknown; did you mean",
+        ),
+        (
+            {"_target_": "eomt.models.vit.ViT", "img_size": [64, 64], "patch_size": "16"},
+            "x.patch_size '16'.*valid integer",
+        ),
+        ({"_target_": "eomt.models.vit.ViT", "img_size": "big"}, "x.img_size 'big'"),
+        (
+            {"_target_": "eomt.data.camvid.camvid", "root": "/x", "batch_sise": 4},
+            "x.batch_sise is unknown; did you mean",
+        ),
+        ({"_target_": "eomt.data.camvid.camvid", "root": "/x", "sequences": [16e5]}, "put it in quotes"),
+        ({"_target_": "lightning.Trainer", "max_epochs": "ten"}, "x.max_epochs 'ten'"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named(node, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_config({"x": node})
+
+
+def test_a_wrong_value_in_a_nested_target_is_named():
+    with pytest.raises(ValueError, match=r"callbacks\.samples\.num_images 'four'"):
+        node = {"_target_": "eomt.training.callbacks.SamplePictures", "directory": "x", "num_images": "four"}
+        check_config({"callbacks": {"samples": node}})

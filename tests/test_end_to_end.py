@@ -1,0 +1,173 @@
+"""Whole runs on toy streets, started the way a user starts them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+from eomt.data.toy_streets import toy_streets
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+ROOT = Path(__file__).parent.parent
+MODEL = ["model=tiny", "model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}"]
+MODEL += ["model.num_blocks=2", "model.num_q=25", "model.num_points=128"]
+DATA = ["data=toy_streets", "data.num_train=8", "data.num_val=3", "data.size=[64,128]", "data.num_workers=0"]
+
+
+def train(toy_cache, folder, *arguments, code=0):
+    command = [sys.executable, str(ROOT / "train_with_lora.py"), *DATA, f"data.root={toy_cache}", *MODEL]
+    result = subprocess.run(
+        [*command, f"output_dir={folder}", *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def summary_of(folder):
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def evaluate(artefact, toy_cache):
+    data = toy_streets(
+        str(toy_cache), num_train=8, num_val=3, size=(64, 128), img_size=[64, 64], batch_size=2, num_workers=0
+    )
+    module = MaskClassificationSemantic.from_pretrained(artefact)
+    trainer = lightning.Trainer(
+        accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    return trainer.validate(module, data, verbose=False)[0]["val/miou"]
+
+
+@pytest.fixture(scope="module")
+def source(toy_cache, tmp_path_factory):
+    """A full training run."""
+    folder = tmp_path_factory.mktemp("source")
+    result = train(
+        toy_cache, folder, "data.batch_size=4", "trainer.max_epochs=4", "model.lr=2e-3", "trainer.gradient_clip_val=1.0"
+    )
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def adapted(source, toy_cache, tmp_path_factory):
+    """A LoRA run from it, by the guide's own flags."""
+    folder = tmp_path_factory.mktemp("lora")
+    flags = f"--use_lora --lora_rank 4 --lora_alpha 8 --epochs 3 --batch_size 4 --ckpt_path {source[0]}/model".split()
+    return folder, train(toy_cache, folder, "data.domain=night_fog", *flags)
+
+
+def test_a_full_run_leaves_one_folder_with_everything(source):
+    folder, result = source
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.csv", "summary.json", "checkpoints", "model", "samples"} <= names
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list((folder / "samples").glob("*.png"))
+    assert "TRAINABLE PARAMETERS" in result.stdout and "SUMMARY: 100.00% trainable" in result.stdout
+    assert "mIoU" in result.stdout and str(folder) in result.stdout
+
+
+def test_the_summary_says_what_the_run_was_and_cost(source):
+    summary = summary_of(source[0])
+    assert summary["schema_version"] == 1 and summary["status"] == "finished" and summary["steps"] == 8
+    assert 0 < summary["miou"] < 1 and set(summary["class_iou"]) >= {"road", "sky", "car"}
+    assert summary["trainable_parameters"] == summary["total_parameters"] > 1e5
+    assert summary["files"]["model/model.safetensors"] > 4 * summary["total_parameters"]
+    assert summary["peak_memory"]["bytes"] > 1e8 and summary["lora_audit"] is None
+    step = summary["seconds_per_step"]
+    assert step["total"] == pytest.approx(step["data"] + step["compute"]) and step["data"] > 0
+    assert {"torch", "peft", "timm"} <= set(summary["versions"]) and summary["seed"] == 0
+    assert len(summary["data"]["train"]) == 64 and summary["data"]["val_images"] == 3
+
+
+def test_metrics_are_written_for_every_validation(source):
+    rows = list(csv.DictReader((source[0] / "metrics.csv").open()))
+    scores = [float(row["val/miou"]) for row in rows if row.get("val/miou")]
+    assert len(scores) == 4 and max(scores) == pytest.approx(summary_of(source[0])["miou"], abs=1e-6)
+
+
+def test_the_saved_network_scores_what_the_run_reported(source, toy_cache):
+    assert evaluate(source[0] / "model", toy_cache) == pytest.approx(summary_of(source[0])["miou"], abs=1e-6)
+
+
+def test_a_lora_run_ends_with_a_small_adapter_and_a_passed_audit(adapted, source):
+    folder, result = adapted
+    summary = summary_of(folder)
+    assert "TRAINABLE PARAMETERS (LoRA)" in result.stdout and "Total frozen" in result.stdout
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "eomt_config.json",
+        "heads.safetensors",
+    }
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert all(check["passed"] for check in summary["lora_audit"].values()) and len(summary["lora_audit"]) >= 9
+    assert summary["trainable_parameters"] < summary["total_parameters"]
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_size < (
+        source[0] / "checkpoints" / "last.ckpt"
+    ).stat().st_size
+
+
+def test_lora_checkpoints_hold_no_frozen_weight(adapted):
+    checkpoint = torch.load(adapted[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    backbone = [key for key in checkpoint["state_dict"] if ".backbone." in key]
+    assert backbone and all(".lora_" in key for key in backbone)
+
+
+def test_a_lora_run_resumes_where_it_stopped(adapted, source, toy_cache, tmp_path):
+    flags = f"--use_lora --lora_rank 4 --lora_alpha 8 --batch_size 4 --ckpt_path {source[0]}/model".split()
+    resume = f"resume={adapted[0]}/checkpoints/last.ckpt"
+    train(toy_cache, tmp_path, "data.domain=night_fog", *flags, "trainer.max_epochs=5", resume)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert {int(row["epoch"]) for row in rows if row.get("val/miou")} == {3, 4}
+    before, after = summary_of(adapted[0]), summary_of(tmp_path)
+    assert after["steps"] == 10 and after["miou"] >= before["miou"]
+    assert all(check["passed"] for check in after["lora_audit"].values())
+
+
+def test_two_runs_with_one_seed_are_the_same_on_a_cpu(toy_cache, tmp_path):
+    for name in ("a", "b"):
+        train(toy_cache, tmp_path / name, "data.batch_size=4", "trainer.max_epochs=1", "seed=5")
+    a, b = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert summary_of(tmp_path / "a")["miou"] == summary_of(tmp_path / "b")["miou"]
+
+
+def test_two_processes_count_every_validation_image_once(source, toy_cache, tmp_path):
+    arguments = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "data.batch_size=2"]
+    train(toy_cache, tmp_path, *arguments, "trainer.max_epochs=1", f"model.ckpt_path={source[0]}/model")
+    assert evaluate(tmp_path / "model", toy_cache) == pytest.approx(summary_of(tmp_path)["miou"], abs=1e-6)
+
+
+def test_a_failed_audit_stops_the_run_in_a_sentence_and_is_in_the_summary(source, toy_cache, tmp_path):
+    arguments = [
+        "model.use_lora=true",
+        "model.lora_lr=1e-30",
+        f"model.ckpt_path={source[0]}/model",
+        "data.batch_size=1",
+    ]
+    result = train(toy_cache, tmp_path, *arguments, "trainer.max_epochs=4", code=1)
+    assert "error: LoRA audit" in result.stderr and "Traceback" not in result.stderr
+    summary = summary_of(tmp_path)
+    assert summary["status"].startswith("failed: LoRA audit")
+    assert not all(check["passed"] for check in summary["lora_audit"].values())
+
+
+def test_wandb_without_a_key_goes_offline_with_one_line_and_never_asks(toy_cache, tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = train(toy_cache, tmp_path / "run", "--use_wandb", "data.batch_size=4", "trainer.max_epochs=1")
+    output = result.stdout + result.stderr
+    assert output.count("wandb is offline") == 1
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
