@@ -123,6 +123,17 @@ def test_lora_checkpoints_hold_no_frozen_weight(adapted):
     assert backbone and all(".lora_" in key for key in backbone)
 
 
+def test_patience_ends_a_run_that_no_longer_improves(toy_cache, tmp_path):
+    train(toy_cache, tmp_path, "data.batch_size=8", "model.lr=1e-12", "trainer.max_epochs=30", "patience=2")
+    assert summary_of(tmp_path)["steps"] < 10
+
+
+def test_a_full_run_resumes_where_it_stopped(source, toy_cache, tmp_path):
+    resume = f"resume={source[0]}/checkpoints/last.ckpt"
+    train(toy_cache, tmp_path, "data.batch_size=4", "trainer.max_epochs=5", resume)
+    assert summary_of(tmp_path)["steps"] == 10 and summary_of(tmp_path)["miou"] >= summary_of(source[0])["miou"]
+
+
 def test_a_lora_run_resumes_where_it_stopped(adapted, source, toy_cache, tmp_path):
     flags = f"--use_lora --lora_rank 4 --lora_alpha 8 --batch_size 4 --ckpt_path {source[0]}/model".split()
     resume = f"resume={adapted[0]}/checkpoints/last.ckpt"

@@ -131,6 +131,10 @@ def test_a_full_network_is_restored_bit_for_bit_and_trains_on(data, tmp_path):
     assert torch.equal(outputs(module), outputs(build(seed=5, ckpt_path=str(tmp_path / "model"))))
 
 
+def test_a_checkpoint_spares_the_download_of_pretrained_weights(base):
+    assert torch.equal(outputs(build(ckpt_path=base)), outputs(build(ckpt_path=base, pretrained=True)))
+
+
 def test_pefts_own_loader_reads_the_backbone_part(base, data, tmp_path):
     module = build(use_lora=True, ckpt_path=base, lr=1e-2, warmup_steps=[0, 0])
     fit(module, data, tmp_path, limit_val_batches=0)

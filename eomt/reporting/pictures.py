@@ -14,21 +14,29 @@ from matplotlib.patches import Patch
 
 
 def prediction_picture(
-    rows: Sequence[tuple[Tensor, Tensor, Tensor]], classes: LabelSet, path: str | Path, title: str = ""
+    rows: Sequence[tuple[Tensor, ...]],
+    classes: LabelSet,
+    path: str | Path,
+    title: str = "",
+    columns: Sequence[str] = ("image", "target", "prediction"),
 ) -> None:
-    """Writes a PNG with a row for each (image uint8 [3, H, W], target uint8 [H, W], prediction uint8 [H, W]).
+    """Writes a PNG with a row for each (image uint8 [3, H, W], label map uint8 [H, W], ...), one entry a column.
 
     Ignored pixels of the target are black; the legend names the classes that appear.
     """
     height, width = rows[0][0].shape[-2:]
-    cell = 4.0
+    cell = 12 / len(columns)
     figure, axes = plt.subplots(
-        len(rows), 3, figsize=(3 * cell, len(rows) * cell * height / width + 1.2), squeeze=False, layout="constrained"
+        len(rows),
+        len(columns),
+        figsize=(12, len(rows) * cell * height / width + 1.2),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, name in zip(axes[0], ("image", "target", "prediction"), strict=True):
+    for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name)
-    for (image, labels, prediction), cells in zip(rows, axes, strict=True):
-        pictures = (image.permute(1, 2, 0), classes.colorize(labels), classes.colorize(prediction))
+    for (image, *maps), cells in zip(rows, axes, strict=True):
+        pictures = (image.permute(1, 2, 0), *map(classes.colorize, maps))
         for axis, picture in zip(cells, pictures, strict=True):
             axis.imshow(picture.numpy(), interpolation="nearest")
             axis.set_axis_off()

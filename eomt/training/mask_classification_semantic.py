@@ -131,7 +131,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.save_hyperparameters()
         self.lora_settings = check_settings(**self.hparams)
 
-        encoder = ViT(img_size, patch_size, backbone_name, pretrained, backbone_kwargs)
+        from_hub = pretrained and (delta_weights or not ckpt_path)  # a checkpoint replaces every weight
+        encoder = ViT(img_size, patch_size, backbone_name, from_hub, backbone_kwargs)
         self.network = EoMT(encoder, num_classes, num_q, num_blocks, masked_attn_enabled)
         if ckpt_path:  # weights before adapters: afterwards the names no longer fit
             report = load_checkpoint(self.network, ckpt_path, load_ckpt_class_head, delta_weights)
