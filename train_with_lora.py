@@ -22,7 +22,9 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     from eomt.reporting.run_report import finish_run, print_start, validate_last_step
 
     started = time.time()
+    cfg.output_dir = str(output_dir)  # under --multirun each job has its own
     check(cfg)
+    keep_earlier_run(output_dir, cfg.resume)
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -71,6 +73,16 @@ def check(cfg) -> None:  # noqa: ANN001
     check_settings(**{key: value for key, value in plain["model"].items() if key != "_target_"})
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
+
+
+def keep_earlier_run(output_dir: Path, resume: str | None) -> None:
+    """A folder that holds a run is not written over; a run that goes on in its folder keeps the earlier metrics."""
+    metrics = output_dir / "metrics.csv"
+    if not metrics.is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if not resume:
+        raise ValueError(f"output_dir {output_dir} holds a run: choose another folder, or continue it with resume=")
+    metrics.rename(output_dir / f"metrics_{len(list(output_dir.glob('metrics*.csv')))}.csv")
 
 
 def quiet_libraries() -> None:

@@ -134,6 +134,12 @@ def test_a_full_run_resumes_where_it_stopped(source, toy_cache, tmp_path):
     assert summary_of(tmp_path)["steps"] == 10 and summary_of(tmp_path)["miou"] >= summary_of(source[0])["miou"]
 
 
+def test_a_folder_that_holds_a_run_is_not_written_over(source, toy_cache):
+    result = train(toy_cache, source[0], "data.batch_size=4", "trainer.max_epochs=1", code=1)
+    assert "holds a run: choose another folder, or continue it with resume=" in result.stderr
+    assert summary_of(source[0])["steps"] == 8
+
+
 def test_a_lora_run_resumes_where_it_stopped(adapted, source, toy_cache, tmp_path):
     flags = f"--use_lora --lora_rank 4 --lora_alpha 8 --batch_size 4 --ckpt_path {source[0]}/model".split()
     resume = f"resume={adapted[0]}/checkpoints/last.ckpt"

@@ -31,7 +31,8 @@ class AuditLoRA(Callback):
         image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(module.device)
 
         def forward() -> list[torch.Tensor]:
-            with module.network.deployed():
+            # in the run's own precision: the probe must not need more memory than a training step
+            with module.network.deployed(), trainer.precision_plugin.forward_context():
                 mask_logits, class_logits = module.network(image)
             return [*mask_logits, *class_logits]
 
@@ -95,7 +96,7 @@ class SamplePictures(Callback):
         self.directory, self.every_n_epochs, self.num_images = Path(directory), every_n_epochs, num_images
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
-        due = trainer.current_epoch % self.every_n_epochs == 0 if self.every_n_epochs else False
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         last = self.every_n_epochs and trainer.global_step >= module.total_steps
         if trainer.is_global_zero and (due or last) and not trainer.sanity_checking:
             self.draw(trainer, module)
