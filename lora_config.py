@@ -313,6 +313,7 @@ def combine_hashes(hashes: Mapping[str, str]) -> str:
 
 
 def base_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers but the adapters, under their names before adaptation."""
     state = module.state_dict(keep_vars=True)
     return {
         name.replace(".base_layer.", "."): tensor

@@ -23,14 +23,17 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
 
     started = time.time()
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
+    expand_home(cfg)
     check(cfg)
-    keep_earlier_run(output_dir, cfg.resume)
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        keep_earlier_run(output_dir, cfg.resume)
+        OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     quiet_libraries()
 
     datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.check_files()
     module = instantiate(cfg.model, **classes_of(datamodule, cfg.model.get("num_classes")), _convert_="all")
     callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
     if cfg.patience is not None:
@@ -53,42 +56,46 @@ def check(cfg) -> None:  # noqa: ANN001
     """Everything that can be known to be wrong before data and network are built."""
     from omegaconf import OmegaConf
 
-    from eomt.config_check import check_config
+    from eomt.config_check import check_config, check_type
     from eomt.training.mask_classification_semantic import check_settings
 
-    known = ("data", "model", "trainer", "callbacks", "logger", "experiment")
-    known += ("name", "output_dir", "seed", "resume", "patience")
+    parts = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
+    options = {"name": str, "output_dir": str, "seed": int, "resume": str | None, "patience": int | None}
     for key in cfg:
-        if key not in known:
-            raise ValueError(f"{key} is unknown at the top of the configuration{did_you_mean(key, known)}")
-    for key in ("data", "model", "trainer", "callbacks", "logger"):
-        if key not in cfg:
-            raise ValueError(f"the configuration has no {key}: begin it with `defaults: [cityscapes, _self_]`")
-    if cfg.resume and not Path(cfg.resume).is_file():
-        raise FileNotFoundError(f"resume {cfg.resume}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+        if key not in (*parts, *options, "experiment", "lora"):
+            raise ValueError(f"{key} is unknown at the top of the configuration{did_you_mean(key, [*parts, *options])}")
+    for part, entries in parts.items():
+        if part not in cfg:
+            raise ValueError(f"the configuration has no {part}: begin it with `defaults: [cityscapes, _self_]`")
+        if absent := [entry for entry in entries if entry not in cfg[part]]:
+            raise ValueError(f"{part}.{absent[0]} cannot be left out: it writes or proves what the run leaves")
+
     plain = OmegaConf.to_container(cfg, resolve=True)
     if plain["model"].get("num_classes") is None:
         plain["model"]["num_classes"] = 1  # the data set says, later
     check_config(plain)
+    for key, hint in options.items():
+        check_type(plain[key], hint, key)
     check_settings(**{key: value for key, value in plain["model"].items() if key != "_target_"})
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
+    if cfg.resume and not Path(cfg.resume).is_file():
+        raise FileNotFoundError(f"resume {cfg.resume}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+    if any(word in str(cfg.trainer.get("strategy")) for word in ("fsdp", "deepspeed")):
+        raise ValueError(
+            f"trainer.strategy {cfg.trainer.strategy}: sharded weights can neither be audited nor saved as an adapter "
+            "here; use ddp"
+        )
 
 
-def keep_earlier_run(output_dir: Path, resume: str | None) -> None:
-    """A folder that holds a run is not written over; a run that goes on in its folder keeps the earlier metrics."""
-    metrics = output_dir / "metrics.csv"
-    if not metrics.is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    if not resume:
-        raise ValueError(f"output_dir {output_dir} holds a run: choose another folder, or continue it with resume=")
-    metrics.rename(output_dir / f"metrics_{len(list(output_dir.glob('metrics*.csv')))}.csv")
+def expand_home(cfg) -> None:  # noqa: ANN001
+    """`~` in paths, which no shell expands behind a `key=`."""
+    from omegaconf import OmegaConf
 
-
-def quiet_libraries() -> None:
-    """Keeps advertising and notes to developers out of the log; warnings about the run stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
+    for key in ("data.root", "model.ckpt_path", "resume"):
+        path = OmegaConf.select(cfg, key)
+        if isinstance(path, str) and path.startswith("~"):
+            OmegaConf.update(cfg, key, os.path.expanduser(path))
 
 
 def classes_of(datamodule, num_classes: int | None) -> dict:  # noqa: ANN001
@@ -125,6 +132,7 @@ def main() -> None:
     def run(cfg) -> None:  # noqa: ANN001
         from lora_audit import AuditError
 
+        os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         try:
             train(cfg, Path(HydraConfig.get().runtime.output_dir))
         except (ValueError, ImportError, OSError, AuditError, HydraException, OmegaConfBaseException) as error:

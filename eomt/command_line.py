@@ -40,7 +40,9 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
         if word in FLAGS:
             count, override = FLAGS[word]
             values, rest = rest[:count], rest[count:]
-            if len(values) < count or any(value.startswith("--") or "=" in value for value in values):
+            if len(values) < count or any(
+                value.startswith("--") or ("=" in value and "'" not in override) for value in values
+            ):
                 raise ValueError(
                     f"{word} takes {count} value{'s' * (count > 1)}, got {' '.join(values) or 'none'}; see --help"
                 )

@@ -64,6 +64,7 @@ def argument_types(target: Callable) -> tuple[dict[str, Any], bool]:
 
 
 def check_type(value: Any, hint: Any, path: str) -> None:
+    """Raises ValueError naming path, value and the wanted type when the value is not of the type, exactly."""
     try:
         adapter(hint).validate_python(value, strict=True)
     except ValidationError as error:

@@ -90,6 +90,10 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
         ([], 1, "data.root is required"),
         (["data.root=/nowhere"], 1, "/nowhere/leftImg8bit_trainvaltest.zip"),
         (["data.root=/x", "resume=gone.ckpt"], 1, "resume gone.ckpt: no such checkpoint"),
+        (["data.root=/x", "--ckpt_path", "gone.bin"], 1, "ckpt_path gone.bin: no such file"),
+        (["data.root=/x", "patience=ten"], 1, "patience 'ten': should be a valid integer"),
+        (["data.root=/x", "trainer.strategy=fsdp"], 1, "use ddp"),
+        (["data.root=/x", "~callbacks.audit"], 1, "callbacks.audit cannot be left out"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence_without_a_traceback(tmp_path, arguments, code, sentence):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID, cityscapes
 from eomt.data.labels import IGNORE
+from eomt.data.toy_streets import write_toy_streets
 
 STEMS = ("train/aachen/aachen_000000_000019", "train/bochum/bochum_000001_000019", "val/ulm/ulm_000000_000019")
 
@@ -145,3 +146,30 @@ def test_a_missing_split_is_an_error(extracted):
     shutil.rmtree(extracted / "leftImg8bit" / "val")
     with pytest.raises(FileNotFoundError, match="leftImg8bit/val/CITY"):
         read(extracted)
+
+
+def test_a_label_whose_image_is_missing_is_named_at_start(tmp_path):
+    folder = write_toy_streets(tmp_path / "toy", "clear", 3, 2, (32, 64), 0)
+    for part in ("leftImg8bit", "gtFine"):
+        ZipFile(folder / f"{part}_trainvaltest.zip").extractall(tmp_path / "root")
+    next((tmp_path / "root" / "leftImg8bit" / "train").glob("*/*.png")).unlink()
+    with pytest.raises(FileNotFoundError, match="has no image leftImg8bit/train/"):
+        cityscapes(str(tmp_path / "root"), img_size=[32, 32], batch_size=1, num_workers=0)
+
+
+def test_an_extracted_picture_that_is_half_downloaded_is_named_at_start(tmp_path):
+    folder = write_toy_streets(tmp_path / "toy", "clear", 3, 2, (32, 64), 0)
+    for part in ("leftImg8bit", "gtFine"):
+        ZipFile(folder / f"{part}_trainvaltest.zip").extractall(tmp_path / "root")
+    data = cityscapes(str(tmp_path / "root"), img_size=[32, 32], batch_size=1, num_workers=0)
+    data.check_files()
+    picture = next((tmp_path / "root" / "leftImg8bit" / "val").glob("*/*.png"))
+    picture.write_bytes(picture.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{picture.name} is incomplete"):
+        data.check_files()
+
+
+def test_an_empty_folder_does_not_hide_the_zip(tmp_path):
+    folder = write_toy_streets(tmp_path / "toy", "clear", 3, 2, (32, 64), 0)
+    (folder / "gtFine").mkdir()
+    assert cityscapes(str(folder), img_size=[32, 32], batch_size=1, num_workers=0).num_classes == 19

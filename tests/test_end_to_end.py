@@ -128,6 +128,32 @@ def test_patience_ends_a_run_that_no_longer_improves(toy_cache, tmp_path):
     assert summary_of(tmp_path)["steps"] < 10
 
 
+def test_the_last_checkpoint_is_the_last_even_when_an_earlier_one_was_better(source):
+    last, best = (torch.load(source[0] / "checkpoints" / f"{n}.ckpt", weights_only=True) for n in ("last", "best"))
+    assert last["global_step"] == summary_of(source[0])["steps"] == 8
+    assert best["global_step"] == summary_of(source[0])["best_step"]
+
+
+def test_a_sweep_gives_every_job_its_own_folder(toy_cache, tmp_path):
+    arguments = [
+        "data.batch_size=4",
+        "trainer.max_epochs=1",
+        "--multirun",
+        "seed=1,2",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    ]
+    train(toy_cache, tmp_path, *arguments)
+    for job in "01":
+        assert summary_of(tmp_path / "sweep" / job)["status"] == "finished"
+        assert (tmp_path / "sweep" / job / "model" / "model.safetensors").is_file()
+
+
+def test_resuming_with_other_settings_is_refused(source, toy_cache, tmp_path):
+    resume = f"resume={source[0]}/checkpoints/last.ckpt"
+    result = train(toy_cache, tmp_path, "data.batch_size=4", "model.lr=1e-5", resume, code=1)
+    assert "error: resume: the checkpoint was trained with lr 0.002, now it is 1e-05" in result.stderr
+
+
 def test_a_full_run_resumes_where_it_stopped(source, toy_cache, tmp_path):
     resume = f"resume={source[0]}/checkpoints/last.ckpt"
     train(toy_cache, tmp_path, "data.batch_size=4", "trainer.max_epochs=5", resume)
@@ -161,8 +187,11 @@ def test_two_runs_with_one_seed_are_the_same_on_a_cpu(toy_cache, tmp_path):
 
 def test_two_processes_count_every_validation_image_once(source, toy_cache, tmp_path):
     arguments = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "data.batch_size=2"]
-    train(toy_cache, tmp_path, *arguments, "trainer.max_epochs=1", f"model.ckpt_path={source[0]}/model")
-    assert evaluate(tmp_path / "model", toy_cache) == pytest.approx(summary_of(tmp_path)["miou"], abs=1e-6)
+    arguments += ["--use_lora", f"model.ckpt_path={source[0]}/model", "trainer.max_epochs=2"]
+    train(toy_cache, tmp_path, *arguments)
+    summary = summary_of(tmp_path)
+    assert evaluate(tmp_path / "adapter", toy_cache) == pytest.approx(summary["miou"], abs=1e-6)
+    assert all(check["passed"] for check in summary["lora_audit"].values())
 
 
 def test_a_failed_audit_stops_the_run_in_a_sentence_and_is_in_the_summary(source, toy_cache, tmp_path):

@@ -75,8 +75,8 @@ def cityscapes(root: str, **loader: Unpack[LoaderOptions]) -> SegmentationDataMo
 def find_pictures(root: Path, part: str) -> dict[str, Source]:
     """Where every PNG of `part` (leftImg8bit or gtFine) is, by its path inside that part: `train/CITY/NAME.png`."""
     folder, archive = root / part, root / f"{part}_trainvaltest.zip"
-    if folder.is_dir():
-        return {path.relative_to(folder).as_posix(): Source(str(path)) for path in sorted(folder.glob("*/*/*.png"))}
+    if extracted := sorted(folder.glob("*/*/*.png")):
+        return {path.relative_to(folder).as_posix(): Source(str(path)) for path in extracted}
     if archive.is_file():
         members = sorted(name for name in open_archive(archive).namelist() if name.endswith(".png"))
         return {name.removeprefix(f"{part}/"): Source(str(archive), name) for name in members}
@@ -97,7 +97,14 @@ def _images_and_stems(images: Mapping[str, Source], split: str, root: str) -> di
 
 
 def _choose_kind(stems: list[str], labels: Mapping[str, Source], root: str) -> str:
-    """The preferred kind of label file that every image has."""
+    """The preferred kind of label file that every image has; a label without an image means missing images."""
+    known = set(stems)
+    for name in labels:
+        stem, _, kind = name.partition("_gtFine_")
+        if kind == "labelIds.png" and name.startswith(("train/", "val/")) and stem not in known:
+            raise FileNotFoundError(
+                f"gtFine/{name} in {root} has no image leftImg8bit/{stem}_leftImg8bit.png; {_DOWNLOAD} there again."
+            )
     missing = {kind: [s for s in stems if f"{s}_gtFine_{kind}.png" not in labels] for kind in _DECODERS}
     for kind, lacking in missing.items():
         if not lacking:

@@ -51,7 +51,20 @@ class Source:
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else self.path
 
+    def check_complete(self) -> None:
+        """Raises ValueError for a plain file that is empty or ends before its picture does."""
+        if self.member is not None:
+            return  # an archive knows its members' sizes
+        with open(self.path, "rb") as file:
+            start = file.read(8)
+            file.seek(max(0, os.stat(self.path).st_size - 4096))
+            tail = file.read()
+        ending = {b"\x89P": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}.get(start[:2], b"")  # PNG, JPEG
+        if not start or ending not in tail:
+            raise ValueError(f"{self} is incomplete ({os.stat(self.path).st_size} bytes); copy or download it again.")
+
     def read(self) -> bytes:
+        """The file's bytes; raises ValueError where an archive's checksum says that they are damaged."""
         if self.member is None:
             return Path(self.path).read_bytes()
         try:

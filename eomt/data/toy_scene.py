@@ -163,6 +163,7 @@ def planes_at_size(canvas: Canvas, size: tuple[int, int]) -> tuple[np.ndarray, .
 
 
 def draw_sky(canvas: Canvas, rng: Generator) -> None:
+    """A gradient with a few clouds."""
     camera = canvas.camera
     top = _pick(rng, "sky")
     bottom = _mix(top, (236, 236, 230), rng.uniform(0.4, 0.8))
@@ -291,6 +292,7 @@ def draw_building(canvas: Canvas, rng: Generator, x: float, near: float, far: fl
 
 
 def draw_wall(canvas: Canvas, rng: Generator, x: float, near: float, far: float) -> None:
+    """A wall along the street, in strips."""
     color, height = _mix((150, 146, 140), (172, 128, 104), rng.uniform()), rng.uniform(1.4, 2.6)
     for z0, z1 in _strips(near, far, 3.0):
         canvas.polygon([(x, 0, z0), (x, 0, z1), (x, height, z1), (x, height, z0)], color, WALL)
@@ -312,6 +314,7 @@ def draw_fence(canvas: Canvas, rng: Generator, x: float, near: float, far: float
 
 
 def draw_tree(canvas: Canvas, rng: Generator, x: float, z: float, bushy: bool = False) -> None:
+    """A trunk and a crown of blobs."""
     leaf = _pick(rng, "leaf")
     trunk = 0.3 if bushy else rng.uniform(1.8, 3.0)
     crown = rng.uniform(0.7, 1.2) if bushy else rng.uniform(1.3, 2.3)
@@ -356,6 +359,7 @@ def draw_objects(canvas: Canvas, rng: Generator, street: Street) -> None:
 
 
 def draw_lamp(canvas: Canvas, rng: Generator, x: float, z: float, inwards: int) -> None:
+    """A street lamp that leans over the road."""
     metal, height, reach = _gray(rng.uniform(70, 110)), 6.0, 1.6 * inwards
     canvas.rectangle(x, 0, z, 0.22, height, metal, POLE)
     canvas.polygon([(x, height - 0.2, z), (x + reach, height, z), (x + reach, height + 0.16, z), (x, height, z)],
@@ -365,6 +369,7 @@ def draw_lamp(canvas: Canvas, rng: Generator, x: float, z: float, inwards: int) 
 
 
 def draw_sign(canvas: Canvas, rng: Generator, x: float, z: float) -> None:
+    """A sign on its pole: triangle, circle or rectangle."""
     canvas.rectangle(x, 0, z, 0.14, 2.3, _gray(130), POLE)
     kind = rng.integers(3)
     if kind == 0:  # a round prohibition
@@ -379,6 +384,7 @@ def draw_sign(canvas: Canvas, rng: Generator, x: float, z: float) -> None:
 
 
 def draw_traffic_light(canvas: Canvas, rng: Generator, x: float, z: float) -> None:
+    """A traffic light on its pole, one lamp lit."""
     canvas.rectangle(x, 0, z, 0.16, 2.6, _gray(74), POLE)
     canvas.rectangle(x, 2.5, z, 0.62, 1.6, (34, 36, 38), TRAFFIC_LIGHT)
     on = rng.integers(3)
@@ -394,6 +400,7 @@ def draw_bin(canvas: Canvas, rng: Generator, x: float, z: float) -> None:
 
 
 def draw_person(canvas: Canvas, rng: Generator, x: float, z: float) -> None:
+    """Somebody who stands on the pavement."""
     size = rng.uniform(0.9, 1.08)
     top, trousers, skin = _pick(rng, "cloth"), _shade(_pick(rng, "cloth"), 0.6), _pick(rng, "skin")
     stride = rng.uniform(0.05, 0.16) * size
@@ -448,6 +455,7 @@ def draw_car(canvas: Canvas, rng: Generator, x: float, z: float, towards: bool) 
 
 
 def draw_truck(canvas: Canvas, rng: Generator, x: float, z: float, towards: bool) -> None:
+    """A lorry, seen from the front or the back."""
     paint = _pick(rng, "truck")
     _draw_big_box(canvas, x, z, width=2.4, bottom=0.7, top=3.3, length=7.0, paint=paint, label=TRUCK)
     if towards:  # the cab with its windscreen
@@ -460,6 +468,7 @@ def draw_truck(canvas: Canvas, rng: Generator, x: float, z: float, towards: bool
 
 
 def draw_bus(canvas: Canvas, rng: Generator, x: float, z: float, towards: bool) -> None:
+    """A bus, seen from the front or the back."""
     paint, glass = _pick(rng, "bus"), (48, 58, 72)
     _draw_big_box(canvas, x, z, width=2.5, bottom=0.35, top=3.0, length=10.0, paint=paint, label=BUS)
     flank = x - math.copysign(1.25, x)

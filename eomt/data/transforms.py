@@ -57,6 +57,7 @@ class TrainTransform:
         return image[window].contiguous(), labels[window].contiguous()
 
     def resize(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at a random scale in `scale_range`, relative to fitting the image into the crop."""
         height, width = labels.shape
         fit = min(self.img_size[0] / height, self.img_size[1] / width)
         scale = fit * _uniform(*self.scale_range)

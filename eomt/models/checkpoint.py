@@ -67,7 +67,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int
             "or give the checkpoint it was trained from"
         )
     if path.is_dir():
-        path = path / "model.safetensors"
+        names = ("model.safetensors", "pytorch_model.bin")
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path {path}: no such file")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def print_start(module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
-    """Logs what will train, and on what."""
+    """Logs what will train, and on what; once, whatever the number of processes."""
+    if rank_zero_only.rank:
+        return
     title = "TRAINABLE PARAMETERS" if module.lora is None else "TRAINABLE PARAMETERS (LoRA)"
     facts = datamodule.fingerprint()
     logger.info("%d training images, %d validation images", facts["train_images"], facts["val_images"])
@@ -79,6 +82,7 @@ def finish_run(
 
 
 def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
+    """IoU of each class, and what the run cost."""
     console = Console(width=100)
     if summary["class_iou"]:
         table = Table("class", "IoU", title=f"mIoU {100 * summary['miou']:.2f} at step {summary['best_step']}")

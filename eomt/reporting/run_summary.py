@@ -25,8 +25,10 @@ class StepClock(Callback):
         self.data: list[float] = []
         self.compute: list[float] = []
         self.mark: float | None = None
+        self.batches_per_step = 1
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.batches_per_step = trainer.accumulate_grad_batches
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -50,8 +52,10 @@ class StepClock(Callback):
         self.mark = None  # nor is validation
 
     def summary(self) -> dict[str, float]:
-        """Medians; `total` is their sum."""
-        data, compute = (statistics.median(values) if values else 0.0 for values in (self.data, self.compute))
+        """Medians, times the batches that an optimiser step accumulates; `total` is their sum."""
+        data, compute = (
+            self.batches_per_step * statistics.median(values) if values else 0.0 for values in (self.data, self.compute)
+        )
         return {"total": data + compute, "data": data, "compute": compute}
 
 

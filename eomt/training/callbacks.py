@@ -1,6 +1,7 @@
 """What happens around the training steps: the audit, the progress bar, the artefact of the best epoch."""
 
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,10 +23,13 @@ class AuditLoRA(Callback):
     def on_fit_start(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         if module.lora is None:
             return
-        own = {id(p) for p in module.backbone.parameters()}
-        elsewhere = [p for p in module.network.parameters() if p.requires_grad and id(p) not in own]
+        self.audited_step = trainer.global_step
         self.audit = LoRAAudit(
-            module.network, module.backbone, module.lora_settings, elsewhere, base_fingerprint=module.base_fingerprint
+            module.network,
+            module.backbone,
+            module.lora_settings,
+            [p for part in module.trained_heads() for p in part.parameters()],
+            base_fingerprint=module.base_fingerprint,
         )
         height, width = module.hparams.img_size
         image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(module.device)
@@ -43,7 +47,8 @@ class AuditLoRA(Callback):
             self.audit.after_backward()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self.audit:
+        if self.audit and trainer.global_step > self.audited_step:  # not after each accumulated batch
+            self.audited_step = trainer.global_step
             self.audit.after_step(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -70,17 +75,32 @@ class SaveBest(Callback):
             return
         self.best = {"miou": miou.item(), "class_iou": module.class_iou, "step": trainer.global_step}
         if trainer.is_global_zero:
-            module.save_pretrained(self.folder(module))
+            self.save(module)
 
     def on_train_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
-        if not math.isfinite(self.best["miou"]) and trainer.is_global_zero:
-            module.save_pretrained(self.folder(module))
+        if trainer.is_global_zero and not self.folder(module).exists():
+            self.save(module)
+
+    def save(self, module: MaskClassificationSemantic) -> None:
+        """Writes beside the folder and renames, so that an interruption leaves the earlier artefact whole."""
+        folder = self.folder(module)
+        draft = folder.with_name(folder.name + ".part")
+        shutil.rmtree(draft, ignore_errors=True)
+        module.save_pretrained(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "directory": str(self.directory.resolve())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+        """A resumed run goes on from the best so far, if its artefact is still there to be kept."""
+        for name in ("adapter", "model"):
+            earlier, here = Path(state["directory"]) / name, self.directory / name
+            if earlier.is_dir():
+                self.best = state["best"]
+                if not here.is_dir():
+                    shutil.copytree(earlier, here, dirs_exist_ok=True)
 
 
 class SamplePictures(Callback):
@@ -97,11 +117,12 @@ class SamplePictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        last = self.every_n_epochs and trainer.global_step >= module.total_steps
+        last = self.every_n_epochs and (trainer.should_stop or trainer.global_step >= module.total_steps)
         if trainer.is_global_zero and (due or last) and not trainer.sanity_checking:
             self.draw(trainer, module)
 
     def draw(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+        """Predicts for images spread over the validation set, and writes and logs the picture."""
         from eomt.reporting.pictures import prediction_picture
         from eomt.training.semantic_inference import segment
 
@@ -130,6 +151,7 @@ class RunProgressBar(TQDMProgressBar):
         super().on_train_start(trainer, module)
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
+        """What stands behind the bar, in short names."""
         metrics = {name.split("/")[-1]: value for name, value in super().get_metrics(trainer, module).items()}
         metrics.pop("v_num", None)
         done, left = trainer.global_step - self.first_step, module.total_steps - trainer.global_step

@@ -182,14 +182,19 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.__dict__["lora"] = lora
         self.strict_loading = False  # its checkpoints hold no frozen weights; on_load_checkpoint checks the rest
 
+    def heads(self) -> dict[Part, nn.Module]:
+        """What the network adds to the backbone."""
+        network = self.network
+        parts = {"queries": network.q, "class_head": network.class_head, "mask_head": network.mask_head}
+        return parts | {"upscale": network.upscale}
+
+    def trained_heads(self) -> list[nn.Module]:
+        """Those of them that are meant to train."""
+        return [module for part, module in self.heads().items() if part not in self.hparams.freeze]
+
     def freeze_parts(self, parts: Sequence[Part]) -> None:
-        modules = {
-            "backbone": self.backbone,
-            "queries": self.network.q,
-            "class_head": self.network.class_head,
-            "mask_head": self.network.mask_head,
-            "upscale": self.network.upscale,
-        }
+        """Parts that do not train; adapters in the backbone do all the same."""
+        modules = {"backbone": self.backbone, **self.heads()}
         adapters = {id(p) for p in self.adapter_parameters()}
         for part in parts:
             for p in modules[part].parameters():
@@ -295,6 +300,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
             checkpoint["base_fingerprint"] = self.base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same_settings(checkpoint.get("hyper_parameters", {}), self.hparams)
         if self.lora is None:
             return
         check_fingerprint(checkpoint.get("base_fingerprint"), self.base_fingerprint, "this checkpoint")
@@ -372,6 +378,17 @@ def load_heads(module: MaskClassificationSemantic, heads: Mapping[str, Tensor]) 
     module.load_state_dict(heads, strict=False)
 
 
+def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError when a resumed run asks for other settings: the checkpoint's optimiser would overrule them."""
+    for name in trained_with.keys() & now.keys() - {"ckpt_path", "compile"}:
+        before, after = json.dumps(trained_with[name]), json.dumps(now[name])
+        if before != after:
+            raise ValueError(
+                f"resume: the checkpoint was trained with {name} {before}, now it is {after}; a run goes on with its own "
+                "settings, and ckpt_path starts a new one from its weights"
+            )
+
+
 def check_fingerprint(trained_on: str | None, found: str | None, what: str) -> None:
     """Raises ValueError when an adapter meets other base weights than its own."""
     if trained_on != found:
@@ -398,6 +415,8 @@ def check_settings(**settings: Any) -> LoRASettings:
     bound.apply_defaults()
     hp = bound.arguments
     check_img_size(hp["img_size"], hp["patch_size"])
+    if hp["ckpt_path"] and not Path(hp["ckpt_path"]).expanduser().exists():
+        raise FileNotFoundError(f"ckpt_path {hp['ckpt_path']}: no such file or folder")
     for name in ("lr", "lora_lr", "llrd", "poly_power", "num_points", "num_q", "num_blocks", "num_classes"):
         if hp[name] is not None and not hp[name] > 0:
             raise ValueError(f"{name} {hp[name]}: must be greater than 0")

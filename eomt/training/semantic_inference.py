@@ -73,4 +73,5 @@ def segment(network: EoMT, image: Tensor) -> Tensor:
     windows, origins = to_windows(image, window)
     with network.deployed():
         (mask_logits,), (class_logits,) = network(windows / 255)
-    return merge_windows(class_scores(mask_logits, class_logits, window), origins, tuple(image.shape[-2:]))
+    with torch.autocast(image.device.type, enabled=False):  # scores in 16 bits tie, and ties are decided arbitrarily
+        return merge_windows(class_scores(mask_logits, class_logits, window), origins, tuple(image.shape[-2:]))
