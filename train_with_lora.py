@@ -98,6 +98,22 @@ def expand_home(cfg) -> None:  # noqa: ANN001
             OmegaConf.update(cfg, key, os.path.expanduser(path))
 
 
+def keep_earlier_run(output_dir: Path, resume: str | None) -> None:
+    """A folder that holds a run is not written over; a run that goes on in its folder keeps the earlier metrics."""
+    metrics = output_dir / "metrics.csv"
+    if not metrics.is_file():
+        return
+    if not resume:
+        raise ValueError(f"output_dir {output_dir} holds a run: choose another folder, or continue it with resume=")
+    metrics.rename(output_dir / f"metrics_{len(list(output_dir.glob('metrics*.csv')))}.csv")
+
+
+def quiet_libraries() -> None:
+    """Keeps advertising and notes to developers out of the log; warnings about the run stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
+
+
 def classes_of(datamodule, num_classes: int | None) -> dict:  # noqa: ANN001
     """What the model must know of the data set's classes."""
     if num_classes not in (None, datamodule.num_classes):

@@ -56,6 +56,11 @@ def test_the_lora_variant_states_only_what_differs():
     assert {key for key in full["model"] if full["model"][key] != lora["model"][key]} == {"use_lora", "lora_lr"}
 
 
+def test_an_experiment_overrules_the_configuration_it_is_used_with():
+    assert composed("cityscapes_lora", ["experiment=toy_lora"]).model.lora_lr == 2e-3
+    assert composed("cityscapes", ["lora=default"]) == composed("cityscapes_lora")
+
+
 def test_the_model_yaml_and_the_signature_agree_on_every_default():
     yaml = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "base.yaml"))
     parameters = inspect.signature(MaskClassificationSemantic).parameters

@@ -191,8 +191,11 @@ def test_resuming_on_another_base_or_with_other_adapters_is_refused(base, data, 
     checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
     with pytest.raises(ValueError, match="other weights"):
         build(seed=9, **settings).on_load_checkpoint(checkpoint)
-    with pytest.raises(ValueError, match="does not fit the LoRA configuration"):
+    with pytest.raises(ValueError, match=r'lora_target_modules \["attn.qkv", "attn.proj"\], now it is \["attn.qkv"\]'):
         build(ckpt_path=base, lora_target_modules=["attn.qkv"], **settings).on_load_checkpoint(checkpoint)
+    del checkpoint["state_dict"]["network.q.weight"]
+    with pytest.raises(ValueError, match=r"does not fit the LoRA configuration: .*network\.q\.weight"):
+        build(ckpt_path=base, **settings).on_load_checkpoint(checkpoint)
 
 
 def test_the_audit_runs_in_training_and_passes(base, data, tmp_path):

@@ -384,8 +384,8 @@ def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any])
         before, after = json.dumps(trained_with[name]), json.dumps(now[name])
         if before != after:
             raise ValueError(
-                f"resume: the checkpoint was trained with {name} {before}, now it is {after}; a run goes on with its own "
-                "settings, and ckpt_path starts a new one from its weights"
+                f"resume: the checkpoint was trained with {name} {before}, now it is {after}; a run goes on with its "
+                "own settings, and ckpt_path starts a new one from its weights"
             )
 
 
