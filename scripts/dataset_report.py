@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _data import datasets_known, open_data
+
 if TYPE_CHECKING:  # torch and matplotlib are imported late: --help answers at once
     from torch import Tensor
 
     from eomt.data.dataset import SegmentationDataset
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = """examples:
   python scripts/dataset_report.py data=toy_streets
   python scripts/dataset_report.py data=toy_streets data.domain=night_fog --split val
@@ -23,9 +24,9 @@ Writes report.md, counts.json and grid.png. Exit code 1 if a file is broken, 2 i
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    sys.path.insert(0, str(ROOT))  # also runs from a checkout that is not installed
     try:
-        name, datamodule = load(args.overrides)
+        # nothing is trained here: any crop size will do, and small datasets need no full batch
+        name, datamodule = open_data(args.overrides, img_size=[64, 64], batch_size=1)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,44 +54,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if not any(override.startswith("data=") for override in args.overrides):
         parser.error("name a dataset: data=" + ", data=".join(datasets_known()))
     return args
-
-
-def datasets_known() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
-
-
-def load(overrides: list[str]) -> tuple[str, Any]:
-    """The name of the data choice and its data module.
-
-    Raises:
-        ValueError: An override that cannot be applied, or data that is wrong.
-        FileNotFoundError: Files of the dataset are missing.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    name = next(override.removeprefix("data=") for override in overrides if override.startswith("data="))
-    if name not in datasets_known():
-        raise ValueError(f"data={name} is not a dataset; choose from {', '.join(datasets_known())}.")
-    # Nothing is trained here: any crop size will do, and small datasets need no full batch.
-    defaults = [f"+data={name}", "+model.img_size=[64,64]", "data.batch_size=1"]
-    try:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            config = compose(overrides=defaults + [o for o in overrides if not o.startswith("data=")])
-        missing = [key for key in OmegaConf.missing_keys(config) if key.startswith("data.")]
-        if missing:
-            key = min(missing)
-            raise ValueError(f"{key} has no value; add {key}=... (see configs/data/{name}.yaml).")
-        return name, instantiate(config.data, _convert_="all")
-    except (HydraException, OmegaConfBaseException) as error:
-        if isinstance(error.__cause__, ValueError | FileNotFoundError):
-            raise error.__cause__ from None
-        # Hydra's first line says what; the cause of a failed call says it better.
-        what = str(error.__cause__ or error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{what}; configs/data/{name}.yaml has the keys and their defaults.") from error
 
 
 def examine(split: str, dataset: "SegmentationDataset", num_workers: int) -> dict[str, Any]:

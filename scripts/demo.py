@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PRECISION = "bf16-mixed"
 VARIANTS = {"source": "toy_source", "full fine-tune": "toy_full", "LoRA": "toy_lora"}
 
 
@@ -36,7 +37,7 @@ def main() -> None:
 def train(experiment: str, output_dir: Path, overrides: list[str]) -> None:
     """One run, the way a user starts it."""
     command = [sys.executable, str(ROOT / "train_with_lora.py"), f"experiment={experiment}"]
-    command += [f"output_dir='{output_dir}'", *overrides]
+    command += [f"output_dir='{output_dir}'", f"trainer.precision={PRECISION}", *overrides]
     print("\n$ " + " ".join(["python", "train_with_lora.py", *command[2:]]), flush=True)
     subprocess.run(command, check=True)
 
@@ -51,11 +52,13 @@ def artefact(run: Path):  # noqa: ANN201
 
 def row(name: str, run: Path, module) -> dict:  # noqa: ANN001
     """What a run cost, and what its artefact is worth in both domains."""
+    from eomt.training.evaluation import evaluate
+
     summary = json.loads((run / "summary.json").read_text())
     return {
         "variant": name,
-        "miou_clear": miou(module, "clear"),
-        "miou_night_fog": miou(module, "night_fog"),
+        "miou_clear": evaluate(module, streets("clear", module), PRECISION)["miou"],
+        "miou_night_fog": evaluate(module, streets("night_fog", module), PRECISION)["miou"],
         "trainable_parameters": summary["trainable_parameters"],
         "artefact_bytes": sum(n for file, n in summary["files"].items() if file.startswith(summary["artefact"] + "/")),
         "peak_memory_bytes": summary["peak_memory"]["bytes"],
@@ -67,21 +70,6 @@ def streets(domain: str, module):  # noqa: ANN001, ANN201
     from eomt.data.toy_streets import toy_streets
 
     return toy_streets(domain=domain, img_size=module.hparams.img_size, num_workers=0)
-
-
-def miou(module, domain: str) -> float:  # noqa: ANN001
-    """mIoU on the validation images of a domain."""
-    import lightning
-
-    trainer = lightning.Trainer(
-        precision="bf16-mixed",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    return trainer.validate(module, streets(domain, module), verbose=False)[0]["val/miou"]
 
 
 def draw(artefacts: dict, path: Path) -> Path:

@@ -7,12 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
-
-from eomt.data.toy_streets import toy_streets
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 ROOT = Path(__file__).parent.parent
 MODEL = ["model=tiny", "model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}"]
@@ -38,14 +34,13 @@ def summary_of(folder):
 
 
 def evaluate(artefact, toy_cache):
-    data = toy_streets(
-        str(toy_cache), num_train=8, num_val=3, size=(64, 128), img_size=[64, 64], batch_size=2, num_workers=0
-    )
-    module = MaskClassificationSemantic.from_pretrained(artefact)
-    trainer = lightning.Trainer(
-        accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False, enable_checkpointing=False
-    )
-    return trainer.validate(module, data, verbose=False)[0]["val/miou"]
+    """The mIoU that scripts/evaluate.py finds."""
+    scores = artefact / "scores.json"
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(artefact), *DATA, f"data.root={toy_cache}"]
+    result = subprocess.run([*command, "--json", str(scores)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "road" in result.stdout
+    return json.loads(scores.read_text())["miou"]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +92,12 @@ def test_metrics_are_written_for_every_validation(source):
 
 def test_the_saved_network_scores_what_the_run_reported(source, toy_cache):
     assert evaluate(source[0] / "model", toy_cache) == pytest.approx(summary_of(source[0])["miou"], abs=1e-6)
+
+
+def test_evaluating_on_other_classes_is_refused(source, camvid_root):
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(source[0] / "model"), "data=camvid"]
+    result = subprocess.run([*command, f"data.root={camvid_root}"], capture_output=True, text=True)
+    assert result.returncode == 1 and "the network knows 19 classes" in result.stderr and "has 11" in result.stderr
 
 
 def test_a_lora_run_ends_with_a_small_adapter_and_a_passed_audit(adapted, source):
