@@ -9,9 +9,9 @@ from pathlib import Path
 from _data import datasets_known, open_data
 
 EXAMPLES = """examples:
-  python scripts/evaluate.py outputs/cityscapes_lora/2026-01-01_12-00-00/adapter data=cityscapes data.root=/data/cityscapes
-  python scripts/evaluate.py outputs/camvid_day/model data=camvid data.root=/data/camvid data.sequences=[0001TP] data.val_share=0.4
-"""
+  python scripts/evaluate.py outputs/lora/adapter data=cityscapes data.root=/data/cityscapes
+  python scripts/evaluate.py outputs/camvid_day/model data=camvid data.root=/data/camvid \\
+      data.sequences=[0001TP] data.val_share=0.4"""
 
 
 def main() -> int:
