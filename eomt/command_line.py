@@ -20,21 +20,24 @@ FLAGS = {
     "--output_dir": (1, "output_dir='{}'"),
     "--use_wandb": (0, "logger=wandb"),
 }
-HYDRA_FLAGS = ("--config-name", "--config-dir", "--config-path", "--multirun", "--cfg", "--resolve", "--package")
-HYDRA_FLAGS += ("--info", "--run", "--version", "--hydra-help", "--shell-completion", "--experimental-rerun")
+HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
+HYDRA_FLAGS |= {"--experimental-rerun": 1, "--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
+HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
 
 
 def translate_flags(arguments: Sequence[str]) -> list[str]:
     """The guide's flags as Hydra overrides; everything else unchanged.
 
-    `--use_lora` chooses the `cityscapes_lora` configuration, unless another one was named.
+    `--use_lora` chooses the `cityscapes_lora` configuration, unless another one was named. Hydra's own options come
+    first, because its parser wants the overrides in one piece.
 
     Raises:
         ValueError: an unknown flag, or one without its values.
     """
-    translated, rest = [], [part for word in arguments for part in split_flag(word)]
+    options, overrides = [], []
+    rest = [part for word in arguments for part in split_flag(word)]
     if "--use_lora" in rest and not {"--config-name", "-cn"} & set(rest):
-        translated += ["--config-name", "cityscapes_lora"]
+        options += ["--config-name", "cityscapes_lora"]
     while rest:
         word = rest.pop(0)
         if word in FLAGS:
@@ -46,12 +49,16 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
                 raise ValueError(
                     f"{word} takes {count} value{'s' * (count > 1)}, got {' '.join(values) or 'none'}; see --help"
                 )
-            translated.append(override.format(*values))
-        elif word.startswith("--") and word not in HYDRA_FLAGS:
+            overrides.append(override.format(*values))
+        elif word in HYDRA_FLAGS:
+            count = HYDRA_FLAGS[word]
+            options += [word, *rest[:count]]
+            rest = rest[count:]
+        elif word.startswith("--"):
             raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
         else:
-            translated.append(word)
-    return translated
+            overrides.append(word)
+    return options + overrides
 
 
 def split_flag(word: str) -> list[str]:

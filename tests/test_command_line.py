@@ -69,8 +69,9 @@ def test_the_guides_flags_become_overrides():
 
 
 def test_a_named_configuration_and_plain_overrides_pass_unchanged():
-    words = ["--config-name", "mine", "--use_lora", "model.lr=1", "--cfg", "job"]
-    assert translate_flags(words) == ["--config-name", "mine", "model.use_lora=true", "model.lr=1", "--cfg", "job"]
+    words = ["model.lr=1", "--config-name=mine", "--use_lora", "--multirun", "seed=1,2", "--cfg", "job"]
+    options = ["--config-name", "mine", "--multirun", "--cfg", "job"]
+    assert translate_flags(words) == [*options, "model.lr=1", "model.use_lora=true", "seed=1,2"]
 
 
 @pytest.mark.parametrize(

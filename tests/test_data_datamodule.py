@@ -157,7 +157,9 @@ def test_every_key_of_a_data_yaml_is_a_parameter_of_its_factory(name):
     from importlib import import_module
 
     path = Path(__file__).parents[1] / "configs" / "data" / f"{name}.yaml"
-    keys = yaml.safe_load(path.read_text())
+    shared = yaml.safe_load((path.parent / "base.yaml").read_text())
+    keys = shared | yaml.safe_load(path.read_text())
+    del keys["defaults"]
     module_name, function = keys.pop("_target_").rsplit(".", 1)
     own = set(inspect.signature(getattr(import_module(module_name), function)).parameters) - {"loader"}
     assert own <= set(keys)

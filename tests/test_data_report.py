@@ -62,8 +62,11 @@ def test_broken_and_empty_files_are_listed_and_the_exit_code_is_1(tmp_path):
     ("arguments", "message"),
     [
         (("data=nothing",), "choose from camvid, cityscapes, folder, toy_streets"),
-        (("data=camvid",), "data.root has no value"),
-        (("data=camvid", "data.root=/nowhere", "data.sequence=[a]"), "'sequence'"),
+        (("data=camvid",), "data.root is required"),
+        (
+            ("data=camvid", "data.root=/nowhere", "data.sequence=[a]"),
+            "data.sequence is not in the configuration; did you mean sequences",
+        ),
         (("data.root=/nowhere",), "name a dataset"),
     ],
 )

@@ -157,7 +157,7 @@ def test_resuming_with_other_settings_is_refused(source, toy_cache, tmp_path):
 
 def test_a_full_run_resumes_where_it_stopped(source, toy_cache, tmp_path):
     resume = f"resume={source[0]}/checkpoints/last.ckpt"
-    train(toy_cache, tmp_path, "data.batch_size=4", "trainer.max_epochs=5", resume)
+    train(toy_cache, tmp_path, "data.batch_size=4", "trainer.max_epochs=5", "model.lr=2e-3", resume)
     assert summary_of(tmp_path)["steps"] == 10 and summary_of(tmp_path)["miou"] >= summary_of(source[0])["miou"]
 
 

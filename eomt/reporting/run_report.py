@@ -83,16 +83,17 @@ def finish_run(
 
 def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
     """IoU of each class, and what the run cost."""
-    console = Console(width=100)
+    console = Console()
     if summary["class_iou"]:
-        table = Table("class", "IoU", title=f"mIoU {100 * summary['miou']:.2f} at step {summary['best_step']}")
+        table = Table("class", "IoU")
         for name, iou in summary["class_iou"].items():
             table.add_row(name, "absent" if iou is None else f"{100 * iou:.2f}")
         console.print(table)
-    size = sum(n for name, n in summary["files"].items() if name.startswith(summary["artefact"] + "/"))
-    console.print(
-        f"{summary['artefact']}/ {size / 2**20:.2f} MiB | {summary['trainable_parameters']:,} of "
-        f"{summary['total_parameters']:,} parameters trained | {summary['seconds_per_step']['total']:.3f} s per step | "
-        f"peak memory {summary['peak_memory']['bytes'] / 2**30:.2f} GiB"
-    )
-    console.print(f"run folder: {output_dir}", soft_wrap=True)
+        print(f"mIoU {100 * summary['miou']:.2f}, the best validation, at step {summary['best_step']}")
+    artefact = summary["artefact"] + "/"
+    size = sum(n for name, n in summary["files"].items() if name.startswith(artefact))
+    print(f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained")
+    step, memory = summary["seconds_per_step"], summary["peak_memory"]
+    print(f"{step['total']:.3f} s per step, {step['data']:.3f} s of it waiting for data")
+    print(f"peak memory {memory['bytes'] / 2**30:.2f} GiB ({memory['of']})")
+    print(f"{output_dir / artefact} {size / 2**20:.2f} MiB")

@@ -4,13 +4,12 @@ from typing import Any
 
 import lightning
 
-from eomt.data.datamodule import SegmentationDataModule
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 
 def evaluate(
     module: MaskClassificationSemantic,
-    datamodule: SegmentationDataModule,
+    datamodule: lightning.LightningDataModule,
     precision: str = "bf16-mixed",
     progress: bool = False,
 ) -> dict[str, Any]:
