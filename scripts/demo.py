@@ -26,6 +26,8 @@ def main() -> None:
         start = [] if experiment == "toy_source" else [f"model.ckpt_path='{source}'"]
         train(experiment, arguments.output / experiment, [*start, *arguments.overrides])
 
+    import lightning  # noqa: F401  it sets its logger's level when imported
+
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     artefacts = {name: artefact(arguments.output / experiment) for name, experiment in VARIANTS.items()}
     rows = [row(name, arguments.output / VARIANTS[name], module) for name, module in artefacts.items()]
