@@ -76,8 +76,10 @@ def check(cfg) -> None:  # noqa: ANN001
     check_config(plain)
     for key, hint in options.items():
         check_type(plain[key], hint, key)
-    check_settings(**{key: value for key, value in plain["model"].items() if key != "_target_"})
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if not any(key.startswith("model.") for key in missing):
+        check_settings(**{key: value for key, value in plain["model"].items() if key != "_target_"})
+    if missing:
         raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
     if cfg.resume and not Path(cfg.resume).is_file():
         raise FileNotFoundError(f"resume {cfg.resume}: no such checkpoint; a run keeps checkpoints/last.ckpt")

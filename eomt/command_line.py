@@ -87,7 +87,7 @@ usage: python train_with_lora.py [--config-name NAME] [flags] [group=choice] [ke
 Examples
   python train_with_lora.py --config-name cityscapes_lora data.root=/data/cityscapes model.lora_rank=8
   python train_with_lora.py --use_lora --lora_rank 16 --lora_alpha 32 --epochs 50 --batch_size 4 --dataset_root /data/cs
-  python train_with_lora.py experiment=toy_lora        # needs no data, no download and no GPU
+  python train_with_lora.py experiment=toy_source        # needs no data, no download and no GPU
 
 Configurations (--config-name)
   {names}

@@ -86,9 +86,14 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
         (["+model.lora_rnak=4"], 1, "model.lora_rnak is unknown; did you mean lora_rank"),
         (["+modle.lr=1"], 1, "modle is unknown at the top of the configuration; did you mean model"),
         (["model.use_lora=true", "model.lora_rank=0"], 1, "rank 0"),
-        (["model.use_lora=true", "model.lora_dropout=1.5"], 1, r"dropout 1\.5"),
-        (["model.img_size=[8,8]"], 1, r"img_size \[8, 8\]: both sides must be multiples .* try \[16, 16\]"),
+        (["data.root=/x", "model.use_lora=true", "model.lora_dropout=1.5"], 1, r"dropout 1\.5"),
+        (
+            ["data.root=/x", "model.img_size=[8,8]"],
+            1,
+            r"img_size \[8, 8\]: both sides must be multiples .* try \[16, 16\]",
+        ),
         ([], 1, "data.root is required"),
+        (["experiment=toy_lora"], 1, "model.ckpt_path is required"),
         (["data.root=/nowhere"], 1, "/nowhere/leftImg8bit_trainvaltest.zip"),
         (["data.root=/x", "resume=gone.ckpt"], 1, "resume gone.ckpt: no such checkpoint"),
         (["data.root=/x", "--ckpt_path", "gone.bin"], 1, "ckpt_path gone.bin: no such file"),
@@ -136,5 +141,7 @@ def test_a_mistake_that_shows_only_with_data_is_one_sentence_too(tmp_path, toy_c
 
 
 def test_the_traceback_is_there_for_who_asks(tmp_path):
-    result = run("model.use_lora=true", "model.lora_rank=0", f"output_dir={tmp_path}", HYDRA_FULL_ERROR="1")
+    result = run(
+        "data.root=/x", "model.use_lora=true", "model.lora_rank=0", f"output_dir={tmp_path}", HYDRA_FULL_ERROR="1"
+    )
     assert result.returncode == 1 and "Traceback" in result.stderr and "rank 0" in result.stderr
