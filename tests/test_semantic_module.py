@@ -211,6 +211,21 @@ def test_the_audit_runs_in_training_and_passes(base, data, tmp_path):
     assert "frozen_unchanged" in audit.audit.results
 
 
+def test_the_audit_counts_optimiser_steps_and_not_accumulated_batches(base, data, tmp_path):
+    audit = AuditLoRA()
+    module = build(use_lora=True, ckpt_path=base, warmup_steps=[1, 0], freeze=["class_head"])
+    trainer = fit(module, data, tmp_path, steps=2, callbacks=[audit], limit_val_batches=0, accumulate_grad_batches=2)
+    assert trainer.global_step == 2 and not audit.audit.complete  # too short to tell, and no false alarm
+    assert audit.audit.results["adapters_trained"]["detail"] == "only 2 steps, too few to tell"
+
+
+def test_a_head_that_is_frozen_behind_the_settings_back_stops_the_run(base, data, tmp_path):
+    module = build(use_lora=True, ckpt_path=base, warmup_steps=[0, 0])
+    module.network.mask_head.requires_grad_(False)
+    with pytest.raises(AuditError, match=r"meant to train, but frozen: mask_head"):
+        fit(module, data, tmp_path, callbacks=[AuditLoRA()], limit_val_batches=0)
+
+
 def freeze_adapters(module):
     for p in module.adapter_parameters():
         p.requires_grad_(False)
