@@ -14,13 +14,14 @@ from eomt.command_line import translate_flags
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments, **environment):
+def run(*arguments, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, str(ROOT / "train_with_lora.py"), *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
         stdin=subprocess.DEVNULL,
+        cwd=cwd,
     )
 
 
@@ -93,7 +94,7 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
             r"img_size \[8, 8\]: both sides must be multiples .* try \[16, 16\]",
         ),
         ([], 1, "data.root is required"),
-        (["experiment=toy_lora"], 1, "model.ckpt_path is required"),
+        (["experiment=toy_lora"], 1, "ckpt_path outputs/toy_source/model: no such file or folder"),
         (["data.root=/nowhere"], 1, "/nowhere/leftImg8bit_trainvaltest.zip"),
         (["data.root=/x", "resume=gone.ckpt"], 1, "resume gone.ckpt: no such checkpoint"),
         (["data.root=/x", "--ckpt_path", "gone.bin"], 1, "ckpt_path gone.bin: no such file"),
@@ -103,7 +104,7 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
     ],
 )
 def test_a_mistake_ends_in_one_sentence_without_a_traceback(tmp_path, arguments, code, sentence):
-    result = run(*arguments, f"output_dir={tmp_path}")
+    result = run(*arguments, f"output_dir={tmp_path}", cwd=tmp_path)
     assert result.returncode == code
     (line,) = [line for line in result.stderr.splitlines() if line.strip()]
     assert line.startswith("error: ") and re.search(sentence, line)
