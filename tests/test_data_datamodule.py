@@ -63,6 +63,50 @@ def test_the_seed_fixes_order_and_augmentation(make_set, workers):
     assert not torch.equal(epoch(1), epoch(2))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_numbers_drawn_elsewhere_change_neither_order_nor_augmentation(make_set, workers):
+    def epoch(draws):
+        torch.manual_seed(1)
+        loader = module(make_set(8), make_set(1), num_workers=workers).train_dataloader()
+        torch.rand(draws)  # fresh adapters, dropout
+        crops = []
+        for images, _ in loader:
+            torch.rand(draws)
+            crops.append(images)
+        return torch.cat(crops)
+
+    assert torch.equal(epoch(0), epoch(5))
+
+
+def test_loading_data_disturbs_no_random_numbers_drawn_elsewhere(make_set):
+    loader = module(make_set(8), make_set(1)).train_dataloader()
+    state = torch.random.get_rng_state()
+    assert len(list(loader)) == 4
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_epoch_is_the_same_whether_others_came_before_it_or_not(make_set):
+    torch.manual_seed(1)
+    whole, resumed = (module(make_set(8), make_set(1)).train_dataloader() for _ in range(2))
+    epochs = []
+    for epoch in range(3):
+        whole.sampler.set_epoch(epoch)
+        epochs.append(torch.cat([images for images, _ in whole]))
+    resumed.sampler.set_epoch(2)
+    assert torch.equal(torch.cat([images for images, _ in resumed]), epochs[2])
+    assert not torch.equal(epochs[1], epochs[2])
+
+
+def test_processes_share_an_epoch_and_no_image_is_seen_twice(make_set):
+    torch.manual_seed(1)
+    seen = []
+    for rank in range(2):
+        data = module(make_set(8), make_set(2))
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        seen += [index for index, _ in data.train_dataloader().sampler]
+    assert sorted(seen) == list(range(8))
+
+
 @pytest.mark.parametrize(("images", "processes"), [(5, 2), (2, 2), (7, 3)])
 def test_each_process_validates_on_images_of_its_own_and_none_is_repeated(make_set, images, processes):
     seen = []

@@ -1,6 +1,6 @@
 """Feeds any pair of segmentation datasets to Lightning."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from typing_extensions import Required, TypedDict
 
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
+from eomt.data.sampler import SeededSampler
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.transforms import TrainTransform
 
@@ -116,14 +117,15 @@ class SegmentationDataModule(LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches; the order follows from torch's seed."""
+        """Shuffled, augmented batches: the same for a seed, whatever is trained on them and from wherever resumed."""
         self._check_batch(self._world_size)
-        return DataLoader(
+        sampler = SeededSampler(self.train_set, torch.initial_seed(), self._world_size, self._rank)
+        return LazyLoader(
             self.train_set,
             batch_size=self.batch_size,
-            shuffle=True,
+            sampler=sampler,
             drop_last=True,
-            generator=torch.Generator().manual_seed(torch.initial_seed()),
+            generator=torch.Generator(),  # so that it draws nothing from the one that training draws from
             **self._workers(),
         )
 
@@ -138,13 +140,17 @@ class SegmentationDataModule(LightningDataModule):
                 )
             # Lightning's own choice would repeat images to even out the processes, and count them twice.
             sampler = UnrepeatedDistributedSampler(
-                self.val_set, num_replicas=self._world_size, rank=self.trainer.global_rank, shuffle=False
+                self.val_set, num_replicas=self._world_size, rank=self._rank, shuffle=False
             )
         return DataLoader(self.val_set, batch_size=1, sampler=sampler, collate_fn=collate_lists, **self._workers())
 
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
 
     def _workers(self) -> dict[str, Any]:
         return {
@@ -160,6 +166,13 @@ class SegmentationDataModule(LightningDataModule):
                 f"A step needs batch_size {self.batch_size} x {processes} process(es) = {needed} training images, "
                 f"there are {there}; set data.batch_size to {max(1, there // processes)} or less."
             )
+
+
+class LazyLoader(DataLoader):
+    """Loads nothing before the first batch is asked for: on resuming, Lightning iterates before it says the epoch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
 
 
 def collate_lists(batch: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:

@@ -167,8 +167,17 @@ class SegmentationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Raises ValueError where a file cannot be decoded, or image and labels differ in size."""
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Item `index`; of a pair `(index, seed)`, the transform draws with that seed and disturbs nobody's.
+
+        Raises:
+            ValueError: A file cannot be decoded, or image and labels differ in size.
+        """
+        if isinstance(index, tuple):
+            index, seed = index
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach out to the GPUs
+                return self[index]
         sample = self.samples[index]
         image, labels = self.image(index), self.labels(index)
         if image.shape[1:] != labels.shape:
