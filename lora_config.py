@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own names
+BASE = "base"  # in place of an adapter's name: none of them
 
 SUPPORTED_OPTIONS = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")
 REFUSED_OPTIONS = {  # LoraConfig fields that another setting owns, or that do nothing good here: what to do instead
@@ -277,8 +278,38 @@ def _settle(module: nn.Module, hashes: Mapping[str, str]) -> None:
 
 
 def update_norms(module: nn.Module) -> dict[str, float]:
-    """Frobenius norm of `scaling * B A` of each adapted layer, by layer name; 0 before training."""
-    return {name: update_norm(layer)[0] for name, layer in adapted_layers(module).items()}
+    """Frobenius norm of `scaling * B A` of each layer that the adapter in use adapts, by name; 0 before training."""
+    return {
+        name: update_norm(layer)[0]
+        for name, layer in adapted_layers(module).items()
+        if layer.active_adapters[0] in layer.lora_A
+    }
+
+
+def stored_updates(
+    state: Mapping[str, Tensor],
+    alpha: float,
+    use_rslora: bool = False,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> dict[str, dict[str, float]]:
+    """What `update_norms` says of a loaded adapter, from its tensors alone: `rank`, `scaling` and `norm` by layer.
+
+    Args:
+        state: the tensors of an adapter file or of a state dict, under their names there.
+        alpha, use_rslora, alpha_pattern: as the adapter was configured.
+    """
+    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in state.items():
+        if found := re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight", key):
+            factors[found[1]][found[2]] = tensor
+    updates = {}
+    for name, pair in factors.items():
+        rank = pair["A"].shape[0]
+        own = (value for pattern, value in (alpha_pattern or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+        scaling = next(own, alpha) / (rank**0.5 if use_rslora else rank)
+        norm = factor_norm(pair["A"], pair["B"], scaling)[0]
+        updates[name] = {"rank": rank, "scaling": scaling, "norm": norm}
+    return updates
 
 
 def lora_factors(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, float]:
@@ -290,7 +321,12 @@ def lora_factors(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, float]:
 def update_norm(layer: nn.Module) -> tuple[float, float]:
     """||s B A||_F and its upper bound s ||B||_F ||A||_F, from r x r products: ||BA||^2 = sum(B'B * AA')."""
     a, b, scaling = lora_factors(layer)
-    a, b = a.weight.detach().cpu().double(), b.weight.detach().cpu().double()
+    return factor_norm(a.weight, b.weight, scaling)
+
+
+def factor_norm(a: Tensor, b: Tensor, scaling: float) -> tuple[float, float]:
+    """`update_norm` of A [r, in] and B [out, r] themselves."""
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
     square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
     return scaling * square.sqrt().item(), scaling * (a.norm() * b.norm()).item()
 
@@ -379,20 +415,29 @@ def listed(names: Iterable[str], limit: int = 6) -> str:
 def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, with the base's fingerprint as metadata.
 
-    In a run of several processes, call it from one.
+    Of several adapters, the one in use. In a run of several processes, call it from one.
+
+    Raises:
+        ValueError: none is in use.
     """
     from safetensors.torch import save_file
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = _peft().get_peft_model_state_dict(handle, save_embedding_layers=False)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    name = _adapter_in_use(handle)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_state(handle, name).items()}
     hashes = getattr(handle.get_base_model(), "lora_base_hashes", None)
     metadata = {"format": "pt"} | ({"base_fingerprint": combine_hashes(hashes)} if hashes else {})
     save_file(state, directory / WEIGHTS_FILE, metadata=metadata)
-    config = copy.copy(handle.peft_config["default"])
+    config = copy.copy(handle.peft_config[name])
     config.target_modules, config.inference_mode = sorted(config.target_modules), True
     config.save_pretrained(str(directory))
+
+
+def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
+    """One adapter's tensors under their names in a file; PEFT's own choice takes `day2` for a part of `day`."""
+    own = {key: t for key, t in handle.state_dict().items() if is_lora(key) and name in key.split(".")}
+    return _peft().get_peft_model_state_dict(handle, own, adapter_name=name, save_embedding_layers=False)
 
 
 def load_adapter(module: nn.Module, directory: str | Path, is_trainable: bool = False) -> PeftModel:
@@ -404,14 +449,25 @@ def load_adapter(module: nn.Module, directory: str | Path, is_trainable: bool = 
         FileNotFoundError: the directory holds no adapter.
         ValueError: already adapted, the adapter was trained on other base weights, or its tensors do not fit.
     """
+    assert_not_adapted(module)
+    hashes = tensor_hashes(module)
+    saved = _check_adapter(directory, hashes)
+    handle = _peft().PeftModel.from_pretrained(module, str(directory), is_trainable=is_trainable, torch_device="cpu")
+    if wrong := _misfit(handle, "default", saved):
+        handle.unload()
+        raise ValueError(f"the adapter in {directory} {wrong}")
+    _settle(module, hashes)
+    return handle
+
+
+def _check_adapter(directory: str | Path, hashes: Mapping[str, str]) -> set[str]:
+    """The names of an adapter's tensors, if it was trained on the base of these hashes."""
     from safetensors import safe_open
 
-    peft, directory = _peft(), Path(directory)
+    directory = Path(directory)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
-    assert_not_adapted(module)
-    hashes = tensor_hashes(module)
     with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
         saved, metadata = set(file.keys()), file.metadata() or {}
     trained_on, here = metadata.get("base_fingerprint"), combine_hashes(hashes)
@@ -420,25 +476,93 @@ def load_adapter(module: nn.Module, directory: str | Path, is_trainable: bool = 
             f"the adapter in {directory} was trained on other base weights (fingerprint {trained_on[:12]}, here "
             f"{here[:12]}): first load the base weights it was trained on, at the same sizes and precision"
         )
-    handle = peft.PeftModel.from_pretrained(module, str(directory), is_trainable=is_trainable, torch_device="cpu")
-    expected = set(peft.get_peft_model_state_dict(handle, save_embedding_layers=False))
-    if saved != expected:
-        handle.unload()
+    return saved
+
+
+def _misfit(handle: PeftModel, name: str, saved: set[str]) -> str | None:
+    """What PEFT passes over in silence: tensors that are in the file alone, or in the module alone."""
+    expected = set(_adapter_state(handle, name))
+    if saved == expected:
+        return None
+    return (
+        f"does not fit this module (missing: {listed(sorted(expected - saved)) or 'none'}; unexpected: "
+        f"{listed(sorted(saved - expected)) or 'none'}): load it on the network it was trained with"
+    )
+
+
+def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
+    """Loads a further adapter of the same base beside those of `handle`; `use_adapter` switches to it.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: the name is taken or impossible, the adapter was trained on other base weights, or does not fit.
+    """
+    module = handle.get_base_model()
+    if name in handle.peft_config:
+        raise ValueError(f"adapter name {name!r} is taken (there are {listed(handle.peft_config)}): choose another")
+    reserved = {part for key in module.state_dict() for part in key.split(".")} | {BASE, *dir(nn.ModuleDict)}
+    if name in reserved or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or is_lora(name):
         raise ValueError(
-            f"the adapter in {directory} does not fit this module (missing: "
-            f"{listed(sorted(expected - saved)) or 'none'}; unexpected: {listed(sorted(saved - expected)) or 'none'}): "
-            "load it on the network it was trained with"
+            f"adapter name {name!r}: letters, digits and _, a letter first, and no word that torch or the network's "
+            "layers use; for example 'night'"
         )
+    hashes = getattr(module, "lora_base_hashes", None) or tensor_hashes(module)
+    saved = _check_adapter(directory, hashes)
+    was_base = active_adapter(handle) == BASE
+    was_training = {layer: layer.training for layer in module.modules()}
+    handle.load_adapter(str(directory), adapter_name=name, torch_device="cpu")
+    for layer, training in was_training.items():  # PEFT puts all in evaluation mode
+        layer.training = training
+    if wrong := _misfit(handle, name, saved):
+        handle.delete_adapter(name)
+        raise ValueError(f"the adapter in {directory} {wrong}")
     _settle(module, hashes)
-    return handle
+    if was_base:  # layers that are new here are not
+        handle.base_model.disable_adapter_layers()
+
+
+def use_adapter(handle: PeftModel, name: str) -> None:
+    """Switches to one of several adapters, or to none (`base`); all are frozen from then on.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    if name not in (*handle.peft_config, BASE):
+        raise ValueError(f"there is no adapter {name!r}: there are {listed([*handle.peft_config, BASE])}")
+    if name == BASE:
+        handle.base_model.disable_adapter_layers()
+    else:
+        handle.base_model.enable_adapter_layers()
+        handle.set_adapter(name)
+    for parameter_name, p in handle.named_parameters():
+        if is_lora(parameter_name):
+            p.requires_grad_(False)
+
+
+def active_adapter(handle: PeftModel) -> str:
+    """The name of the adapter in use, or `base`."""
+    layers = adapted_layers(handle.get_base_model()).values()
+    return BASE if all(layer.disable_adapters for layer in layers) else handle.active_adapter
+
+
+def _adapter_in_use(handle: PeftModel) -> str:
+    name = active_adapter(handle)
+    if name == BASE:
+        raise ValueError(f"no adapter is in use: first call use_adapter with one of {listed(handle.peft_config)}")
+    return name
 
 
 def merge(handle: PeftModel) -> nn.Module:
     """Adds the updates to the base weights, in float32, and returns the plain module with its original keys.
 
     The whole module becomes float32, since rounding a small update into bfloat16 weights loses part of it; cast it
-    down afterwards if that loss is acceptable. The parameters stay frozen.
+    down afterwards if that loss is acceptable. The parameters stay frozen. Of several adapters, the one in use is
+    merged and the others are lost.
+
+    Raises:
+        ValueError: no adapter is in use.
     """
+    _adapter_in_use(handle)
     module = handle.float().base_model.merge_and_unload(safe_merge=True)
     if hasattr(module, "lora_base_hashes"):
         del module.lora_base_hashes

@@ -3,11 +3,9 @@
 import logging
 import os
 import sys
-import time
-import warnings
 from pathlib import Path
 
-from eomt.command_line import did_you_mean, help_text, one_sentence, translate_flags
+from eomt.command_line import did_you_mean, help_text, one_sentence, quiet_libraries, translate_flags
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -20,8 +18,9 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     from omegaconf import OmegaConf
 
     from eomt.reporting.run_report import finish_run, print_start, validate_last_step
+    from lora_config import fingerprint
 
-    started = time.time()
+    cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
     expand_home(cfg)
     check(cfg)
@@ -32,10 +31,10 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     torch.set_float32_matmul_precision("high")
     quiet_libraries()
 
+    callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.check_files()
     module = instantiate(cfg.model, **classes_of(datamodule, cfg.model.get("num_classes")), _convert_="all")
-    callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
     if cfg.patience is not None:
         stop = lightning.pytorch.callbacks.EarlyStopping("val/miou", mode="max", patience=cfg.patience)
         callbacks["early_stopping"] = stop
@@ -45,11 +44,30 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     )
 
     print_start(module, datamodule)
+    start = fingerprint(module.network)  # of the weights it starts from, fresh adapters left out
     try:
-        trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
+        if trainer.max_steps != 0:
+            trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
         validate_last_step(trainer, module, datamodule)
     finally:  # a run that fails leaves its summary, too
-        finish_run(trainer, module, datamodule, callbacks, output_dir, seed=cfg.seed, started=started)
+        finish_run(trainer, module, datamodule, callbacks, output_dir, seed=cfg.seed, start_fingerprint=start)
+
+
+def choose_lora(cfg):  # noqa: ANN001, ANN201
+    """`lora=auto` becomes the preset for the number of training images, as if that had been asked for."""
+    if cfg.get("lora_preset") != "auto":
+        return cfg
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import instantiate
+
+    expand_home(cfg)
+    check(cfg)
+    images = len(instantiate(cfg.data, _convert_="all").train_set)
+    preset = "small" if images < 2000 else "medium" if images <= 5000 else "large"
+    logging.getLogger(__name__).info("lora=auto: %d training images, so lora=%s", images, preset)
+    overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("lora=")]
+    return compose(HydraConfig.get().job.config_name, [*overrides, f"lora={preset}"])
 
 
 def check(cfg) -> None:  # noqa: ANN001
@@ -60,9 +78,10 @@ def check(cfg) -> None:  # noqa: ANN001
     from eomt.training.mask_classification_semantic import check_settings
 
     parts = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
-    options = {"name": str, "output_dir": str, "seed": int, "resume": str | None, "patience": int | None}
+    options = {"name": str, "variant": str | None, "output_dir": str, "seed": int}
+    options |= {"resume": str | None, "patience": int | None}
     for key in cfg:
-        if key not in (*parts, *options, "experiment", "lora"):
+        if key not in (*parts, *options, "experiment", "lora", "lora_preset"):
             raise ValueError(f"{key} is unknown at the top of the configuration{did_you_mean(key, [*parts, *options])}")
     for part, entries in parts.items():
         if part not in cfg:
@@ -108,12 +127,6 @@ def keep_earlier_run(output_dir: Path, resume: str | None) -> None:
     if not resume:
         raise ValueError(f"output_dir {output_dir} holds a run: choose another folder, or continue it with resume=")
     metrics.rename(output_dir / f"metrics_{len(list(output_dir.glob('metrics*.csv')))}.csv")
-
-
-def quiet_libraries() -> None:
-    """Keeps advertising and notes to developers out of the log; warnings about the run stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
 
 
 def classes_of(datamodule, num_classes: int | None) -> dict:  # noqa: ANN001

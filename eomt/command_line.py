@@ -1,6 +1,8 @@
 """The command line of `train_with_lora.py`: the guide's flags, `--help`, and errors in one sentence."""
 
 import difflib
+import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -105,6 +107,14 @@ Short flags and what they stand for
   --multirun            one run for each of model.lora_rank=4,8,16
   --hydra-help          options of Hydra itself
 """
+
+
+def quiet_libraries() -> None:
+    """Keeps advertising and notes to developers out of the log; warnings about the run stay."""
+    import lightning  # noqa: F401  it sets its logger's level when imported
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
 
 
 def one_sentence(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule
@@ -20,30 +20,63 @@ def datasets_known() -> list[str]:
 def open_data(
     overrides: Sequence[str], img_size: Sequence[int], batch_size: int
 ) -> "tuple[str, SegmentationDataModule]":
-    """The name of the `data=` choice among the overrides, and its data module.
+    """The data set of `data=NAME data.key=value ...`, or of `experiment=NAME data.key=value ...`, and that name.
 
     Raises:
         ValueError: an override that cannot be applied, or data that is wrong. FileNotFoundError: files are missing.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from eomt.command_line import one_sentence
-    from eomt.config_check import check_config
 
-    name = next(override.removeprefix("data=") for override in overrides if override.startswith("data="))
-    if name not in datasets_known():
+    chosen = [override for override in overrides if override.startswith(("data=", "experiment="))]
+    if not chosen:
+        raise ValueError(f"name a data set: data={', data='.join(datasets_known())}, or experiment=NAME for its data")
+    group, name = chosen[0].split("=", 1)
+    if group == "data" and name not in datasets_known():
         raise ValueError(f"data={name} is not a dataset; choose from {', '.join(datasets_known())}")
-    defaults = [f"+data={name}", f"+model.img_size={list(img_size)}", f"data.batch_size={batch_size}"]
+    sizes = [f"++model.img_size={list(img_size)}", f"data.batch_size={batch_size}"]
     try:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            config = compose(overrides=[*defaults, *(o for o in overrides if not o.startswith("data="))])
-        check_config(OmegaConf.to_container(config, resolve=True))
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE (see configs/data/{name}.yaml)")
-        return name, instantiate(config.data, _convert_="all")
+            if group == "data":
+                config = compose(overrides=[f"+data={name}", *sizes, *(o for o in overrides if o != chosen[0])])
+            else:
+                config = compose("cityscapes", [*overrides, *sizes])
+        return name, build_data(config, f"see configs/{group}/{name}.yaml")
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_sentence(error)) from error
+
+
+def data_of_run(run: Path) -> "tuple[str, SegmentationDataModule]":
+    """The data set that a run trained on, from its `config.yaml`, and its name.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder has no configuration, or the data are gone.
+    """
+    from omegaconf import OmegaConf
+
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} has no config.yaml that names its data: give data=NAME")
+    config = OmegaConf.load(run / "config.yaml")
+    return config.data._target_.rsplit(".", 1)[-1], build_data(config, f"see {run / 'config.yaml'}")
+
+
+def build_data(config: Any, remedy: str) -> "SegmentationDataModule":
+    """The data module that the `data` of a configuration describes, after the same checks as before training."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from eomt.config_check import check_config
+
+    if missing := sorted(OmegaConf.missing_keys(config.data)):
+        raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")
+    check_config({"data": OmegaConf.to_container(config.data, resolve=True)})
+    return instantiate(config.data, _convert_="all")
+
+
+def run_of(model: Path) -> Path:
+    """The run's folder that an artefact or checkpoint lies in, or the folder itself."""
+    folder = model if model.is_dir() else model.parent
+    return next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import time
@@ -10,8 +9,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # also runs from a checkout that is not installed
+
+from eomt.command_line import quiet_libraries  # noqa: E402
+
 PRECISION = "32-true"  # 16 bits are slow on most CPUs
-VARIANTS = {"source": "toy_source", "full fine-tune": "toy_full", "LoRA": "toy_lora"}
+VARIANTS = {  # name in the table: what it trains
+    "source": ["experiment=toy_source"],
+    "full fine-tune": ["experiment=toy_night", "variant=full"],
+    "LoRA": ["experiment=toy_night", "variant=lora_r16"],
+}
 
 
 def main() -> None:
@@ -21,26 +27,24 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.time()
 
-    source = arguments.output / "toy_source" / "model"
-    for experiment in VARIANTS.values():
-        start = [] if experiment == "toy_source" else [f"model.ckpt_path='{source}'"]
-        train(experiment, arguments.output / experiment, [*start, *arguments.overrides])
+    runs = {name: arguments.output / overrides[-1].split("=")[1] for name, overrides in VARIANTS.items()}
+    for name, overrides in VARIANTS.items():
+        start = [] if name == "source" else [f"model.ckpt_path='{runs['source'] / 'model'}'"]
+        train([*overrides, *start, *arguments.overrides], runs[name])
 
-    import lightning  # noqa: F401  it sets its logger's level when imported
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    artefacts = {name: artefact(arguments.output / experiment) for name, experiment in VARIANTS.items()}
-    rows = [row(name, arguments.output / VARIANTS[name], module) for name, module in artefacts.items()]
+    quiet_libraries()
+    artefacts = {name: artefact(run) for name, run in runs.items()}
+    rows = [row(name, runs[name], module) for name, module in artefacts.items()]
     (arguments.output / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
     print_table(rows)
     picture = draw(artefacts, arguments.output / "night_fog.png")
     print(f"{time.time() - started:.0f} seconds in all; what each network sees at night: {picture}")
 
 
-def train(experiment: str, output_dir: Path, overrides: list[str]) -> None:
+def train(overrides: list[str], output_dir: Path) -> None:
     """One run, the way a user starts it."""
-    command = [sys.executable, str(ROOT / "train_with_lora.py"), f"experiment={experiment}"]
-    command += [f"output_dir='{output_dir}'", f"trainer.precision={PRECISION}", *overrides]
+    command = [sys.executable, str(ROOT / "train_with_lora.py"), f"output_dir='{output_dir}'"]
+    command += [f"trainer.precision={PRECISION}", *overrides]
     print("\n$ " + " ".join(["python", "train_with_lora.py", *command[2:]]), flush=True)
     subprocess.run(command, check=True)
 
@@ -60,8 +64,8 @@ def row(name: str, run: Path, module) -> dict:  # noqa: ANN001
     summary = json.loads((run / "summary.json").read_text())
     return {
         "variant": name,
-        "miou_clear": evaluate(module, streets("clear", module), PRECISION)["miou"],
-        "miou_night_fog": evaluate(module, streets("night_fog", module), PRECISION)["miou"],
+        "miou_clear": evaluate(module, streets("clear", module), PRECISION).miou,
+        "miou_night_fog": evaluate(module, streets("night_fog", module), PRECISION).miou,
         "trainable_parameters": summary["trainable_parameters"],
         "artefact_bytes": sum(n for file, n in summary["files"].items() if file.startswith(summary["artefact"] + "/")),
         "peak_memory_bytes": summary["peak_memory"]["bytes"],

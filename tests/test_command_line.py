@@ -33,7 +33,7 @@ def test_help_shows_groups_lora_options_and_three_examples_without_loading_torch
     for words in (
         "camvid",
         "cityscapes_lora",
-        "toy_lora",
+        "toy_night",
         "tensorboard",
         "model.lora_target_modules: [attn.qkv, attn.proj]",
     ):
@@ -94,7 +94,7 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
             r"img_size \[8, 8\]: both sides must be multiples .* try \[16, 16\]",
         ),
         ([], 1, "data.root is required"),
-        (["experiment=toy_lora"], 1, "ckpt_path outputs/toy_source/model: no such file or folder"),
+        (["experiment=toy_night", "variant=lora_r8"], 1, "ckpt_path outputs/toy_source/model: no such file or folder"),
         (["data.root=/nowhere"], 1, "/nowhere/leftImg8bit_trainvaltest.zip"),
         (["data.root=/x", "resume=gone.ckpt"], 1, "resume gone.ckpt: no such checkpoint"),
         (["data.root=/x", "--ckpt_path", "gone.bin"], 1, "ckpt_path gone.bin: no such file"),

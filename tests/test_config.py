@@ -23,7 +23,9 @@ def choices(group):
 
 def composed(name="cityscapes", overrides=()):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, ["output_dir=run", "name=test", *overrides])
+        cfg = compose(name, ["output_dir=run", "name=test", *overrides])
+    cfg.variant = None  # Hydra's own main fills it in
+    return cfg
 
 
 def checked(cfg):
@@ -32,6 +34,15 @@ def checked(cfg):
     plain["model"]["num_classes"] = plain["model"]["num_classes"] or 19
     check_config(plain)
     return plain
+
+
+@pytest.mark.parametrize("variant", choices("variant"))
+def test_every_variant_composes_with_every_model_and_overrules_the_experiment(variant):
+    for model in choices("model"):
+        checked(composed("cityscapes_lora", [f"variant={variant}", f"model={model}"]))
+    plain = checked(composed("cityscapes", ["experiment=toy_night", f"variant={variant}"]))
+    settings = {key: value for key, value in plain["model"].items() if key != "_target_"}
+    MaskClassificationSemantic(**settings | {"ckpt_path": None})
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "cityscapes_lora"])
@@ -53,11 +64,31 @@ def test_the_baseline_is_the_published_recipe():
 def test_the_lora_variant_states_only_what_differs():
     full, lora = OmegaConf.to_container(composed()), OmegaConf.to_container(composed("cityscapes_lora"))
     assert {key for key in full if full[key] != lora[key]} == {"model"}
-    assert {key for key in full["model"] if full["model"][key] != lora["model"][key]} == {"use_lora", "lora_lr"}
+    assert {key for key in full["model"] if full["model"][key] != lora["model"][key]} == {"use_lora"}
 
 
 def test_an_experiment_overrules_the_configuration_it_is_used_with():
-    assert composed("cityscapes_lora", ["experiment=toy_lora"]).model.lora_lr == 2e-3
+    assert composed("cityscapes_lora", ["experiment=toy_night"]).model.lora_lr == 2e-3
+
+
+@pytest.mark.parametrize("experiment", [None, "toy_night", "camvid_dusk"])
+def test_a_variant_has_the_last_word_on_what_trains(experiment):
+    chosen = [f"experiment={experiment}"] if experiment else []
+    model = composed("cityscapes_lora", [*chosen, "variant=full"]).model
+    assert not model.use_lora and model.freeze == [] and model.unfreeze_last_n is None
+    model = composed("cityscapes", [*chosen, "variant=lora_r8"]).model
+    assert (model.use_lora, model.lora_rank, model.lora_alpha) == (True, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("preset", "rank", "dropout", "rate"),
+    [("small", 4, 0.1, 5e-4), ("medium", 8, 0.05, 5e-4), ("large", 16, 0.05, 3e-4)],
+)
+def test_presets_set_rank_dropout_and_rate_and_the_command_line_still_overrules_them(preset, rank, dropout, rate):
+    model = composed("cityscapes", [f"lora={preset}"]).model
+    assert model.use_lora and model.lora_alpha == 32
+    assert (model.lora_rank, model.lora_dropout, model.lora_lr) == (rank, dropout, rate)
+    assert composed("cityscapes", [f"lora={preset}", "model.lora_rank=2"]).model.lora_rank == 2
     assert composed("cityscapes", ["lora=default"]) == composed("cityscapes_lora")
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from zipfile import is_zipfile
 
 import pytest
 import torch
@@ -16,10 +18,14 @@ MODEL += ["model.num_blocks=2", "model.num_q=25", "model.num_points=128"]
 DATA = ["data=toy_streets", "data.num_train=8", "data.num_val=3", "data.size=[64,128]", "data.num_workers=0"]
 
 
-def train(toy_cache, folder, *arguments, code=0):
+def command_line(toy_cache, folder, *arguments):
     command = [sys.executable, str(ROOT / "train_with_lora.py"), *DATA, f"data.root={toy_cache}", *MODEL]
+    return [*command, f"output_dir={folder}", *arguments]
+
+
+def train(toy_cache, folder, *arguments, code=0):
     result = subprocess.run(
-        [*command, f"output_dir={folder}", *arguments],
+        command_line(toy_cache, folder, *arguments),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -184,6 +190,29 @@ def test_two_runs_with_one_seed_are_the_same_on_a_cpu(toy_cache, tmp_path):
     a, b = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert summary_of(tmp_path / "a")["miou"] == summary_of(tmp_path / "b")["miou"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_was_killed_and_resumed_ends_as_if_nothing_had_happened(source, toy_cache, tmp_path, workers):
+    arguments = ["data.batch_size=4", "trainer.max_epochs=4", "variant=lora_r4", f"model.ckpt_path={source[0]}/model"]
+    arguments += [f"data.num_workers={workers}", "trainer.check_val_every_n_epoch=2", "model.lora_dropout=0.3"]
+    train(toy_cache, tmp_path / "whole", *arguments)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    slow = ["trainer.limit_val_batches=3", "callbacks.samples.every_n_epochs=1"]  # time to be killed in
+    process = subprocess.Popen(command_line(toy_cache, tmp_path / "killed", *arguments, *slow))
+    while process.poll() is None and not is_zipfile(last):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert torch.load(last, weights_only=True)["global_step"] < 8, "it was not killed in time"
+    train(toy_cache, tmp_path / "killed", *arguments, f"resume={last}")
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "killed")
+    ]
+    whole, killed = (state["state_dict"] for state in states)
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    assert summary_of(tmp_path / "whole")["miou"] == summary_of(tmp_path / "killed")["miou"]
+    assert summary_of(tmp_path / "whole")["batches"] == summary_of(tmp_path / "killed")["batches"]
 
 
 def test_two_processes_count_every_validation_image_once(source, toy_cache, tmp_path):

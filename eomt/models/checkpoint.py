@@ -1,17 +1,20 @@
 """Reading published and own EoMT weights, with nothing skipped silently."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from eomt.models.eomt import EoMT
+if TYPE_CHECKING:  # reading alone needs no timm
+    from eomt.models.eomt import EoMT
 
 HEAD_KEYS = ("class_head.weight", "class_head.bias")
 OPTIONAL_KEYS = ("encoder.pixel_mean", "encoder.pixel_std")  # else the backbone's own
@@ -179,7 +182,9 @@ def load_checkpoint(
         if tensor.shape == own[key].shape and (same_grid or key != POS_EMBED):
             weights[key] = tensor
         elif key == POS_EMBED:
-            weights[key] = resample_pos_embed(tensor, own[key], img_size, network)
+            encoder = network.encoder
+            prefix = own[key].shape[1] - math.prod(encoder.grid_size)
+            weights[key] = resample_pos_embed(tensor, prefix, img_size, encoder.img_size, encoder.patch_size)
             report.resampled.append(key)
         else:
             raise ValueError(
@@ -226,16 +231,23 @@ def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], repor
         )
 
 
-def resample_pos_embed(tensor: Tensor, own: Tensor, img_size: tuple[int, int] | None, network: EoMT) -> Tensor:
-    """Position embeddings [1, prefix + N, C] of another image size, interpolated to this network's patch grid."""
-    grid, patch_size = network.encoder.grid_size, network.encoder.patch_size
-    prefix = own.shape[1] - grid[0] * grid[1]
+def resample_pos_embed(
+    tensor: Tensor, prefix: int, old_size: tuple[int, int] | None, new_size: tuple[int, int], patch_size: int
+) -> Tensor:
+    """Position embeddings [1, prefix + N, C] of one image size, interpolated to the patch grid of another.
+
+    Raises:
+        ValueError: the embeddings are no grid of the old size, or, if that is None, no square.
+    """
+    from timm.layers import resample_abs_pos_embed
+
     patches = tensor.shape[1] - prefix
     side = math.isqrt(patches)
-    old_grid = (img_size[0] // patch_size, img_size[1] // patch_size) if img_size else (side, side)
-    if old_grid[0] * old_grid[1] != patches:
+    old_grid = [length // patch_size for length in old_size] if old_size else [side, side]
+    if math.prod(old_grid) != patches:
         raise ValueError(
             f"position embeddings for {patches} patches are no {old_grid[0]}x{old_grid[1]} grid: "
             "train at the checkpoint's own img_size"
         )
-    return resample_abs_pos_embed(tensor, list(grid), list(old_grid), num_prefix_tokens=prefix)
+    new_grid = [length // patch_size for length in new_size]
+    return resample_abs_pos_embed(tensor, new_grid, old_grid, num_prefix_tokens=prefix)

@@ -48,3 +48,23 @@ def prediction_picture(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def confusion_picture(confusion: Tensor, names: Sequence[str], path: str | Path) -> None:
+    """Writes a PNG of confusion counts [K, K] (target, prediction): for each target class, where its pixels went."""
+    share = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    side = 2.5 + 0.5 * len(names)
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+    present = confusion.sum(1) > 0
+    for row, column in share.round().nonzero().tolist():
+        color = "white" if share[row, column] > 50 else "black"
+        axis.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8)
+    labels = [name if there else f"{name} (absent)" for name, there in zip(names, present, strict=True)]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_yticks(range(len(names)), labels)
+    axis.set(xlabel="prediction", ylabel="target")
+    figure.colorbar(image, label="% of the target's pixels", shrink=0.8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -3,7 +3,6 @@
 import logging
 import math
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def finish_run(
     callbacks: Mapping[str, Callback],
     output_dir: Path,
     seed: int,
-    started: float,
+    start_fingerprint: str,
 ) -> dict[str, Any]:
     """Writes `summary.json` and prints the result; returns the summary."""
     error = sys.exc_info()[1]
@@ -52,10 +51,11 @@ def finish_run(
     last = trainer.callback_metrics.get("val/miou")
     folder = callbacks["save_best"].folder(module)
     facts = {
-        "status": "finished" if error is None else f"failed: {error}",
+        "status": status_of(error),
         "miou": best["miou"] if math.isfinite(best["miou"]) else None,
         "class_iou": {name: None if iou != iou else iou for name, iou in best.get("class_iou", {}).items()},
         "best_step": best.get("step"),
+        "kept": callbacks["save_best"].keep,
         "last_miou": None if last is None else last.item(),
         "steps": trainer.global_step,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
@@ -68,8 +68,11 @@ def finish_run(
         },
         "peak_memory": peak_memory(),
         "seconds_per_step": callbacks["clock"].summary(),
-        "wall_seconds": time.time() - started,
+        "flops_per_step": callbacks["flops"].flops if "flops" in callbacks else None,
+        "wall_seconds": callbacks["clock"].elapsed(),
         "data": datamodule.fingerprint(),
+        "batches": (callbacks["batches"].hash if "batches" in callbacks else None) or None,
+        "start_fingerprint": start_fingerprint,
         "seed": seed,
         "lora_audit": audit.results if audit else None,
     }
@@ -81,6 +84,14 @@ def finish_run(
     return summary
 
 
+def status_of(error: BaseException | None) -> str:
+    if error is None:
+        return "finished"
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns Ctrl-C into the latter
+        return "interrupted"
+    return f"failed: {error}"
+
+
 def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
     """IoU of each class, and what the run cost."""
     console = Console()
@@ -89,7 +100,7 @@ def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
         for name, iou in summary["class_iou"].items():
             table.add_row(name, "absent" if iou is None else f"{100 * iou:.2f}")
         console.print(table)
-        print(f"mIoU {100 * summary['miou']:.2f}, the best validation, at step {summary['best_step']}")
+        print(f"mIoU {100 * summary['miou']:.2f}, the {summary['kept']} validation, at step {summary['best_step']}")
     artefact = summary["artefact"] + "/"
     size = sum(n for name, n in summary["files"].items() if name.startswith(artefact))
     print(f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained")

@@ -1,5 +1,6 @@
 """`summary.json`: what a run was, what it cost, and what came out."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch.utils.flop_counter import FlopCounterMode
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "lightning", "timm", "peft", "hydra-core", "torchmetrics", "safetensors", "numpy")
@@ -26,6 +28,7 @@ class StepClock(Callback):
         self.compute: list[float] = []
         self.mark: float | None = None
         self.batches_per_step = 1
+        self.started = time.time()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.batches_per_step = trainer.accumulate_grad_batches
@@ -51,12 +54,74 @@ class StepClock(Callback):
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.mark = None  # nor is validation
 
+    def elapsed(self) -> float:
+        """Seconds since the run began; if it was resumed, those of its earlier parts up to their checkpoints, too."""
+        return time.time() - self.started
+
+    def state_dict(self) -> dict[str, float]:
+        return {"elapsed": self.elapsed()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.started -= state["elapsed"]
+
     def summary(self) -> dict[str, float]:
         """Medians, times the batches that an optimiser step accumulates; `total` is their sum."""
         data, compute = (
             self.batches_per_step * statistics.median(values) if values else 0.0 for values in (self.data, self.compute)
         )
         return {"total": data + compute, "data": data, "compute": compute}
+
+
+class CountFlops(Callback):
+    """Counts the floating-point operations of one training step: its matrix products, convolutions and attention.
+
+    `flops` is per process and optimiser step; None for a compiled network, where they cannot be seen.
+    """
+
+    flops: int | None = None
+    counter: FlopCounterMode | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        if self.flops is None and not module.hparams.compile:
+            self.counter = FlopCounterMode(display=False)
+            self.counter.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+            self.flops = self.counter.get_total_flops() * trainer.accumulate_grad_batches
+            self.counter = None
+
+    def on_exception(self, *args: Any) -> None:
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+
+
+class HashBatches(Callback):
+    """A hash over the first training batches: proof that two runs saw the same crops in the same order.
+
+    Args:
+        num_batches: how many; a resumed run keeps the hash it began with.
+    """
+
+    def __init__(self, num_batches: int = 20) -> None:
+        self.num_batches = num_batches
+        self.seen = 0
+        self.hash = ""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.seen < self.num_batches:
+            self.seen += 1
+            digest = hashlib.sha256(self.hash.encode())
+            for tensor in batch:
+                digest.update(tensor.cpu().contiguous().numpy())
+            self.hash = digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "hash": self.hash}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.hash = state["seen"], state["hash"]
 
 
 def peak_memory() -> dict[str, Any]:

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -57,13 +57,16 @@ class AuditLoRA(Callback):
 
 
 class SaveBest(Callback):
-    """Keeps the artefact to ship, `adapter/` or `model/`, at the best `val/miou` so far; without validation, the last.
+    """Keeps the artefact to ship, `adapter/` or `model/`, and in `best` its mIoU, IoU per class and step.
 
-    `best` holds the mIoU, the IoU per class and the step of what is on disk.
+    Args:
+        directory: the run's folder.
+        keep: "best" keeps that of the best `val/miou` so far; "last" that of the latest validation, so that the score
+            is no choice among the images that it is measured on. Without any validation: the end of the run.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, keep: Literal["best", "last"] = "best") -> None:
+        self.directory, self.keep = Path(directory), keep
         self.best: dict[str, Any] = {"miou": -math.inf}
 
     def folder(self, module: MaskClassificationSemantic) -> Path:
@@ -71,7 +74,9 @@ class SaveBest(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         miou = trainer.callback_metrics.get("val/miou")
-        if trainer.sanity_checking or miou is None or not miou > self.best["miou"]:
+        if trainer.sanity_checking or miou is None:
+            return
+        if self.keep == "best" and not miou > self.best["miou"]:
             return
         self.best = {"miou": miou.item(), "class_iou": module.class_iou, "step": trainer.global_step}
         if trainer.is_global_zero:

@@ -1,10 +1,70 @@
-"""The mIoU of a saved network, computed as in training."""
+"""The mIoU of a saved network, computed as in training, and what it is made of: confusion counts of every image."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
+import torch
+from torch import Tensor
 
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Evaluation:
+    """Scores of a network on a data set's validation images.
+
+    `confusion` is [N, K, K]: for each image, pixels by target (row) and prediction (column), ignored ones left out.
+    """
+
+    confusion: Tensor
+    facts: dict[str, Any]
+
+    @property
+    def iou(self) -> Tensor:
+        """[K] in [0, 1] over all images; NaN for a class that is neither predicted nor there."""
+        return iou_per_class(self.confusion.sum(0))
+
+    @property
+    def miou(self) -> float:
+        return self.iou.nanmean().item()
+
+    @property
+    def class_iou(self) -> dict[str, float]:
+        return dict(zip(self.facts["classes"], self.iou.tolist(), strict=True))
+
+    def save(self, directory: str | Path, name: str) -> None:
+        """Writes `NAME.json`, and the counts of every image to `NAME.npz`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        class_iou = {name: None if iou != iou else iou for name, iou in self.class_iou.items()}
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "domain": name,
+            "miou": self.miou,
+            "class_iou": class_iou,
+            **self.facts,
+        }
+        np.savez_compressed(directory / f"{name}.npz", confusion=self.confusion.numpy())
+        (directory / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+class ImageConfusions(lightning.Callback):
+    """What every validation image added to the module's confusion counts."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.total: Tensor | int = 0
+
+    def on_validation_batch_end(self, trainer: lightning.Trainer, module: MaskClassificationSemantic, *_: Any) -> None:
+        total = module.confusion.confmat.cpu().clone()
+        self.images.append(total - self.total)
+        self.total = total
 
 
 def evaluate(
@@ -12,7 +72,8 @@ def evaluate(
     datamodule: lightning.LightningDataModule,
     precision: str = "bf16-mixed",
     progress: bool = False,
-) -> dict[str, Any]:
+    description: str = "",
+) -> Evaluation:
     """Validates on the data set's validation images.
 
     Args:
@@ -20,26 +81,35 @@ def evaluate(
         datamodule: its data; the classes must be those that the network was trained on.
         precision: as `trainer.precision` of the run, to get its number again.
         progress: show a progress bar.
-
-    Returns:
-        `miou` and `class_iou` (NaN for a class that is neither predicted nor there), from 0 to 1.
+        description: what the data are, for the records.
 
     Raises:
         ValueError: the classes differ.
     """
-    names = list(datamodule.classes.names)
-    if names != module.class_names:
+    classes = datamodule.classes
+    if list(classes.names) != module.class_names:
         raise ValueError(
             f"the network knows {len(module.class_names)} classes ({', '.join(module.class_names[:3])}, ...), the data "
-            f"set has {len(names)} ({', '.join(names[:3])}, ...): scores over different classes mean nothing"
+            f"set has {len(classes)} ({', '.join(classes.names[:3])}, ...): scores over different classes mean nothing"
         )
+    counts = ImageConfusions()
     trainer = lightning.Trainer(
         precision=precision,
         devices=1,
+        callbacks=[counts],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=progress,
     )
-    scores = trainer.validate(module, datamodule, verbose=False)[0]
-    return {"miou": scores["val/miou"], "class_iou": module.class_iou}
+    trainer.validate(module, datamodule, verbose=False)
+    facts = {
+        "description": description,
+        "classes": list(classes.names),
+        "class_colors": [list(color) for color in classes.colors],
+        "images": datamodule.val_set.names,
+        "data": datamodule.val_set.fingerprint(),
+        "img_size": list(module.hparams.img_size),
+        "precision": precision,
+    }
+    return Evaluation(torch.stack(counts.images), facts)

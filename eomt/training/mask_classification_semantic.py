@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from eomt import __version__
 from eomt.data.labels import IGNORE
 from eomt.models.checkpoint import load_checkpoint
 from eomt.models.eomt import EoMT
 from eomt.models.vit import ViT, check_img_size
 from eomt.training.mask_classification_loss import MaskClassificationLoss
 from eomt.training.param_groups import param_groups
+from eomt.training.prediction import ImageLike, predict
+from eomt.training.pretrained import (
+    Adapter,
+    add_adapter,
+    check_fingerprint,
+    load_pretrained,
+    save_pretrained,
+    use_adapter,
+)
 from eomt.training.schedules import (
     LRSchedule,
     default_annealing,
@@ -32,7 +39,7 @@ from eomt.training.schedules import (
     resolve_warmup,
 )
 from eomt.training.semantic_inference import segment
-from lora_config import LoRASettings, apply_lora, fingerprint, load_adapter, save_adapter
+from lora_config import BASE, LoRASettings, apply_lora, fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,12 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
-CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
-    "eomt_config.json",
-    "model.safetensors",
-    "heads.safetensors",
-    "base.safetensors",
-)
 
 
 class MaskClassificationSemantic(lightning.LightningModule):
@@ -68,6 +69,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         load_ckpt_class_head: False trains a fresh class head, for another set of classes.
         delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints).
         freeze: parts that do not train.
+        unfreeze_last_n: of the backbone, train only the last N blocks and the final norm. Adapters take its place
+            where `use_lora` is set, too.
         llrd: layer-wise learning-rate decay of the backbone; 1.0 is none.
         llrd_masked_blocks: False exempts the blocks that see the queries from it.
         weight_decay: of all but the adapters.
@@ -94,7 +97,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         lora_target_modules: Sequence[str] = ("attn.qkv", "attn.proj"),
         lora_blocks: int | Literal["all"] = "all",
         lora_options: Mapping[str, Any] | None = None,
-        lora_lr: float | None = None,
+        lora_lr: float | None = 3e-4,
         backbone_name: str = "vit_large_patch14_reg4_dinov2",
         patch_size: int = 16,
         pretrained: bool = True,
@@ -109,6 +112,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         load_ckpt_class_head: bool = True,
         delta_weights: bool = False,
         freeze: Sequence[Part] = (),
+        unfreeze_last_n: int | None = None,
         llrd: float = 0.8,
         llrd_masked_blocks: bool = True,
         weight_decay: float = 0.05,
@@ -141,11 +145,19 @@ class MaskClassificationSemantic(lightning.LightningModule):
                 self.network.attn_mask_probs.zero_()
         self.base_fingerprint = fingerprint(self.backbone) if use_lora else None
         self.lora: PeftModel | None = None
+        self.adapters: dict[str, Adapter] = {}  # those not in use, and the base's heads
+        self.trained_precision: str | None = None  # of the run that a saved network comes from
         if use_lora:
             if not (pretrained or ckpt_path):
                 logger.warning("use_lora with pretrained=false and no ckpt_path: the frozen backbone is random")
             self.attach(apply_lora(self.backbone, self.lora_settings))
         self.freeze_parts(freeze)
+        if unfreeze_last_n and use_lora:
+            logger.warning(
+                "use_lora and unfreeze_last_n %d: LoRA takes its place, no block is unfrozen", unfreeze_last_n
+            )
+        elif unfreeze_last_n:
+            self.train_last_blocks(unfreeze_last_n)
 
         self.criterion = MaskClassificationLoss(
             num_classes,
@@ -158,6 +170,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
             no_object_coefficient,
             class_weights,
         )
+        self.total_steps = 0
         self.validated_step: int | None = None
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
         if compile:
@@ -202,6 +215,17 @@ class MaskClassificationSemantic(lightning.LightningModule):
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError(f"freeze {list(parts)} leaves nothing to train: free a part, or set use_lora=true")
 
+    def train_last_blocks(self, count: int) -> None:
+        """Freezes the backbone but for its last blocks and the final norm."""
+        blocks = self.network.encoder.blocks
+        if count > len(blocks):
+            raise ValueError(
+                f"unfreeze_last_n {count}: the backbone has {len(blocks)} blocks; leave it out to train all"
+            )
+        self.backbone.requires_grad_(False)
+        for part in (*blocks[-count:], self.network.encoder.norm):
+            part.requires_grad_(True)
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         """What LoRA adds to the backbone."""
         return [p for name, p in self.backbone.named_parameters() if ".lora_" in name]
@@ -219,6 +243,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return loss
 
     def on_fit_start(self) -> None:
+        self.seed = torch.initial_seed()
         self.total_steps = self.count_steps()
         if self.anneals and self.network.masked_attn_enabled:
             starts, ends = default_annealing(self.network.num_blocks)
@@ -238,6 +263,9 @@ class MaskClassificationSemantic(lightning.LightningModule):
                 )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # an epoch's random numbers follow from the seed alone, so that a resumed run draws the same
+            epoch = self.current_epoch * self.trainer.world_size + self.global_rank
+            torch.manual_seed((self.seed % 2**32 << 20) + epoch)
         if self.anneals and self.network.masked_attn_enabled:
             probs = [mask_probability(self.global_step, *span) for span in self.annealing]
             self.network.attn_mask_probs.copy_(torch.tensor(probs))
@@ -271,6 +299,10 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Evaluation
+
+    def predict(self, image: ImageLike) -> Tensor:
+        """Class map uint8 [H, W] of one image, on the CPU, at the image's own resolution; see `prediction.predict`."""
+        return predict(self.network, image)
 
     def validation_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> None:
         """images uint8 [3, H, W] of any size and their label maps uint8 [H, W], judged at their own resolution."""
@@ -312,70 +344,46 @@ class MaskClassificationSemantic(lightning.LightningModule):
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes what is needed to rebuild this network: with LoRA a small adapter folder, otherwise all weights.
-
-        An adapter folder is PEFT's own format for the backbone, plus `heads.safetensors` (queries, heads, buffers) and
-        `eomt_config.json`. Its base weights are named, not copied, unless they are random and exist nowhere else.
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        state = {key: value.contiguous().cpu() for key, value in self.state_dict().items()}
-        metadata = {"img_size": json.dumps(list(self.hparams.img_size))}
-        if self.lora is None:
-            save_file(state, directory / WEIGHTS_FILE, metadata)
-        else:
-            save_adapter(self.lora, directory)
-            heads = {k: v for k, v in state.items() if not k.startswith("network.encoder.backbone.")}
-            save_file(heads, directory / HEADS_FILE, metadata)
-            if not (self.hparams.pretrained or self.hparams.ckpt_path):
-                base = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-                save_file(base, directory / BASE_FILE, metadata)
-        init = dict(self.hparams)
-        if init["ckpt_path"]:
-            init["ckpt_path"] = str(Path(init["ckpt_path"]).expanduser().resolve())
-        config = {"schema": 1, "eomt_lora": __version__, "base_fingerprint": self.base_fingerprint, "init": init}
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        """Writes an `adapter/` folder with LoRA, otherwise a `model/` folder; see `eomt.training.pretrained`."""
+        save_pretrained(self, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, ckpt_path: str | None = None) -> MaskClassificationSemantic:
-        """Restores what `save_pretrained` wrote, bit for bit, in evaluation mode.
+    def from_pretrained(cls, path: str | Path, ckpt_path: str | None = None) -> MaskClassificationSemantic:
+        """Restores a trained network, bit for bit, in evaluation mode.
 
         Args:
-            directory: an `adapter/` or `model/` folder of a run.
+            path: an `adapter/` or `model/` folder, a run's folder, or its `checkpoints/best.ckpt`.
             ckpt_path: the base weights of an adapter, if they have moved since.
 
         Raises:
-            FileNotFoundError: not such a folder, or its base weights are gone.
-            ValueError: the base has other weights than the adapter was trained on.
+            FileNotFoundError: nothing of the kind, or its base weights are gone.
+            ValueError: the base has other weights than the adapter was trained on, or weights without configuration.
         """
-        directory = Path(directory)
-        if not (directory / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}: give the adapter/ or model/ folder of a run")
-        config = json.loads((directory / CONFIG_FILE).read_text())
-        init = config["init"]
-        built = {**init, "use_lora": False, "freeze": (), "compile": False}
-        if not init["use_lora"]:
-            module = cls(**built | {"pretrained": False, "ckpt_path": None})
-            load_checkpoint(module.network, directory / WEIGHTS_FILE)
-        else:
-            has_base = (directory / BASE_FILE).is_file()
-            base = ckpt_path or (str(directory / BASE_FILE) if has_base else init["ckpt_path"])
-            module = cls(**built | {"ckpt_path": base})
-            found = fingerprint(module.backbone)
-            check_fingerprint(config["base_fingerprint"], found, f"the adapter {directory}")
-            module.base_fingerprint = found
-            module.attach(load_adapter(module.backbone, directory))
-            load_heads(module, load_file(directory / HEADS_FILE))
-        module.hparams.update(init)
-        return module.eval()
+        return load_pretrained(cls, path, ckpt_path)
 
+    @property
+    def adapter_names(self) -> list[str]:
+        """What `use_adapter` takes; the first is `default`, and `base` is there if its heads are known."""
+        return [*(self.lora.peft_config if self.lora else ()), *([BASE] if BASE in self.adapters else ())]
 
-def load_heads(module: MaskClassificationSemantic, heads: Mapping[str, Tensor]) -> None:
-    """Everything outside the backbone, and nothing less."""
-    wanted = {key for key in module.state_dict() if not key.startswith("network.encoder.backbone.")}
-    if wrong := wanted ^ heads.keys():
-        raise ValueError(f"{HEADS_FILE} does not fit this network: {', '.join(sorted(wrong)[:3])}")
-    module.load_state_dict(heads, strict=False)
+    def add_adapter(self, directory: str | Path, name: str) -> None:
+        """Loads a further adapter of the same base and classes beside those that are there; `use_adapter` switches.
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            ValueError: another base or other classes, or a name that is taken or impossible.
+        """
+        add_adapter(self, directory, name)
+
+    def use_adapter(self, name: str) -> None:
+        """Predicts, and saves, with this adapter and its heads from now on; `base` is the network without adapters.
+
+        Adapters are frozen by it: each was trained by itself.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        use_adapter(self, name)
 
 
 def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -387,15 +395,6 @@ def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any])
                 f"resume: the checkpoint was trained with {name} {before}, now it is {after}; a run goes on with its "
                 "own settings, and ckpt_path starts a new one from its weights"
             )
-
-
-def check_fingerprint(trained_on: str | None, found: str | None, what: str) -> None:
-    """Raises ValueError when an adapter meets other base weights than its own."""
-    if trained_on != found:
-        raise ValueError(
-            f"{what} was trained on base weights {str(trained_on)[:12]}, but this backbone has {str(found)[:12]}: "
-            "its updates would be added to other weights; give the original base with ckpt_path"
-        )
 
 
 def iou_per_class(confusion: Tensor) -> Tensor:
@@ -417,7 +416,8 @@ def check_settings(**settings: Any) -> LoRASettings:
     check_img_size(hp["img_size"], hp["patch_size"])
     if hp["ckpt_path"] and not Path(hp["ckpt_path"]).expanduser().exists():
         raise FileNotFoundError(f"ckpt_path {hp['ckpt_path']}: no such file or folder")
-    for name in ("lr", "lora_lr", "llrd", "poly_power", "num_points", "num_q", "num_blocks", "num_classes"):
+    positive = "lr lora_lr llrd poly_power num_points num_q num_blocks num_classes unfreeze_last_n".split()
+    for name in positive:
         if hp[name] is not None and not hp[name] > 0:
             raise ValueError(f"{name} {hp[name]}: must be greater than 0")
     if hp["num_classes"] >= IGNORE:

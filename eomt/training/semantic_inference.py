@@ -1,6 +1,7 @@
 """From images of any size to class scores per pixel, by sliding windows as in the published evaluation."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -67,11 +68,29 @@ def merge_windows(scores: Tensor, origins: list[tuple[int, int]], image_size: tu
 
 
 @torch.no_grad()
-def segment(network: EoMT, image: Tensor) -> Tensor:
-    """Class scores [K, H, W] of one image, uint8 [3, H, W], from the deployed network (masked attention off)."""
-    window = network.encoder.img_size
-    windows, origins = to_windows(image, window)
+def segment_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
+    """Class scores of images from the deployed network (masked attention off), all windows in one forward.
+
+    Args:
+        images: at least one, uint8 [3, H, W], each of its own size, on any device.
+
+    Returns:
+        [K, H, W] for each image, on the network's device, not normalised over classes.
+    """
+    window, device = network.encoder.img_size, network.q.weight.device
+    windows, origins = zip(*(to_windows(image, window) for image in images), strict=True)
+    counts = [len(of_image) for of_image in windows]
     with network.deployed():
-        (mask_logits,), (class_logits,) = network(windows / 255)
-    with torch.autocast(image.device.type, enabled=False):  # scores in 16 bits tie, and ties are decided arbitrarily
-        return merge_windows(class_scores(mask_logits, class_logits, window), origins, tuple(image.shape[-2:]))
+        (mask_logits,), (class_logits,) = network(torch.cat(windows).to(device) / 255)
+    with torch.autocast(device.type, enabled=False):  # scores in 16 bits tie, and ties are decided arbitrarily
+        return [
+            merge_windows(class_scores(masks, classes, window), of_image, tuple(image.shape[-2:]))
+            for masks, classes, of_image, image in zip(
+                mask_logits.split(counts), class_logits.split(counts), origins, images, strict=True
+            )
+        ]
+
+
+def segment(network: EoMT, image: Tensor) -> Tensor:
+    """Class scores [K, H, W] of one image, uint8 [3, H, W]; see `segment_images`."""
+    return segment_images(network, [image])[0]

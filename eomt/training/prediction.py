@@ -1,0 +1,106 @@
+"""From an image, wherever it comes from, to the class of each of its pixels."""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from eomt.data.labels import LabelSet
+from eomt.models.eomt import EoMT
+from eomt.training.semantic_inference import segment_images
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+
+def predict(network: EoMT, image: ImageLike) -> Tensor:
+    """Class map uint8 [H, W] of one image, on the CPU, at the image's own resolution.
+
+    Args:
+        image: a file, a Pillow image, an array uint8 [H, W, 3] or a tensor uint8 [3, H, W]; see `to_image`.
+    """
+    return predict_images(network, [to_image(image)])[0]
+
+
+def predict_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
+    """Class maps uint8 [H, W], on the CPU, of images uint8 [3, H, W] that may differ in size, in one forward."""
+    with evaluating(network):
+        return [scores.argmax(0).byte().cpu() for scores in segment_images(network, images)]
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode, and each of its modules as it was before afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def to_image(image: ImageLike) -> Tensor:
+    """Image uint8 [3, H, W], RGB, 0..255: the network normalises by itself.
+
+    Args:
+        image: a file, a Pillow image, an array uint8 [H, W, 3] or a tensor uint8 [3, H, W].
+
+    Raises:
+        ValueError: other shapes or numbers (floats may have been normalised already), or a broken file.
+        TypeError: something else.
+    """
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return _to_rgb(ImageOps.exif_transpose(image), "the image")
+    if isinstance(image, np.ndarray):
+        _check(image.dtype, image.shape, channels=-1, wanted="an array uint8 [H, W, 3]")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: views may be read-only or run backwards
+    if isinstance(image, Tensor):
+        _check(image.dtype, image.shape, channels=0, wanted="a tensor uint8 [3, H, W]")
+        return image
+    raise TypeError(f"{type(image).__name__} is no image: give a path, a Pillow image, a numpy array or a tensor")
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Image uint8 [3, H, W], RGB, upright as its EXIF tag says, transparency ignored.
+
+    Raises:
+        ValueError: the file is broken, no picture, or has floating-point pixels.
+        FileNotFoundError: there is none.
+    """
+    data = Path(path).read_bytes()
+    try:
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"{path} is broken or no picture: replace the file") from error
+    return _to_rgb(picture, str(path))
+
+
+def overlay(image: Tensor, labels: Tensor, classes: LabelSet, opacity: float = 0.5) -> Image.Image:
+    """Image uint8 [3, H, W] under the colours of its class map uint8 [H, W], which cover it by `opacity`, 0 to 1."""
+    photo = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    return Image.blend(photo, Image.fromarray(classes.colorize(labels).numpy()), opacity)
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Tensor:
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{name} has 32-bit pixels of an unknown range: convert it to 8 bits a channel")
+    if picture.mode.startswith("I;16"):  # the high byte, which is what Pillow keeps of 16-bit colours, too
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if "transparency" in picture.info:  # of a palette
+        picture = picture.convert("RGBA")
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def _check(dtype: object, shape: Sequence[int], channels: int, wanted: str) -> None:
+    """Raises ValueError unless these are the bytes of a colour image that is not empty."""
+    if dtype not in (np.uint8, torch.uint8):
+        raise ValueError(f"the image is {dtype}: give {wanted} with values 0..255, not normalised")
+    if len(shape) != 3 or shape[channels] != 3 or 0 in shape:
+        raise ValueError(f"the image has shape {list(shape)}: give {wanted}, RGB")

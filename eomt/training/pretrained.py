@@ -1,0 +1,339 @@
+"""What a run leaves behind, written and opened again: `adapter/` and `model/` folders, and Lightning's checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lora_config
+from eomt import __version__
+from eomt.command_line import did_you_mean
+from eomt.models.checkpoint import load_checkpoint
+from lora_config import BASE, fingerprint, load_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
+    "eomt_config.json",
+    "model.safetensors",
+    "heads.safetensors",
+    "base.safetensors",
+)
+BACKBONE = "network.encoder.backbone."
+ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False}  # not what rebuilding is about
+ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size")  # what adapters of one network share
+
+
+class Adapter(NamedTuple):
+    """What belongs to an adapter beside its weights in the backbone."""
+
+    heads: dict[str, Tensor]
+    settings: dict[str, Any]
+
+
+# Saving
+
+
+def save_pretrained(module: MaskClassificationSemantic, directory: str | Path) -> None:
+    """Writes what is needed to rebuild this network: with LoRA a small adapter folder, otherwise all weights.
+
+    An adapter folder is PEFT's own format for the backbone, plus `heads.safetensors` (queries, heads, buffers) and
+    `eomt_config.json`. Its base weights are named, not copied, unless they are random and exist nowhere else. Of
+    several adapters, the one in use is saved.
+
+    Raises:
+        ValueError: the base is in use, not an adapter.
+    """
+    directory = Path(directory)
+    state = {key: value.contiguous().cpu() for key, value in module.state_dict().items()}
+    metadata = {"img_size": json.dumps(list(module.hparams.img_size))}
+    if module.lora is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(state, directory / WEIGHTS_FILE, metadata)
+    else:
+        save_adapter(module.lora, directory)
+        save_file({k: v for k, v in state.items() if not k.startswith(BACKBONE)}, directory / HEADS_FILE, metadata)
+        if not (module.hparams.pretrained or module.hparams.ckpt_path):
+            base = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+            save_file(base, directory / BASE_FILE, metadata)
+    init = dict(module.hparams)
+    if init["ckpt_path"]:
+        init["ckpt_path"] = str(Path(init["ckpt_path"]).expanduser().resolve())
+    config = {
+        "schema": 1,
+        "eomt_lora": __version__,
+        "base_fingerprint": module.base_fingerprint,
+        "precision": precision(module),
+        "init": init,
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def precision(module: MaskClassificationSemantic) -> str | None:
+    """Lightning's name for the arithmetic that the network was trained in; None if it is not known."""
+    return str(module._trainer.precision) if module._trainer else module.trained_precision
+
+
+# Opening
+
+
+def load_pretrained(
+    cls: type[MaskClassificationSemantic], path: str | Path, ckpt_path: str | None = None
+) -> MaskClassificationSemantic:
+    """Restores a trained network, bit for bit, in evaluation mode; see `MaskClassificationSemantic.from_pretrained`."""
+    path = find_artefact(path)
+    if path.is_file():
+        return open_checkpoint(cls, path, ckpt_path)
+    config = json.loads((path / CONFIG_FILE).read_text())
+    open_folder = open_adapter if config["init"]["use_lora"] else open_model
+    module = open_folder(cls, path, config, ckpt_path)
+    module.trained_precision = config.get("precision")
+    return module.eval()
+
+
+def find_artefact(path: str | Path) -> Path:
+    """The adapter or model folder that is meant, or the Lightning checkpoint: a run folder means what it holds.
+
+    Raises:
+        FileNotFoundError: there is nothing of the kind. ValueError: bare weights, or a run folder that holds both.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        if path.suffix == ".ckpt":
+            return path
+        if (path.parent / CONFIG_FILE).is_file():
+            raise ValueError(f"{path} is a part of what was saved: give its folder, {path.parent}")
+        raise ValueError(bare_weights(path))
+    if not path.exists():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
+    if (path / CONFIG_FILE).is_file():
+        return path
+    found = [path / name for name in ("adapter", "model") if (path / name / CONFIG_FILE).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
+    if not found:
+        raise FileNotFoundError(
+            f"{path} has no {CONFIG_FILE}, and no adapter/ or model/ with one: give the adapter/ or model/ folder of a "
+            "run, the run's folder, or its checkpoints/best.ckpt"
+        )
+    return found[0]
+
+
+def bare_weights(path: Path) -> str:
+    """The sentence for weights that say nothing of the network they belong to."""
+    return (
+        f"{path} holds weights without a configuration, so the network they belong to is not known: to evaluate them, "
+        f"name it with python train_with_lora.py variant=none model.ckpt_path={path}"
+    )
+
+
+def open_model(
+    cls: type[MaskClassificationSemantic], directory: Path, config: Mapping[str, Any], ckpt_path: str | None
+) -> MaskClassificationSemantic:
+    """A `model/` folder: everything is in it."""
+    refuse_base(directory, ckpt_path)
+    module = build_empty(cls, config["init"])
+    load_checkpoint(module.network, directory / WEIGHTS_FILE)
+    return module
+
+
+def open_adapter(
+    cls: type[MaskClassificationSemantic], directory: Path, config: Mapping[str, Any], ckpt_path: str | None
+) -> MaskClassificationSemantic:
+    """An `adapter/` folder, on its base."""
+    init = moved(config["init"], ckpt_path)
+    own_base = directory / BASE_FILE
+    base = ckpt_path or (str(own_base) if own_base.is_file() else find_base(directory, init))
+    module = cls(**init | ALL_TRAINABLE | {"use_lora": False, "ckpt_path": base})
+    module.base_fingerprint = fingerprint(module.backbone)
+    check_fingerprint(config["base_fingerprint"], module.base_fingerprint, f"the adapter {directory}")
+    keep_base_heads(module, init)
+    module.attach(load_adapter(module.backbone, directory))
+    load_heads(module, load_file(directory / HEADS_FILE))
+    set_settings(module, init)
+    return module
+
+
+def open_checkpoint(
+    cls: type[MaskClassificationSemantic], path: Path, ckpt_path: str | None
+) -> MaskClassificationSemantic:
+    """A Lightning checkpoint of a run: all weights, or those that a LoRA run trains."""
+    checkpoint = read_lightning(path)
+    init = checkpoint.get("hyper_parameters", {})
+    unknown = init.keys() - inspect.signature(cls).parameters.keys()
+    if not init or unknown:
+        raise ValueError(bare_weights(path))
+    if not init["use_lora"]:
+        refuse_base(path, ckpt_path)
+        module = build_empty(cls, init)
+        load_exactly(module, checkpoint["state_dict"], module.state_dict().keys(), str(path))
+        return module.eval()
+    init = moved(init, ckpt_path)
+    base = ckpt_path or find_base(path, init)
+    if not base and set(init["freeze"]) - {"backbone"}:
+        raise ValueError(f"{path} leaves out the heads that its run froze, {init['freeze']}: open its adapter/ folder")
+    module = cls(**init | {"compile": False, "ckpt_path": base})
+    check_fingerprint(checkpoint.get("base_fingerprint"), module.base_fingerprint, f"the checkpoint {path}")
+    keep_base_heads(module, init)
+    load_exactly(module, checkpoint["state_dict"], module.trained_keys(), str(path))
+    for p in module.adapter_parameters():  # as those of an adapter folder
+        p.requires_grad_(False)
+    set_settings(module, init)
+    return module.eval()
+
+
+def read_lightning(path: Path) -> dict[str, Any]:
+    """A checkpoint's content; pickled code is never run.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): it may be half-written, or hold pickled objects, which "
+            "are never loaded"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return dict(content)
+
+
+def build_empty(cls: type[MaskClassificationSemantic], init: Mapping[str, Any]) -> MaskClassificationSemantic:
+    """The full network of these settings, its weights yet to come."""
+    module = cls(**init | ALL_TRAINABLE | {"pretrained": False, "ckpt_path": None})
+    set_settings(module, init)
+    return module
+
+
+def set_settings(module: MaskClassificationSemantic, init: Mapping[str, Any]) -> None:
+    """What a run was started with, in place of what rebuilding it took."""
+    module.hparams.update(init)
+
+
+def refuse_base(path: Path, ckpt_path: str | None) -> None:
+    """Raises ValueError when base weights are given for a network that is complete."""
+    if ckpt_path:
+        raise ValueError(f"ckpt_path {ckpt_path} is for adapters, and {path} holds a whole network: leave it out")
+
+
+def moved(init: Mapping[str, Any], ckpt_path: str | None) -> dict[str, Any]:
+    """The settings, with the base where it is now: saved again, the adapter names that."""
+    return {**init, "ckpt_path": ckpt_path} if ckpt_path and init["ckpt_path"] else dict(init)
+
+
+def find_base(path: Path, init: Mapping[str, Any]) -> str | None:
+    """The checkpoint that an adapter names as its base; None for timm's pretrained weights.
+
+    Raises:
+        FileNotFoundError: it is not there. ValueError: it was random, and stands in the adapter folder alone.
+    """
+    base = init["ckpt_path"]
+    if not base and not init["pretrained"]:
+        raise ValueError(
+            f"the base of {path} was random, and only the run's adapter folder holds it: give "
+            f"ckpt_path=.../adapter/{BASE_FILE}"
+        )
+    if base and not Path(base).expanduser().exists():
+        raise FileNotFoundError(
+            f"{path} was trained from {base}, which is not there: give the place of these weights with ckpt_path"
+        )
+    return base
+
+
+def load_heads(module: MaskClassificationSemantic, heads: Mapping[str, Tensor]) -> None:
+    """Everything outside the backbone, and nothing less."""
+    load_exactly(module, heads, head_keys(module), HEADS_FILE)
+
+
+def head_keys(module: MaskClassificationSemantic) -> set[str]:
+    return {key for key in module.state_dict() if not key.startswith(BACKBONE)}
+
+
+def load_exactly(module: MaskClassificationSemantic, state: Mapping[str, Tensor], wanted: Any, name: str) -> None:
+    """Loads the wanted keys; ValueError if others are there or some are not."""
+    if wrong := set(wanted) ^ state.keys():
+        raise ValueError(f"{name} does not fit this network: {len(wrong)} weights differ, {lora_config.listed(wrong)}")
+    module.load_state_dict(state, strict=False)
+
+
+def check_fingerprint(trained_on: str | None, found: str | None, what: str) -> None:
+    """Raises ValueError when an adapter meets other base weights than its own."""
+    if trained_on != found:
+        raise ValueError(
+            f"{what} was trained on base weights {str(trained_on)[:12]}, but this backbone has {str(found)[:12]}: "
+            "its updates would be added to other weights; give the original base with ckpt_path"
+        )
+
+
+# Several adapters on one base
+
+
+def keep_base_heads(module: MaskClassificationSemantic, init: Mapping[str, Any]) -> None:
+    """While the checkpoint's heads are still in the network; fresh heads are not worth keeping."""
+    if init["ckpt_path"] and init["load_ckpt_class_head"]:
+        module.adapters[BASE] = in_use(module, init)
+
+
+def in_use(module: MaskClassificationSemantic, settings: Mapping[str, Any]) -> Adapter:
+    """A copy of the heads as they are now."""
+    state = module.state_dict()
+    return Adapter({key: state[key].detach().cpu().clone() for key in head_keys(module)}, dict(settings))
+
+
+def add_adapter(module: MaskClassificationSemantic, directory: str | Path, name: str) -> None:
+    """See `MaskClassificationSemantic.add_adapter`. The heads are kept in memory, the base is not touched."""
+    directory = find_artefact(directory)
+    config = json.loads((directory / CONFIG_FILE).read_text()) if directory.is_dir() else {}
+    if not config.get("init", {}).get("use_lora"):
+        raise ValueError(f"{directory} is not an adapter: give the adapter/ folder of a LoRA run")
+    if module.lora is None:
+        raise ValueError("this network has no adapters: open one with from_pretrained, and add others to it")
+    for setting in ALIKE:
+        here, there = module.hparams[setting], config["init"][setting]
+        if json.dumps(here) != json.dumps(there):
+            raise ValueError(
+                f"adapters of one network must agree in {setting}: here it is {json.dumps(here)}, in {directory} "
+                f"{json.dumps(there)}; open that adapter by itself"
+            )
+    heads = load_file(directory / HEADS_FILE)
+    if wrong := head_keys(module) ^ heads.keys():
+        raise ValueError(f"{directory / HEADS_FILE} does not fit this network: {lora_config.listed(wrong)}")
+    lora_config.add_adapter(module.lora, directory, name)
+    module.adapters[name] = Adapter(heads, config["init"])
+
+
+def use_adapter(module: MaskClassificationSemantic, name: str) -> None:
+    """See `MaskClassificationSemantic.use_adapter`."""
+    if name not in module.adapter_names:
+        why = "its checkpoint left no trained heads to use without the adapter; " if name == BASE else ""
+        raise ValueError(f"there is no adapter {name!r}: {why}there are {', '.join(module.adapter_names) or 'none'}")
+    module.adapters[lora_config.active_adapter(module.lora)] = in_use(module, module.hparams)
+    lora_config.use_adapter(module.lora, name)
+    heads, settings = module.adapters[name]
+    load_heads(module, heads)
+    set_settings(module, settings)
+
+
+def merge_adapter(module: MaskClassificationSemantic) -> None:
+    """Adds the updates of the adapter in use to the weights, in float32: from then on it is a full network.
+
+    Raises:
+        ValueError: it has no adapter in use.
+    """
+    if module.lora is None:
+        raise ValueError("this network has no adapter to merge")
+    lora_config.merge(module.lora)
+    module.__dict__["lora"], module.base_fingerprint, module.adapters, module.strict_loading = None, None, {}, True
+    set_settings(module, {**module.hparams, "use_lora": False, "ckpt_path": None, "delta_weights": False})

@@ -1,0 +1,379 @@
+"""With or without LoRA? A matrix of fair runs, and one report about it.
+
+`run` trains every variant with every seed from the same weights, on the same crops in the same order, for the same
+number of steps, and evaluates what the last step left. Run the same command again to continue an interrupted matrix.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _data import ROOT, build_data, data_of_run, open_data
+
+from eomt.command_line import one_sentence, quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIANTS = sorted(path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml"))
+EXAMPLES = f"""examples:
+  python scripts/compare.py run experiment=toy_night variants=[none,head,lora_r8,full] seeds=[0,1,2]
+  python scripts/compare.py run experiment=camvid_dusk variants=[none,head,lora_r8,lora_r16,full] seeds=[0,1,2] \\
+      data.root=/data/camvid source="experiment=camvid_day data.root=/data/camvid" output_dir=outputs/compare/dusk
+  python scripts/compare.py run --config-name cityscapes data.root=/data/cityscapes devices=[0,1,2,3] \\
+      variants=[lora_r16,full] seeds=[0,1,2] hydra/launcher=joblib        # one run on each of four GPUs
+  python scripts/compare.py report outputs/compare/dusk --baseline full
+
+variants: {", ".join(VARIANTS)} (configs/variant/)"""
+RUN_HELP = """variants=[...]   what trains (default: none, head, lora_r8, lora_r16, full)
+seeds=[...]      default: 0
+source="..."     the data that the start weights come from, to measure what is forgotten:
+                 "experiment=NAME data.root=..." or "data=NAME data.key=value ..."
+devices=[...]    GPUs to share out; with hydra/launcher=joblib one run on each at a time
+output_dir=...   the matrix's folder (default: outputs/compare/EXPERIMENT); it holds VARIANT/seed_N/
+hydra/launcher=  joblib or submitit_slurm, extras of this project; default: one run after another
+anything else    is passed to train_with_lora.py: experiment=NAME, data.root=..., trainer.max_epochs=..."""
+
+
+def main() -> int:
+    """Exit code 0; 1 with one sentence, or when a cell failed; 2 for a mistyped command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train and evaluate a matrix", description=RUN_HELP, formatter_class=raw)
+    run.add_argument("overrides", nargs="*", metavar="key=value")
+    run.add_argument("--config-name", default="cityscapes", help="of train_with_lora.py (default: %(default)s)")
+    report = commands.add_parser("report", help="one table, plots and pictures: HTML, Markdown, CSV, LaTeX")
+    report.add_argument("runs", nargs="+", type=Path, help="matrix folders, or folders of single runs")
+    report.add_argument("--baseline", help="the variant that others are compared to (default: full)")
+    report.add_argument("--output", type=Path, help="default: report/ in the first folder")
+    report.add_argument("--allow-different", action="store_true", help="mark runs that differ instead of stopping")
+    evaluate = commands.add_parser("evaluate", help="evaluate a run for the report (run and report do it as needed)")
+    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("source", nargs="*", metavar="key=value", help="the source domain, as in source= above")
+    args = parser.parse_args()
+    try:
+        if args.command == "run":
+            return run_matrix(args.overrides, args.config_name)
+        if args.command == "evaluate":
+            evaluate_run(args.run, args.source)
+            return 0
+        return report_runs(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+# The matrix
+
+
+@dataclass
+class Cell:
+    """What Hydra sweeps over: one run of a matrix."""
+
+    variant: str
+    seed: int
+    matrix: str
+
+
+def run_matrix(overrides: Sequence[str], config_name: str) -> int:
+    """Checks everything, writes `matrix.json`, and lets Hydra's launcher run the cells."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    facts, launcher = parse_matrix(overrides, config_name)
+    folder = Path(facts.pop("folder"))
+    facts = continue_matrix(folder, facts)
+    check_matrix(facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "matrix.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    ConfigStore.instance().store("cell", node={"variant": "???", "seed": "???", "matrix": "???"})
+    sys.argv[1:] = ["--multirun", *sweep(folder, facts), *launcher]
+    hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
+    return summarise(folder, facts)
+
+
+def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, Any], list[str]]:
+    """The matrix that the command line asks for, and the overrides that are for Hydra's launcher."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    sources = [word for word in overrides if word.startswith("source=")]
+    overrides = [word for word in overrides if word not in sources]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise ValueError(one_sentence(error)) from error
+    facts = {
+        "variants": ["none", "head", "lora_r8", "lora_r16", "full"],
+        "seeds": [0],
+        "source": shlex.split(sources[-1].removeprefix("source=")) if sources else [],
+        "devices": [],
+        "config_name": config_name,
+        "overrides": [],
+    }
+    launcher, folder = [], None
+    for word, override in zip(overrides, parsed, strict=True):
+        key = override.key_or_group
+        if key in ("variants", "seeds", "devices"):
+            value = override.value()
+            value = getattr(value, "list", value)  # 0,1,2 is a sweep to Hydra
+            facts[key] = list(value) if isinstance(value, (list, tuple)) else [value]
+        elif key == "output_dir":
+            folder = override.value()
+        elif key.startswith("hydra"):
+            launcher.append(word)
+        elif key in ("variant", "seed", "resume"):
+            raise ValueError(f"{word}: a matrix sets this for each of its runs; give variants=[...] and seeds=[...]")
+        else:
+            facts["overrides"].append(word)
+    named = [word.split("=")[1] for word in facts["overrides"] if word.startswith("experiment=")]
+    facts["folder"] = str(folder or Path("outputs", "compare", *(named or [config_name])))
+    return facts, launcher
+
+
+def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """A matrix goes on in its folder, with further variants and seeds if asked for, but with nothing else changed."""
+    if not (folder / "matrix.json").is_file():
+        return facts
+    before = json.loads((folder / "matrix.json").read_text())
+    for key in ("config_name", "overrides", "source"):
+        if before[key] != facts[key]:
+            raise ValueError(
+                f"{folder} holds a matrix with {key} {before[key]}, now it is {facts[key]}: its runs would not be "
+                "comparable; give the same, or another output_dir="
+            )
+    for key in ("variants", "seeds"):
+        facts[key] = [*before[key], *(value for value in facts[key] if value not in before[key])]
+    return facts
+
+
+def check_matrix(facts: dict[str, Any]) -> None:
+    """Every variant's configuration composes and passes the checks of a training run, before the first one starts."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from train_with_lora import check, expand_home
+
+    if unknown := [name for name in facts["variants"] if name not in VARIANTS]:
+        raise ValueError(f"variant {unknown[0]} is not in configs/variant: choose from {', '.join(VARIANTS)}")
+    if not facts["variants"] or not all(isinstance(seed, int) for seed in facts["seeds"] or [None]):
+        raise ValueError(f"variants {facts['variants']}, seeds {facts['seeds']}: at least one each, seeds are integers")
+    try:
+        for variant in facts["variants"]:
+            with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+                words = [*facts["overrides"], *fixed(variant, facts["seeds"][0], "run")]
+                config = compose(facts["config_name"], words, return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+            del config.hydra
+            expand_home(config)
+            check(config)
+        build_data(config, "see --help").check_files()
+        if facts["source"]:
+            open_data(facts["source"], config.model.img_size, batch_size=1)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(one_sentence(error)) from error
+
+
+def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
+    """What a matrix sets for each run; the artefact of the last step is no choice among the evaluated images."""
+    return [f"variant={variant}", f"seed={seed}", f"output_dir='{folder}'", "callbacks.save_best.keep=last"]
+
+
+def sweep(folder: Path, facts: dict[str, Any]) -> list[str]:
+    """Hydra's overrides: seeds outside, so that a matrix that stops early has whole comparisons."""
+    return [
+        f"seed={','.join(map(str, facts['seeds']))}",
+        f"variant={','.join(facts['variants'])}",
+        f"matrix='{folder.resolve()}'",
+        f"hydra.sweep.dir='{folder.resolve()}'",
+        "hydra.sweep.subdir=${variant}/seed_${seed}",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
+
+
+# One cell
+
+
+def run_cell(cell: Cell) -> None:
+    """Trains and evaluates one cell in processes of its own; whatever happens to it, the others go on."""
+    from hydra.core.hydra_config import HydraConfig
+
+    matrix = Path(cell.matrix)
+    facts = json.loads((matrix / "matrix.json").read_text())
+    folder = matrix / cell.variant / f"seed_{cell.seed}"
+    count = len(facts["variants"]) * len(facts["seeds"])
+    title = f"[{HydraConfig.get().job.num + 1}/{count}] {cell.variant}, seed {cell.seed}"
+    if finished(folder):
+        print(f"== {title}: finished before, kept", flush=True)
+        return
+    print(f"== {title}", flush=True)
+    script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
+    train = [*script, *facts["overrides"], *fixed(cell.variant, cell.seed, folder), *resume(folder)]
+    evaluate = [sys.executable, str(ROOT / "scripts" / "compare.py"), "evaluate", str(folder), *facts["source"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    with one_device(matrix, facts["devices"]) as environment:
+        error = None if status(folder) == "finished" else run_logged(train, folder / "run.log", environment)
+        error = error or run_logged(evaluate, folder / "run.log", environment)
+    cell_facts = {"variant": cell.variant, "seed": cell.seed, "status": "failed" if error else "finished"}
+    cell_facts |= {"error": error, "command": ["python", "train_with_lora.py", *train[2:]]}
+    (folder / "cell.json").write_text(json.dumps(cell_facts, indent=2) + "\n")
+    minutes, seconds = divmod(round(time.time() - started), 60)
+    print(f"== {title}: {'failed: ' + error if error else 'finished'} after {minutes} min {seconds} s", flush=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def finished(folder: Path) -> bool:
+    return read_json(folder / "cell.json").get("status") == "finished"
+
+
+def status(folder: Path) -> str | None:
+    return read_json(folder / "summary.json").get("status")
+
+
+def resume(folder: Path) -> list[str]:
+    """The override that continues a half-finished run; without a whole checkpoint it starts anew."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if zipfile.is_zipfile(last):
+        return [f"resume='{last}'"]
+    if status(folder) != "finished":
+        shutil.rmtree(folder, ignore_errors=True)
+    return []
+
+
+def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> str | None:
+    """Runs a command, its output both shown and appended to the log; returns its error, or None."""
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        while part := process.stdout.read1():
+            sys.stdout.buffer.write(part)
+            sys.stdout.buffer.flush()
+            file.write(part)
+    if process.returncode == 0:
+        return None
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"exit code {process.returncode}"])[-1]
+
+
+@contextmanager
+def one_device(matrix: Path, devices: Sequence[int]) -> Iterator[dict[str, str]]:
+    """An environment that shows one of the GPUs, free until the end of the block; without `devices` all of them."""
+    if not devices:
+        yield dict(os.environ)
+        return
+    from filelock import FileLock, Timeout
+
+    while True:
+        for device in devices:
+            try:
+                with FileLock(matrix / f".device_{device}.lock", timeout=1):
+                    yield {**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+                    return
+            except Timeout:
+                continue
+
+
+def summarise(folder: Path, facts: dict[str, Any]) -> int:
+    """Says what became of the cells, and what to do next."""
+    cells = [(variant, seed) for seed in facts["seeds"] for variant in facts["variants"]]
+    failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}")]
+    for variant, seed in failed:
+        error = read_json(folder / variant / f"seed_{seed}" / "cell.json").get("error", "did not end")
+        print(f"failed: {variant}, seed {seed}: {error}")
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells finished in {folder}")
+    print(f"next: python scripts/compare.py report {folder}")
+    return 1 if failed else 0
+
+
+# Evaluation and report
+
+
+def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
+    """Scores the run's artefact on its own validation images and on the source domain: `evaluation/` in its folder.
+
+    Raises:
+        ValueError: the artefact does not score what the run reported.
+    """
+    from eomt.training.evaluation import evaluate
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+    quiet_libraries()
+    summary, precision = read_json(run / "summary.json"), precision_of(run)
+    if not summary:
+        raise FileNotFoundError(f"{run} has no summary.json: give the folder of a run that ended")
+    module = MaskClassificationSemantic.from_pretrained(run / summary["artefact"])
+    progress = sys.stderr.isatty()
+    name, data = data_of_run(run)
+    target = evaluate(module, data, precision, progress, f"{name}, {len(data.val_set)} images")
+    if summary["miou"] is not None and abs(target.miou - summary["miou"]) > 1e-6:
+        raise ValueError(
+            f"{run / summary['artefact']} scores {target.miou:.7f}, but its run reported {summary['miou']:.7f}: "
+            "data or device have changed since, evaluate where it was trained"
+        )
+    target.save(run / "evaluation", "target")
+    if source:
+        name, data = open_data(source, module.hparams.img_size, batch_size=1)
+        evaluate(module, data, precision, progress, f"{name}, {len(data.val_set)} images").save(
+            run / "evaluation", "source"
+        )
+
+
+def precision_of(run: Path) -> str:
+    import yaml
+
+    return yaml.safe_load((run / "config.yaml").read_text())["trainer"]["precision"]
+
+
+def report_runs(args: argparse.Namespace) -> int:
+    """Evaluates what has not been evaluated yet, and writes the report."""
+    from eomt.reporting.comparison import load_runs
+    from eomt.reporting.comparison_page import write_report
+
+    for run in load_runs(args.runs):
+        if run.finished and not (run.path / "evaluation" / "target.json").is_file():
+            print(f"evaluating {run.path}")
+            evaluate_run(run.path)
+    output = args.output or args.runs[0] / "report"
+    write_report(load_runs(args.runs), output, args.baseline, args.allow_different, predictions)
+    print(f"{output}/report.html, report.md, report.csv, report.tex")
+    return 0
+
+
+def predictions(run: Path, names: Sequence[str]) -> "dict[str, tuple[Tensor, Tensor, Tensor]]":
+    """Image, target and what the run's artefact sees, of validation images by name."""
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+    module = MaskClassificationSemantic.from_pretrained(run / read_json(run / "summary.json")["artefact"])
+    images = data_of_run(run)[1].val_set
+    wanted = {name: images[images.names.index(name)] for name in names}
+    return {name: (image, target, module.predict(image)) for name, (image, target) in wanted.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
