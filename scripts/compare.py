@@ -42,7 +42,7 @@ source="..."     the data that the start weights come from, to measure what is f
                  "experiment=NAME data.root=..." or "data=NAME data.key=value ..."
 devices=[...]    GPUs to share out; with hydra/launcher=joblib one run on each at a time
 output_dir=...   the matrix's folder (default: outputs/compare/EXPERIMENT); it holds VARIANT/seed_N/
-hydra/launcher=  joblib or submitit_slurm, extras of this project; default: one run after another
+hydra/launcher=  joblib or submitit_slurm (extra: launchers); default: one run after another
 anything else    is passed to train_with_lora.py: experiment=NAME, data.root=..., trainer.max_epochs=..."""
 
 
@@ -63,6 +63,9 @@ def main() -> int:
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("source", nargs="*", metavar="key=value", help="the source domain, as in source= above")
     args = parser.parse_args()
+
+    from hydra.errors import HydraException
+
     try:
         if args.command == "run":
             return run_matrix(args.overrides, args.config_name)
@@ -70,8 +73,9 @@ def main() -> int:
             evaluate_run(args.run, args.source)
             return 0
         return report_runs(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {one_sentence(error)}", file=sys.stderr)
+    except (ValueError, OSError, HydraException) as error:
+        hint = "; pip install -e .[launchers] brings joblib and submitit" if "hydra/launcher" in str(error) else ""
+        print(f"error: {one_sentence(error)}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
@@ -103,6 +107,7 @@ def run_matrix(overrides: Sequence[str], config_name: str) -> int:
     (folder / "matrix.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     ConfigStore.instance().store("cell", node={"variant": "???", "seed": "???", "matrix": "???"})
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped launcher arrives here and not as Hydra's own page
     sys.argv[1:] = ["--multirun", *sweep(folder, facts), *launcher]
     hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
     return summarise(folder, facts)
@@ -277,15 +282,16 @@ def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -
     if process.returncode == 0:
         return None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # its sentence comes last
     return (errors or lines or [f"exit code {process.returncode}"])[-1]
 
 
 @contextmanager
 def one_device(matrix: Path, devices: Sequence[int]) -> Iterator[dict[str, str]]:
     """An environment that shows one of the GPUs, free until the end of the block; without `devices` all of them."""
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "0"}
     if not devices:
-        yield dict(os.environ)
+        yield environment
         return
     from filelock import FileLock, Timeout
 
@@ -293,7 +299,7 @@ def one_device(matrix: Path, devices: Sequence[int]) -> Iterator[dict[str, str]]
         for device in devices:
             try:
                 with FileLock(matrix / f".device_{device}.lock", timeout=1):
-                    yield {**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+                    yield {**environment, "CUDA_VISIBLE_DEVICES": str(device)}
                     return
             except Timeout:
                 continue

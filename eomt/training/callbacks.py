@@ -155,6 +155,10 @@ class RunProgressBar(TQDMProgressBar):
         self.started, self.first_step = time.monotonic(), trainer.global_step
         super().on_train_start(trainer, module)
 
+    def on_exception(self, *args: Any) -> None:
+        if self._train_progress_bar is not None:
+            self.train_progress_bar.close()  # ends its line, so that the error has one of its own
+
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
         """What stands behind the bar, in short names."""
         metrics = {name.split("/")[-1]: value for name, value in super().get_metrics(trainer, module).items()}

@@ -1,0 +1,166 @@
+"""A matrix of runs, started the way a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from zipfile import is_zipfile
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}", "model.num_blocks=2"]
+TINY += ["model.num_q=25", "model.num_points=128"]
+DATA = ["data.num_train=8", "data.num_val=3", "data.size=[64,128]", "data.num_workers=0"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+
+
+def compare(*arguments, code=0):
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=ENVIRONMENT)
+    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+@pytest.fixture(scope="module")
+def settings(toy_cache, tmp_path_factory):
+    """The overrides of every matrix here; the source network that they start from is trained once."""
+    data = [*DATA, f"data.root={toy_cache}"]
+    source = tmp_path_factory.mktemp("source")
+    command = [sys.executable, str(ROOT / "train_with_lora.py"), "experiment=toy_source", *data, *TINY]
+    command += ["data.batch_size=4", "trainer.max_epochs=2", f"output_dir={source}"]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True)
+    start = [f"model.ckpt_path={source}/model", "data.batch_size=4", "trainer.max_epochs=2"]
+    return ["experiment=toy_night", *data, *TINY, *start]
+
+
+@pytest.fixture(scope="module")
+def matrix(settings, toy_cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("matrix") / "of runs"  # a space in the path, too
+    source = f"source=experiment=toy_source data.root={toy_cache} {' '.join(DATA)}"
+    arguments = ["run", *settings, "variants=[none,lora_r4,full]", "seeds=[3]", f"output_dir='{folder}'", source]
+    return folder, arguments, compare(*arguments)
+
+
+def test_every_cell_is_a_whole_run_in_one_folder_with_its_evaluation(matrix):
+    folder, _, result = matrix
+    assert "3 of 3 cells finished" in result.stdout
+    for variant in ("none", "lora_r4", "full"):
+        run = folder / variant / "seed_3"
+        assert read(run / "cell.json")["status"] == "finished"
+        assert read(run / "summary.json")["seed"] == 3
+        counts = np.load(run / "evaluation" / "target.npz")["confusion"]
+        assert counts.shape == (3, 19, 19) and counts.sum() > 0
+        assert read(run / "evaluation" / "source.json")["domain"] == "source"
+
+
+def test_cells_of_one_seed_start_from_the_same_weights_and_see_the_same_crops(matrix):
+    summaries = {v: read(matrix[0] / v / "seed_3" / "summary.json") for v in ("none", "lora_r4", "full")}
+    assert len({summary["start_fingerprint"] for summary in summaries.values()}) == 1
+    assert summaries["lora_r4"]["batches"] == summaries["full"]["batches"] is not None
+    assert summaries["lora_r4"]["steps"] == summaries["full"]["steps"] == 4 and summaries["none"]["steps"] == 0
+    assert summaries["lora_r4"]["flops_per_step"] > 0
+    assert all(summary["kept"] == "last" for summary in summaries.values())
+
+
+def test_the_evaluation_finds_the_score_that_training_reported(matrix):
+    for variant in ("none", "lora_r4", "full"):
+        run = matrix[0] / variant / "seed_3"
+        assert read(run / "evaluation" / "target.json")["miou"] == pytest.approx(
+            read(run / "summary.json")["last_miou"], abs=1e-6
+        )
+
+
+def test_an_artefact_that_does_not_score_what_its_run_reported_is_refused(matrix, tmp_path):
+    run = tmp_path / "run"
+    run.symlink_to(matrix[0] / "none" / "seed_3")
+    summary = read(run / "summary.json")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("model", "config.yaml"):
+        (copy / name).symlink_to(run / name)
+    (copy / "summary.json").write_text(json.dumps(summary | {"miou": summary["miou"] + 1e-3}))
+    assert "but its run reported" in compare("evaluate", copy, code=1).stderr
+
+
+def test_the_same_command_again_keeps_what_is_finished_and_adds_what_is_new(matrix):
+    folder, arguments, _ = matrix
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/summary.json")}
+    more = [word.replace("variants=[none,lora_r4,full]", "variants=[head]") for word in arguments]
+    result = compare(*more)
+    assert result.stdout.count("finished before, kept") == 3 and "4 of 4 cells finished" in result.stdout
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert read(folder / "matrix.json")["variants"] == ["none", "lora_r4", "full", "head"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(matrix):
+    result = compare(*matrix[1], "trainer.max_epochs=3", code=1)
+    assert "holds a matrix with overrides" in result.stderr and "another output_dir=" in result.stderr
+
+
+def test_one_failed_cell_does_not_end_the_others_and_says_why(settings, tmp_path):
+    arguments = ["data.batch_size=1", "trainer.max_epochs=3", "model.lora_lr=1e-30", f"output_dir={tmp_path}"]
+    result = compare("run", *settings, "variants=[lora_r4,none]", *arguments, code=1)
+    assert "1 of 2 cells finished" in result.stdout
+    failed, fine = (read(tmp_path / variant / "seed_0" / "cell.json") for variant in ("lora_r4", "none"))
+    assert failed["status"] == "failed" and failed["error"].startswith("LoRA audit")
+    assert fine["status"] == "finished"
+    assert "failed: lora_r4, seed 0: LoRA audit" in result.stdout
+
+
+def test_a_matrix_that_was_killed_goes_on_where_it_stopped(settings, tmp_path):
+    arguments = ["run", *settings, "variants=[head]", "trainer.max_epochs=6", f"output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), *arguments]
+    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    last = tmp_path / "head" / "seed_0" / "checkpoints" / "last.ckpt"
+    while process.poll() is None and not is_zipfile(last):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "head" / "seed_0" / "cell.json").exists(), "it was not killed in time"
+    compare(*arguments)
+    summary = read(tmp_path / "head" / "seed_0" / "summary.json")
+    assert summary["status"] == "finished" and summary["steps"] == 12
+    assert f"resume='{last}'" in read(tmp_path / "head" / "seed_0" / "cell.json")["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["variants=[hed]"], "variant hed is not in configs/variant: choose from"),
+        (
+            ["variants=[head]", "model.lora_rnk=3"],
+            "model.lora_rnk is not in the configuration; did you mean lora_rank?",
+        ),
+        (["variants=[head]", "variant=full"], "variant=full: a matrix sets this for each of its runs"),
+        (["variants=[head]", "seeds=[a]"], "seeds are integers"),
+        (["variants=[unfreeze_last_n]", "model.unfreeze_last_n=-1"], "must be greater than 0"),
+        (["variants=[head]", "source=data=camvit"], "data=camvit is not a dataset"),
+        (["variants=[head]", "hydra/launcher=slurmy"], "Could not find 'hydra/launcher/slurmy'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_runs(settings, tmp_path, arguments, sentence):
+    result = compare("run", *settings, *arguments, f"output_dir={tmp_path / 'new'}", code=1)
+    assert sentence in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("new/*/*/summary.json"))
+
+
+def test_help_shows_examples_and_variants():
+    text = compare("--help").stdout
+    assert "examples:" in text and "lora_r16" in text and "report" in text
+    assert "seeds=[...]" in compare("run", "--help").stdout
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_cells_run_on_other_launchers_of_hydra(settings, tmp_path, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher", reason="the extra launchers")
+    result = compare("run", *settings, "variants=[none]", f"hydra/launcher={launcher}", f"output_dir={tmp_path}")
+    assert "1 of 1 cells finished" in result.stdout
