@@ -435,7 +435,7 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
 
 
 def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
-    """One adapter's tensors under their names in a file; PEFT's own choice takes `day2` for a part of `day`."""
+    """One adapter's tensors under their names in a file; older PEFT takes `day2` for a part of `day`."""
     own = {key: t for key, t in handle.state_dict().items() if is_lora(key) and name in key.split(".")}
     return _peft().get_peft_model_state_dict(handle, own, adapter_name=name, save_embedding_layers=False)
 

@@ -1,0 +1,275 @@
+"""What is in a saved network, read from its files without building it, and whether an adapter fits a base."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from eomt.models.checkpoint import (
+    NOT_WEIGHTS,
+    POS_EMBED,
+    clean_key,
+    describe,
+    map_dinov3,
+    read_checkpoint,
+    read_safetensors,
+    resample_pos_embed,
+)
+from eomt.training.pretrained import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, find_artefact, read_lightning
+from lora_config import CONFIG_FILE as LORA_CONFIG
+from lora_config import WEIGHTS_FILE as LORA_WEIGHTS
+from lora_config import combine_hashes, hash_tensors, is_lora, stored_updates
+
+BACKBONE = "encoder.backbone."
+HEADS = {"q.": "queries", "class_head.": "class head", "mask_head.": "mask head", "upscale.": "upscale"}
+
+
+def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str, Any]:
+    """Everything that the files say, as plain values.
+
+    Args:
+        path: an adapter/ or model/ folder, a run's folder, a Lightning checkpoint, or a file of weights.
+        base: base weights to check an adapter against; None: those that it names, if they are there.
+
+    Returns:
+        `path`, `kind`, `network` (backbone, sizes, classes), `parts` (tensors, parameters and bytes of each), `files`
+        (bytes), `precision`. For a whole network also `backbone_fingerprint`; for an adapter `base_fingerprint` (of the
+        base it was trained on), `lora`, `updates` (rank, scaling and norm by layer, `relative` to the base weight if
+        that is there), `base` (what it names) and `fit` (see `check_fit`; None without a base).
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: no network, or a base given for a whole network.
+    """
+    path = choose(path)
+    content, files = read(path)
+    init, state = content.get("hyper_parameters") or {}, content["state_dict"]
+    adapted = any(is_lora(key) for key in state)
+    facts = {
+        "path": str(path),
+        "kind": kind(path, adapted, bool(init)),
+        "network": describe_network(init, state),
+        "parts": count_parts(state),
+        "files": {file.name: file.stat().st_size for file in files},
+        "precision": content.get("precision"),
+    }
+    if not adapted:
+        if base:
+            raise ValueError(f"a base is for adapters, and {path} is a {facts['kind']}: leave --base out")
+        return facts | {"backbone_fingerprint": fingerprint_of(state) if "backbone" in facts["parts"] else None}
+    facts["base_fingerprint"] = content.get("base_fingerprint")
+    lora = content["lora"]
+    updates = stored_updates(
+        {key.removeprefix(BACKBONE): tensor for key, tensor in state.items() if is_lora(key)},
+        lora["alpha"],
+        lora["options"].get("use_rslora", False),
+        lora["options"].get("alpha_pattern"),
+    )
+    facts["updates"] = {name: updates[name] | {"relative": None} for name in sorted(updates, key=by_number)}
+    facts["lora"] = lora
+    facts["base"] = name_base(path, init)
+    base = base or (facts["base"] if Path(str(facts["base"])).exists() else None)
+    facts["fit"] = check_fit(facts, base, init) if base else None
+    return facts
+
+
+def by_number(name: str) -> list:
+    """Sorts block 10 behind block 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def choose(path: str | Path) -> Path:
+    """The file of weights, or the folder that is meant."""
+    path = Path(path).expanduser()
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():  # as downloaded from a hub
+        for name in (WEIGHTS_FILE, "pytorch_model.bin"):
+            if (path / name).is_file():
+                return path / name
+    in_folder = path.is_file() and (path.parent / CONFIG_FILE).is_file() and path.name != BASE_FILE
+    return path.parent if in_folder else path if path.is_file() else find_artefact(path)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A checkpoint's content, whatever it is stored as, with cleaned keys; and the files that it takes.
+
+    Tensors are mapped from the file, so that their names and shapes cost nothing.
+    """
+    if path.is_file():
+        content = read_weights(path)
+        init = content.get("hyper_parameters") or {}
+        init = init if "backbone_name" in init else {}  # another program's, or the image size alone
+        state = content.get("state_dict", content)
+        state = {clean_key(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+        if not state:
+            raise ValueError(f"{path} holds no tensors")
+        found = {name: content[name] for name in ("base_fingerprint",) if name in content}
+        lora = None
+        if init.get("use_lora"):
+            names = ("rank", "alpha", "dropout", "target_modules", "blocks", "options")
+            lora = {name: init[f"lora_{name}"] for name in names}
+            lora["options"] = dict(lora["options"] or {})
+        if lora is None and any(is_lora(key) for key in state):
+            raise ValueError(f"{path} is a part of an adapter, without its settings: give the folder it belongs to")
+        return {**found, "hyper_parameters": init, "state_dict": map_dinov3(state), "lora": lora}, [path]
+
+    config = json.loads((path / CONFIG_FILE).read_text())
+    content = {"hyper_parameters": config["init"], "precision": config.get("precision")}
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    if not config["init"]["use_lora"]:
+        state = read_weights(path / WEIGHTS_FILE)["state_dict"]
+    else:
+        state = {**read_weights(path / HEADS_FILE)["state_dict"], **read_weights(path / LORA_WEIGHTS)["state_dict"]}
+        content |= {
+            "base_fingerprint": config["base_fingerprint"],
+            "lora": read_lora(path / LORA_CONFIG, config["init"]),
+        }
+    return content | {"state_dict": {clean_key(key): tensor for key, tensor in state.items()}}, files
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """One file; ValueError if it cannot be read, FileNotFoundError if it is not there."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder is incomplete")
+    if path.suffix != ".safetensors":
+        return read_lightning(path)
+    try:
+        return read_safetensors(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({error}): it may be half-written") from error
+
+
+def read_lora(path: Path, init: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's settings of an adapter, in the words of `LoRASettings`."""
+    config = json.loads(path.read_text())
+    names = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")
+    usual = {"init_lora_weights": True}
+    return {
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "dropout": config["lora_dropout"],
+        "target_modules": init["lora_target_modules"],
+        "blocks": init["lora_blocks"],
+        "options": {name: config[name] for name in names if config.get(name) not in (usual.get(name), False, None, {})},
+    }
+
+
+def kind(path: Path, adapted: bool, configured: bool) -> str:
+    """What the files are, in two or three words."""
+    if path.is_dir():
+        return "LoRA adapter" if adapted else "full model"
+    if not configured:
+        return "bare weights"
+    return "Lightning checkpoint of a LoRA run" if adapted else "Lightning checkpoint of a full network"
+
+
+def describe_network(init: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Backbone, sizes and classes: as configured, and where nothing is, as the tensors tell."""
+    names = ("backbone_name", "backbone_kwargs", "img_size", "patch_size", "num_q", "num_blocks", "num_classes")
+    configured = {name: init[name] for name in (*names, "class_names") if init.get(name) is not None}
+    return describe({key: t for key, t in state.items() if not is_lora(key)}) | configured
+
+
+def part_of(key: str) -> str:
+    """Which part of the network a cleaned key belongs to."""
+    if is_lora(key):
+        return "adapters"
+    if key.startswith(BACKBONE):
+        return "backbone"
+    return next((part for start, part in HEADS.items() if key.startswith(start)), "buffers and others")
+
+
+def count_parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """Number of tensors, of values in them and their bytes, by part."""
+    parts: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "parameters": 0, "bytes": 0})
+    for key, tensor in state.items():
+        counts = parts[part_of(key)]
+        counts["tensors"] += 1
+        counts["parameters"] += tensor.numel()
+        counts["bytes"] += tensor.nbytes
+    order = ("backbone", "adapters", *HEADS.values(), "buffers and others")
+    return {part: parts[part] for part in order if part in parts}
+
+
+def name_base(path: Path, init: Mapping[str, Any]) -> str:
+    """Where an adapter says that its base weights are, in its folder or elsewhere."""
+    if path.is_dir() and (path / BASE_FILE).is_file():
+        return str(path / BASE_FILE)
+    if init.get("ckpt_path"):
+        return str(Path(init["ckpt_path"]).expanduser())
+    if init.get("pretrained"):
+        return f"timm's pretrained weights of {init['backbone_name']}"
+    return "not named"
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> str:
+    """`lora_config.fingerprint` of the backbone in a cleaned state dict, in float32 as it is built."""
+    tensors = {
+        key.removeprefix(BACKBONE): tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in state.items()
+        if key.startswith(BACKBONE) and not key.startswith(NOT_WEIGHTS)
+    }
+    return combine_hashes(hash_tensors(tensors))
+
+
+def check_fit(facts: dict[str, Any], base: str | Path, init: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether an adapter's updates were trained on the backbone in `base`; adds each update's relative norm.
+
+    Returns:
+        `base`, `fits` (None if it cannot be told) and `why`, a sentence.
+    """
+    state, base_size = read_checkpoint(choose(base))
+    verdict = {"base": str(base)}
+    if not any(key.startswith(BACKBONE) for key in state):
+        raise ValueError(f"{base} holds no backbone (no key begins with {BACKBONE}): give an EoMT checkpoint")
+    if other := other_shape(facts, state):
+        return verdict | {"fits": False, "why": other}
+    trained_on, size = facts["base_fingerprint"], tuple(facts["network"].get("img_size", ())) or None
+    if trained_on is None:
+        return verdict | {"fits": None, "why": "the adapter names no fingerprint to compare with"}
+    if init.get("delta_weights"):
+        return verdict | {
+            "fits": None,
+            "why": "the base is a difference to timm's pretrained weights, which are not here",
+        }
+    resampled = size and resample_to(state, base_size, size, facts["network"]["patch_size"])
+    found = fingerprint_of(state)
+    for name, update in facts["updates"].items():
+        weight = state[f"{BACKBONE}{name}.weight"]
+        if found == trained_on:
+            update["relative"] = update["norm"] / weight.double().norm().item()
+    grids = f"; position embeddings resampled to {size[0]}x{size[1]}" if resampled else ""
+    if found == trained_on:
+        return verdict | {"fits": True, "why": f"fingerprint {found[:12]}{grids}"}
+    why = f"other weights: fingerprint {found[:12]}, the adapter was trained on {trained_on[:12]}{grids}"
+    return verdict | {"fits": False, "why": why}
+
+
+def other_shape(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | None:
+    """How the backbone differs in shape from the adapter's, if it does."""
+    there, here = describe(state), facts["network"]
+    for name in ("embed_dim", "patch_size", "depth"):
+        if name in there and name in here and there[name] != here[name]:
+            return f"another backbone: {name} {there[name]}, the adapter's has {here[name]}"
+    missing = [name for name in facts["updates"] if f"{BACKBONE}{name}.weight" not in state]
+    return f"another backbone: it has no {missing[0]}, which the adapter adapts" if missing else None
+
+
+def resample_to(
+    state: dict[str, Tensor], old_size: tuple[int, int] | None, size: tuple[int, int], patch_size: int
+) -> bool:
+    """Brings position embeddings to the adapter's image size, as loading does; whether that changed them."""
+    tensor = state.get(POS_EMBED)
+    if tensor is None:
+        return False
+    registers = sum(
+        state[f"{BACKBONE}{name}"].shape[1] for name in ("cls_token", "reg_token") if BACKBONE + name in state
+    )
+    patches = math.prod(size) // patch_size**2
+    if old_size in (None, size) and tensor.shape[1] - patches in (0, 1, registers):
+        return False
+    old = math.prod(old_size) // patch_size**2 if old_size else math.isqrt(tensor.shape[1]) ** 2
+    state[POS_EMBED] = resample_pos_embed(tensor, tensor.shape[1] - old, old_size, size, patch_size)
+    return True
