@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from eomt.command_line import did_you_mean, help_text, one_sentence, quiet_libraries, translate_flags
 
@@ -53,7 +54,7 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
         finish_run(trainer, module, datamodule, callbacks, output_dir, seed=cfg.seed, start_fingerprint=start)
 
 
-def choose_lora(cfg):  # noqa: ANN001, ANN201
+def choose_lora(cfg) -> Any:  # noqa: ANN001
     """`lora=auto` becomes the preset for the number of training images, as if that had been asked for."""
     if cfg.get("lora_preset") != "auto":
         return cfg
