@@ -358,11 +358,11 @@ def precision_of(run: Path) -> str:
 
 def report_runs(args: argparse.Namespace) -> int:
     """Evaluates what has not been evaluated yet, and writes the report."""
-    from eomt.reporting.comparison import load_runs
-    from eomt.reporting.comparison_page import write_report
+    from eomt.reporting.comparison.page import write_report
+    from eomt.reporting.comparison.runs import load_runs
 
     for run in load_runs(args.runs):
-        if run.finished and not (run.path / "evaluation" / "target.json").is_file():
+        if run.error is None and not (run.path / "evaluation" / "target.json").is_file():
             print(f"evaluating {run.path}")
             evaluate_run(run.path)
     output = args.output or args.runs[0] / "report"

@@ -1,0 +1,137 @@
+"""Which runs may stand in one table, and which may not."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eomt.reporting.comparison.runs import Evaluation, Run
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A condition that runs do not share, or are not known to share: each value with the runs that have it."""
+
+    aspect: str
+    seed: int | None  # the seed it is about, for what only runs of one seed must share
+    values: dict[str, tuple[Run, ...]]
+
+    def __str__(self) -> str:
+        where = "" if self.seed is None else f" of seed {self.seed}"
+        verb = "differ" if len(set(self.values) - {UNKNOWN}) > 1 else "are not known to be equal"
+        return f"{self.aspect}{where} {verb}: " + "; ".join(
+            f"{v} in {run_names(runs)}" for v, runs in self.values.items()
+        )
+
+    def variants(self, baseline: str) -> set[str]:
+        """Those that differ from the baseline; all, where the baseline itself is unclear."""
+        ours = {value for value, runs in self.values.items() for run in runs if run.variant == baseline}
+        alike = ours if len(ours) == 1 and UNKNOWN not in ours else set()
+        return {run.variant for value, runs in self.values.items() if value not in alike for run in runs}
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """Something that runs must share to be compared; `value` is None where a run does not tell."""
+
+    name: str
+    value: Callable[[Run], Any]
+    per_seed: bool = False
+    of_training: bool = False  # says nothing about a run of 0 steps
+
+
+def short_hash(digest: str | None) -> str | None:
+    return digest and digest[:12]
+
+
+def _evaluation_aspects(domain: str, prefix: str) -> list[Aspect]:
+    def of(value: Callable[[Evaluation], Any]) -> Callable[[Run], Any]:
+        return lambda run: value(run.evaluations[domain])
+
+    return [
+        Aspect(f"{prefix}evaluated images", of(lambda e: short_hash(e.data))),
+        Aspect(f"{prefix}classes", of(lambda e: ", ".join(e.classes))),
+        Aspect(f"{prefix}evaluation sizes", of(lambda e: "x".join(map(str, e.img_size)))),
+        Aspect(f"{prefix}evaluation precisions", of(lambda e: e.precision)),
+    ]
+
+
+ASPECTS = [
+    Aspect("training data", lambda run: short_hash((run.summary.get("data") or {}).get("train"))),
+    Aspect("validation data", lambda run: short_hash((run.summary.get("data") or {}).get("val"))),
+    *_evaluation_aspects("target", ""),
+    Aspect("start weights", lambda run: short_hash(run.summary.get("start_fingerprint")), per_seed=True),
+    Aspect("training batches", lambda run: short_hash(run.summary.get("batches")), per_seed=True, of_training=True),
+    Aspect("numbers of steps", lambda run: run.steps, of_training=True),
+]
+
+
+def differences(runs: Sequence[Run]) -> list[Difference]:
+    """What keeps these runs out of one table: conditions that are unequal or, in old runs, unknown.
+
+    Failed runs are left aside. Start weights and training batches must be equal among the runs of a seed, everything
+    else among all; a run of 0 steps has neither steps nor batches to compare. Evaluations on the source domain are
+    compared among the runs that have one.
+    """
+    scored = [run for run in runs if run.error is None]
+    with_source = [run for run in scored if "source" in run.evaluations]
+    found = [d for aspect in ASPECTS for d in _disagreements(aspect, scored)]
+    return found + [
+        d for aspect in _evaluation_aspects("source", "source ") for d in _disagreements(aspect, with_source)
+    ]
+
+
+def _disagreements(aspect: Aspect, runs: Sequence[Run]) -> Iterator[Difference]:
+    if aspect.of_training:
+        runs = [run for run in runs if run.steps != 0]
+    for seed in sorted({run.seed for run in runs}, key=str) if aspect.per_seed else [None]:
+        group = [run for run in runs if not aspect.per_seed or run.seed == seed]
+        values = by_value(group, lambda run: aspect.value(run) or UNKNOWN)
+        if len(group) > 1 and (len(values) > 1 or UNKNOWN in values):
+            yield Difference(aspect.name, seed, values)
+
+
+def by_value(runs: Sequence[Run], value: Callable[[Run], Any]) -> dict[str, tuple[Run, ...]]:
+    groups: dict[str, tuple[Run, ...]] = {}
+    for run in runs:
+        groups[str(value(run))] = (*groups.get(str(value(run)), ()), run)
+    return groups
+
+
+def run_names(runs: Sequence[Run]) -> str:
+    """`full, lora_r8 seeds 0, 1, 2 and head seed 0`"""
+    by_seeds: dict[tuple[str, ...], list[str]] = {}
+    for name, group in by_value(runs, lambda run: run.variant).items():
+        by_seeds.setdefault(tuple(str(run.seed) for run in group), []).append(name)
+    return " and ".join(
+        f"{', '.join(names)} seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" for seeds, names in by_seeds.items()
+    )
+
+
+def machinery_notes(runs: Sequence[Run]) -> list[str]:
+    """Machines, libraries and code that differ: no matter for the scores, but times cannot be compared then."""
+    found = []
+    for subject, value in (
+        ("Machines", lambda run: machine_name(run.summary.get("machine"))),
+        ("Library versions", lambda run: versions_name(run.summary.get("versions"))),
+        ("Versions of this code", lambda run: (run.summary.get("git_commit") or UNKNOWN)[:12]),
+    ):
+        values = by_value([run for run in runs if run.error is None], value)
+        if len(values) > 1:
+            found.append(f"{subject} differ: " + "; ".join(f"{v} in {run_names(g)}" for v, g in values.items()) + ".")
+    if found:
+        found.append("Times and peak memory are therefore not comparable between these runs.")
+    return found
+
+
+def machine_name(machine: dict[str, Any] | None) -> str:
+    """GPUs, or threads of a CPU, and the platform."""
+    if not machine:
+        return UNKNOWN
+    processors = ", ".join(machine.get("gpus") or []) or f"CPU, {machine.get('threads')} threads"
+    return f"{processors} ({machine.get('platform')})"
+
+
+def versions_name(versions: dict[str, str] | None) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else UNKNOWN

@@ -1,0 +1,108 @@
+"""The table on the terminal, and as Markdown, CSV and LaTeX."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+from rich.text import Text
+
+from eomt.reporting.comparison.statistics import Comparison
+from eomt.reporting.comparison.table import Table
+from eomt.reporting.comparison.words import headline
+
+TEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\N{MINUS SIGN}": "$-$",
+    "\N{EN DASH}": "--",
+    "±": r"$\pm$",
+    "†": r"$\dagger$",
+}
+
+
+def print_table(content: Table) -> None:
+    """The table, in pieces that fit the terminal."""
+    console = Console()
+    widths = [
+        max(len(text) for text in (*title.split(), *(row[k].text for row in content.rows)))
+        for k, (title, _) in enumerate(content.columns)
+    ]
+    pieces: list[list[int]] = [[0]]
+    for k in range(1, len(widths)):
+        if len(pieces[-1]) > 1 and sum(widths[j] + 3 for j in (*pieces[-1], k)) + 1 > console.width:
+            pieces.append([0])
+        pieces[-1].append(k)
+    console.print(Text(content.caption))
+    for piece in pieces:
+        printed = ConsoleTable()
+        for k in piece:
+            printed.add_column(Text(content.columns[k][0]), justify="left" if k == 0 else "right", width=widths[k])
+        for row in content.rows:
+            printed.add_row(*(Text(row[k].text) for k in piece))
+        console.print(printed)
+    for note in content.footnotes:
+        console.print(Text(note))
+
+
+def markdown(comparison: Comparison, content: Table) -> str:
+    """The answer, the table and its footnotes."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    titles = [title for title, _ in content.columns]
+    lines = ["# Comparison", "", *(f"* {sentence}" for sentence in headline(comparison)), "", content.caption, ""]
+    lines += [line(titles), line(["---"] * len(titles))]
+    lines += [line([cell.text for cell in row]) for row in content.rows]
+    return "\n".join([*lines, "", *(f"* {note}" for note in content.footnotes)]) + "\n"
+
+
+def write_csv(path: Path, comparison: Comparison, content: Table) -> None:
+    """The values behind the table, unrounded, and why a variant is not comparable."""
+    reasons = {
+        variant.name: "; ".join(
+            str(d) for d in comparison.differences if variant.name in d.variants(comparison.baseline)
+        )
+        for variant in comparison.variants
+    }
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = [{key: value for cell in row for key, value in cell.values.items()} for row in content.rows]
+        writer = csv.DictWriter(file, [*rows[0], "not_comparable"])
+        writer.writeheader()
+        for row in rows:
+            reason = reasons[row["variant"]]
+            writer.writerow(row | {"not_comparable": f"† {reason}" if reason else ""})
+
+
+def latex(content: Table) -> str:
+    """A booktabs table as wide as the page; the units of a column stand in a second line."""
+    titles = [title.partition(", ")[::2] for title, _ in content.columns]
+    body = [[cell.text for cell in row] for row in content.rows]
+    lines = [" & ".join(map(tex_escape, cells)) + r" \\" for cells in (*zip(*titles, strict=True), *body)]
+    return "\n".join(
+        [
+            "% needs \\usepackage{booktabs,graphicx}",
+            r"\begin{table*}",
+            rf"\caption{{{tex_escape(content.caption)}}}",
+            r"\resizebox{\textwidth}{!}{%",
+            rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+            r"\toprule",
+            *lines[:2],
+            r"\midrule",
+            *lines[2:],
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\par\footnotesize",
+            *(rf"{tex_escape(note)}\par" for note in content.footnotes),
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def tex_escape(text: str) -> str:
+    return "".join(TEX.get(character, character) for character in text.replace("\n", " "))

@@ -1,0 +1,160 @@
+"""The report of a comparison: a page to read, beside its table in other formats."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+
+from eomt.reporting.comparison import plots
+from eomt.reporting.comparison.differences import by_value, machine_name, run_names, short_hash, versions_name
+from eomt.reporting.comparison.formats import latex, markdown, print_table, write_csv
+from eomt.reporting.comparison.galleries import Predictions, galleries
+from eomt.reporting.comparison.runs import Run
+from eomt.reporting.comparison.statistics import Comparison, compare
+from eomt.reporting.comparison.table import NONE, Table, percent, table, warnings_of
+from eomt.reporting.comparison.words import headline
+
+
+def write_report(
+    runs: Sequence[Run],
+    out_dir: Path,
+    baseline: str | None = None,
+    allow_different: bool = False,
+    predictions: Predictions | None = None,
+) -> Comparison:
+    """Writes report.html, report.md, report.csv and report.tex, and prints the table.
+
+    Args:
+        runs: see `load_runs`.
+        out_dir: created where it is missing.
+        baseline: see `compare`.
+        allow_different: runs that are not comparable are marked with † instead of refused.
+        predictions: from a run folder and image names to (image uint8 [3, H, W], target uint8 [H, W], prediction
+            uint8 [H, W]) by name; None, an OSError or a ValueError leave the page without those pictures.
+
+    Raises:
+        ValueError: what `compare` raises, or the runs differ in a condition that they must share.
+    """
+    comparison = compare(runs, baseline)
+    if comparison.differences and not allow_different:
+        raise ValueError(
+            "These runs do not belong in one table: "
+            + "; ".join(map(str, comparison.differences))
+            + ". Leave runs out, or allow differences to have them marked."
+        )
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    content = table(comparison)
+    (out_dir / "report.html").write_text(html(comparison, content, predictions), encoding="utf-8")
+    (out_dir / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
+    (out_dir / "report.tex").write_text(latex(content), encoding="utf-8")
+    write_csv(out_dir / "report.csv", comparison, content)
+    print_table(content)
+    return comparison
+
+
+def html(comparison: Comparison, content: Table, predictions: Predictions | None = None) -> str:
+    """The page, with everything in it."""
+    lead, *sentences = headline(comparison)
+    same = comparison.same_machinery
+    trained = "" if same else "; times of different machines or versions, not comparable"
+    scale, unit = (3600, "hours") if _longest(comparison) > 3 * 3600 else (60, "minutes")
+    drawings = [
+        plots.score_plot(comparison, lambda run: run.trainable, "trainable parameters", log=True),
+        plots.score_plot(
+            comparison,
+            lambda run: run.training_seconds and run.training_seconds / scale,
+            f"training time, {unit}",
+            about=f" (steps times seconds per step{trained})",
+        ),
+        plots.curve_plot(comparison),
+    ]
+    evaluation = comparison.evaluation
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        lead=lead,
+        sentences=sentences,
+        warnings=warnings_of(comparison) + ([] if same else [note for note in comparison.notes if "Times" in note]),
+        table=content,
+        tables=[
+            (caption, [0] + [k for k, (_, its) in enumerate(content.columns) if k and its == group])
+            for group, caption in (("scores", content.caption), ("costs", "What the variants cost."))
+        ],
+        failed=comparison.failed,
+        drawings=[plot for plot in drawings if plot],
+        opened=next(
+            (v.name for v in comparison.others if v.uses_lora), comparison.others[0].name if comparison.others else ""
+        ),
+        class_plots=plots.class_plots(comparison),
+        galleries=galleries(comparison, predictions) if predictions else None,
+        class_colors=[
+            (name, "rgb({}, {}, {})".format(*rgb))
+            for name, rgb in zip(evaluation.classes, evaluation.colors, strict=False)
+        ],
+        facts=shared_facts(comparison),
+        runs=comparison.runs,
+        run_rows=[_run_row(run) for run in comparison.runs],
+        command=lambda run: shlex.join(run.cell.get("command") or run.summary.get("command") or []),
+        baseline=comparison.baseline,
+        tests=sum(v.delta is not None and v.delta.low is not None for v in comparison.others),
+    )
+
+
+def _longest(comparison: Comparison) -> float:
+    return max((run.training_seconds or 0 for v in comparison.variants for run in v.runs), default=0)
+
+
+def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What was run: each fact with its values, and with the runs of each where there are several."""
+    scored = [run for run in comparison.runs if run.error is None]
+    facts = []
+    for label, value in (
+        ("Evaluated", lambda run: f"{run.target.description or NONE} ({len(run.target.images) or '?'} images)"),
+        ("Evaluated at", lambda run: f"{'x'.join(map(str, run.target.img_size))}, {run.target.precision}"),
+        ("Evaluated network", kept_network),
+        ("Training data", lambda run: _data(run, "train")),
+        ("Validation data", lambda run: _data(run, "val")),
+        ("Evaluated data", lambda run: short_hash(run.target.data) or NONE),
+        ("Start weights", lambda run: short_hash(run.summary.get("start_fingerprint")) or NONE),
+        ("First batches", lambda run: short_hash(run.summary.get("batches")) or NONE),
+        ("Machine", lambda run: machine_name(run.summary.get("machine"))),
+        ("Libraries", lambda run: versions_name(run.summary.get("versions"))),
+        ("Commit", lambda run: run.summary.get("git_commit") or NONE),
+    ):
+        values = by_value(scored, value)
+        facts.append((label, [(v, run_names(runs) if len(values) > 1 else "") for v, runs in values.items()]))
+    return facts
+
+
+def _data(run: Run, split: str) -> str:
+    data = run.summary.get("data") or {}
+    return f"{short_hash(data.get(split)) or NONE} ({data.get(f'{split}_images', '?')} images)"
+
+
+def kept_network(run: Run) -> str:
+    """Which of a run's networks was evaluated: choosing it by the evaluated images flatters every variant."""
+    if run.steps == 0:
+        return "as it was before training"
+    keep = ((run.config.get("callbacks") or {}).get("save_best") or {}).get("keep", "best")
+    if keep == "last":
+        return "after the last step, not chosen by validation"
+    same = run.target.data == (run.summary.get("data") or {}).get("val")
+    return f"best of {len(run.curve) or '?'} validations on {'the evaluated' if same else 'other'} images"
+
+
+def audit_words(run: Run) -> str:
+    """`10 of 10 passed`, with the names of those that did not."""
+    audit = run.summary.get("lora_audit")
+    if not audit:
+        return NONE
+    broken = [name for name, result in audit.items() if not result["passed"]]
+    return f"{len(audit) - len(broken)} of {len(audit)} passed" + (f"; not {', '.join(broken)}" if broken else "")
+
+
+def _run_row(run: Run) -> list[str]:
+    steps = NONE if run.steps is None else f"{run.steps:,}"
+    score = percent(run.target.miou) if run.error is None else "failed"
+    return [run.variant, str(run.seed), score, steps, audit_words(run), str(run.path)]

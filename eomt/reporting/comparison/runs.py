@@ -1,0 +1,253 @@
+"""Run folders, read back: what a run was meant to be, what it reported, and how it was evaluated."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from eomt.reporting.comparison.counts import hits_and_unions, mean_iou
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one network on one set of images.
+
+    `counts` are float64 [N, 2, K], per image and class the pixels in intersection and union, or None where only the
+    scores are known.
+    """
+
+    miou: float
+    class_iou: dict[str, float | None]
+    data: str | None
+    img_size: tuple[int, ...]
+    precision: str | None
+    description: str = ""
+    colors: tuple[tuple[int, int, int], ...] = ()
+    images: tuple[str, ...] = ()
+    counts: np.ndarray | None = field(default=None, compare=False)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.class_iou)
+
+
+@dataclass
+class Run:
+    """A run folder: what it was meant to be, what it reported, and its evaluations by domain."""
+
+    path: Path
+    variant: str
+    seed: int | None
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    cell: dict[str, Any]
+    evaluations: dict[str, Evaluation]
+    curve: list[tuple[int, float]]  # (step, mIoU) of every validation
+    parts: int  # metrics files: more than one means resumed
+
+    def __str__(self) -> str:
+        return f"{self.variant} seed {self.seed}"
+
+    @property
+    def target(self) -> Evaluation | None:
+        return self.evaluations.get("target")
+
+    @property
+    def error(self) -> str | None:
+        """Why this run has no place in a mean, or None."""
+        status = self.summary.get("status", "it has not finished (no summary.json)")
+        if self.cell.get("status") == "failed":
+            return self.cell.get("error") or status
+        if status != "finished":
+            return status.removeprefix("failed: ")
+        return None if self.target else "it finished without a score (no validation, no evaluation/target.json)"
+
+    @property
+    def steps(self) -> int | None:
+        return self.summary.get("steps")
+
+    @property
+    def trainable(self) -> int | None:
+        """Parameters that were trained: none in a run of 0 steps."""
+        return 0 if self.steps == 0 else self.summary.get("trainable_parameters")
+
+    @property
+    def uses_lora(self) -> bool:
+        return bool(self.config.get("model", {}).get("use_lora"))
+
+    def seconds(self, part: str) -> float | None:
+        """Median seconds per step: "total", "data" or "compute"."""
+        return (self.summary.get("seconds_per_step") or {}).get(part) if self.steps else None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Steps times seconds per step, which a resumed run knows, too."""
+        return None if self.seconds("total") is None else self.steps * self.seconds("total")
+
+    @property
+    def artefact_bytes(self) -> int | None:
+        """Bytes of the folder to ship."""
+        folder = f"{self.summary.get('artefact')}/"
+        sizes = [size for name, size in self.summary.get("files", {}).items() if name.startswith(folder)]
+        return sum(sizes) if sizes else None
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        return self.summary.get("files", {}).get("checkpoints/last.ckpt")
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these folders and below them, by variant and seed.
+
+    Variants come in the order of `matrix.json`, the others after them by trainable parameters.
+
+    Raises:
+        FileNotFoundError: a folder is not there, or holds no run.
+        ValueError: a file that cannot be read, or whose parts contradict each other.
+    """
+    order: list[str] = []
+    folders: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such folder; give run folders or folders that hold them")
+        found = list(_find_runs(path, order))
+        if not found:
+            raise FileNotFoundError(f"{path} holds no run: one has config.yaml, summary.json or cell.json")
+        folders |= {folder.resolve(): folder for folder in found}
+    runs = [_load_run(folder) for folder in folders.values()]
+    ranks = {variant: rank for rank, variant in reversed(list(enumerate(order)))}
+    size: dict[str, int] = {}
+    for run in runs:
+        size[run.variant] = max(size.get(run.variant, 0), run.trainable or 0)
+    return sorted(
+        runs,
+        key=lambda run: (ranks.get(run.variant, len(order)), size[run.variant], run.variant, str(run.seed).zfill(9)),
+    )
+
+
+def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
+    """Run folders at or below a folder; adds the variants that matrix files name to `order`."""
+    matrix = folder / "matrix.json"
+    if matrix.is_file():
+        order += _read_json(matrix).get("variants", [])
+    elif any((folder / name).is_file() for name in ("config.yaml", "summary.json", "cell.json")):
+        yield folder
+        return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.name.startswith("."):
+            yield from _find_runs(child, order)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); write it again or leave the run out") from None
+
+
+def _load_run(folder: Path) -> Run:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / 'config.yaml'} is no YAML ({error}); restore it or leave the run out") from None
+    summary, cell = _read_json(folder / "summary.json"), _read_json(folder / "cell.json")
+    evaluations = {domain: _load_evaluation(folder / "evaluation" / domain) for domain in ("target", "source")}
+    evaluations["target"] = evaluations["target"] or _own_validation(config, summary)
+    seeds = (config.get("seed"), summary.get("seed"), cell.get("seed"))
+    curve, parts = read_curve(folder)
+    return Run(
+        path=folder,
+        variant=config.get("variant") or cell.get("variant") or _derived_variant(config, summary),
+        seed=next((seed for seed in seeds if seed is not None), None),
+        config=config,
+        summary=summary,
+        cell=cell,
+        evaluations={domain: scores for domain, scores in evaluations.items() if scores},
+        curve=curve,
+        parts=parts,
+    )
+
+
+def _derived_variant(config: dict[str, Any], summary: dict[str, Any]) -> str:
+    """A label from the settings, for a run that was given none."""
+    model = config.get("model") or {}
+    frozen = model.get("freeze") or []
+    if summary.get("steps") == 0:
+        return "none"
+    if model.get("use_lora"):
+        return f"lora_r{model.get('lora_rank')}"
+    if model.get("unfreeze_last_n"):
+        return f"last_{model['unfreeze_last_n']}"
+    if "backbone" in frozen:
+        return "head"
+    return "_".join(["without", *frozen]) if frozen else "full"
+
+
+def _load_evaluation(path: Path) -> Evaluation | None:
+    """`path`.json with `path`.npz, whose scores must agree."""
+    file, arrays = path.with_suffix(".json"), path.with_suffix(".npz")
+    facts = _read_json(file)
+    if not facts:
+        return None
+    scores, counts = facts["class_iou"], None
+    if arrays.is_file():
+        with np.load(arrays) as archive:
+            confusion = archive["confusion"]
+        wanted = (len(facts["images"]), len(facts["classes"]), len(facts["classes"]))
+        if confusion.shape != wanted:
+            raise ValueError(f"{arrays} has counts {confusion.shape}, {file.name} says {wanted}: evaluate again")
+        counts = hits_and_unions(confusion)
+        found = float(mean_iou(counts.sum(0)))
+        if not abs(found - facts["miou"]) < 1e-4:
+            raise ValueError(f"{arrays} counts mIoU {found:.4f}, {file.name} says {facts['miou']:.4f}: evaluate again")
+    return Evaluation(
+        miou=facts["miou"],
+        class_iou={name: scores.get(name) for name in facts["classes"]},
+        data=facts.get("data"),
+        img_size=tuple(facts.get("img_size") or ()),
+        precision=facts.get("precision"),
+        description=facts.get("description") or "",
+        colors=tuple(map(tuple, facts.get("class_colors") or ())),
+        images=tuple(facts["images"]),
+        counts=counts,
+    )
+
+
+def _own_validation(config: dict[str, Any], summary: dict[str, Any]) -> Evaluation | None:
+    """The run's own validation, where it was not evaluated afterwards."""
+    if summary.get("miou") is None:
+        return None
+    return Evaluation(
+        miou=summary["miou"],
+        class_iou=summary.get("class_iou") or {},
+        data=(summary.get("data") or {}).get("val"),
+        img_size=tuple((config.get("model") or {}).get("img_size") or ()),
+        precision=(config.get("trainer") or {}).get("precision"),
+        description="the run's own validation",
+    )
+
+
+def read_curve(folder: Path) -> tuple[list[tuple[int, float]], int]:
+    """(step, val/miou) of every validation and the number of metrics files.
+
+    A resumed run starts from a checkpoint: what an earlier part logged beyond it is replaced by the later part.
+    """
+    earlier = sorted(folder.glob("metrics_*.csv"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    files = [*earlier, *folder.glob("metrics.csv")]
+    curve: list[tuple[int, float]] = []
+    for path in files:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if rows:
+            first = int(float(rows[0]["step"]))
+            curve = [point for point in curve if point[0] < first]
+        curve += [(int(float(row["step"])), float(row["val/miou"])) for row in rows if row.get("val/miou")]
+    return curve, len(files)

@@ -1,0 +1,257 @@
+"""What the runs of each variant reached, and how sure that is."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from eomt.reporting.comparison.counts import iou, mean_iou, nanmean
+from eomt.reporting.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
+from eomt.reporting.comparison.runs import Evaluation, Run
+
+RESAMPLES = 2000
+
+
+def resample(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Indices [resamples, images] of images drawn with replacement."""
+    return np.random.default_rng(seed).integers(images, size=(resamples, images))
+
+
+def image_weights(indices: np.ndarray) -> np.ndarray:
+    """Indices [B, N] -> how often each image was drawn, float64 [B, N]."""
+    return np.stack([np.bincount(row, minlength=indices.shape[1]) for row in indices]).astype(np.float64)
+
+
+def bootstrap_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """IoU [B, K] of every resample, from counts [N, 2, K] and weights [B, N]."""
+    sums = weights @ counts.reshape(len(counts), -1)
+    return iou(sums.reshape(len(weights), *counts.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A difference to the baseline in [-1, 1], with its 95 % interval where images could be resampled."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def reading(self) -> str:
+        """`above`, `below`, `no measurable difference`, or `unknown` without an interval."""
+        if self.low is None:
+            return UNKNOWN
+        if self.low <= 0 <= self.high:
+            return "no measurable difference"
+        return "above" if self.low > 0 else "below"
+
+
+def delta_of(value: float, resampled: np.ndarray | None) -> Delta:
+    """With the 2.5 and 97.5 percentiles of the resampled values [B]; those that are NaN do not count."""
+    if resampled is None or np.isnan(resampled).all():
+        return Delta(value)
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return Delta(value, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds and the sample standard deviation; None for one seed."""
+
+    mean: float
+    sd: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+@dataclass
+class Variant:
+    """The runs of one variant, over seeds; failed ones count nowhere but in `failed`."""
+
+    name: str
+    runs: list[Run]
+    failed: list[Run]
+    miou: Spread | None = None
+    delta: Delta | None = None  # None: no seed in common with the baseline
+    delta_seeds: int = 0
+    class_delta: dict[str, Delta] = field(default_factory=dict)
+    source: Spread | None = None
+    source_change: float | None = None  # source mIoU minus that of the untrained network
+    marked: bool = False  # not comparable with the baseline
+
+    @property
+    def untrained(self) -> bool:
+        return bool(self.runs) and all(run.steps == 0 for run in self.runs)
+
+    @property
+    def uses_lora(self) -> bool:
+        return any(run.uses_lora for run in self.runs)
+
+    @property
+    def seeds(self) -> str:
+        """`3`, or `2 of 3` where a run failed."""
+        total = len(self.runs) + len(self.failed)
+        return f"{len(self.runs)} of {total}" if self.failed else str(total)
+
+    def known(self, value: Callable[[Run], Any]) -> list[Any]:
+        """What the runs tell, without the silent ones."""
+        return [v for v in map(value, self.runs) if v is not None]
+
+    @property
+    def trainable(self) -> int | None:
+        return max(self.known(lambda run: run.trainable), default=None)
+
+
+@dataclass
+class Comparison:
+    """Everything that a report says, before it is put into words and pictures."""
+
+    runs: list[Run]
+    variants: list[Variant]
+    baseline: str
+    differences: list[Difference]
+    notes: list[str]
+    same_machinery: bool  # machines, libraries and code are equal: times and memory can be compared
+
+    def __getitem__(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
+
+    @property
+    def failed(self) -> list[Run]:
+        return [run for run in self.runs if run.error is not None]
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """That of the baseline's first run."""
+        return self[self.baseline].runs[0].target
+
+    @property
+    def others(self) -> list[Variant]:
+        """The variants with a score that are not the baseline."""
+        return [v for v in self.variants if v.runs and v.name != self.baseline]
+
+
+def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
+    """Means over seeds, differences to the baseline, and costs.
+
+    The difference is the mean over the seeds that both variants have of mIoU(variant) - mIoU(baseline). Its interval
+    comes from 2,000 resamples of the images, the same ones for both variants and all seeds; seeds are fixed in it.
+
+    Args:
+        runs: see `load_runs`.
+        baseline: a variant; None takes `full`, or else the one with most trainable parameters.
+
+    Raises:
+        ValueError: two runs share variant and seed, no run has a score, or the baseline is none of those that have.
+    """
+    _check_unique(runs)
+    names = list(dict.fromkeys(run.variant for run in runs))
+    variants = [
+        Variant(
+            name,
+            [run for run in runs if run.variant == name and run.error is None],
+            [run for run in runs if run.variant == name and run.error is not None],
+        )
+        for name in names
+    ]
+    reference = _baseline(variants, baseline)
+    found = differences(runs)
+    marked = {name for difference in found for name in difference.variants(reference.name)}
+    images = {run.target.images for run in reference.runs if run.target.counts is not None}
+    weights = {names: image_weights(resample(len(names))) for names in images}
+    resampled = {  # IoU [B, K] of every run that can be paired
+        id(run): bootstrap_iou(run.target.counts, weights[run.target.images])
+        for variant in variants
+        for run in variant.runs
+        if run.target.counts is not None and run.target.images in weights
+    }
+    start = next((variant for variant in variants if variant.untrained), None)
+    for variant in variants:
+        variant.marked = variant.name in marked
+        variant.miou = Spread.of([run.target.miou for run in variant.runs])
+        variant.source = Spread.of(
+            [run.evaluations["source"].miou for run in variant.runs if "source" in run.evaluations]
+        )
+        _set_deltas(variant, reference, resampled)
+        if start and variant is not start:
+            variant.source_change = _source_change(variant, start)
+    machinery = machinery_notes(runs)
+    resumed = [run for run in runs if run.parts > 1]
+    notes = [f"Resumed: {run_names(resumed)}."] if resumed else []
+    return Comparison(list(runs), variants, reference.name, found, machinery + notes, not machinery)
+
+
+def _check_unique(runs: Sequence[Run]) -> None:
+    seen: dict[tuple[str, int | None], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.variant, run.seed), run)
+        if other is not run:
+            raise ValueError(f"{run} occurs twice, in {other.path} and {run.path}: leave one out or name its variant")
+
+
+def _baseline(variants: Sequence[Variant], name: str | None) -> Variant:
+    scored = {variant.name: variant for variant in variants if variant.runs}
+    if not scored:
+        reasons = [f"{run}: {run.error}" for variant in variants for run in variant.failed]
+        raise ValueError("No run has a score to compare: " + ("; ".join(reasons) or "no run was given"))
+    if name is not None and name not in scored:
+        raise ValueError(f"baseline {name!r} is no variant with a score; choose from {', '.join(scored)}")
+    if name is None:
+        name = "full" if "full" in scored else max(scored, key=lambda key: scored[key].trainable or 0)
+    return scored[name]
+
+
+def pairs(variant: Variant, other: Variant) -> list[tuple[Run, Run]]:
+    """The runs of both, for each seed that they share."""
+    theirs = {run.seed: run for run in other.runs}
+    return [(run, theirs[run.seed]) for run in variant.runs if run.seed in theirs]
+
+
+def _set_deltas(variant: Variant, baseline: Variant, resampled: dict[int, np.ndarray]) -> None:
+    """Differences of mIoU and of every class IoU, with intervals where all runs have counts on the same images."""
+    both = pairs(variant, baseline)
+    if not both:
+        return
+    variant.delta_seeds = len(both)
+    paired = all(
+        id(a) in resampled
+        and id(b) in resampled
+        and (a.target.images, a.target.classes) == (b.target.images, b.target.classes)
+        for a, b in both
+    )
+    resamples = np.stack([np.stack([resampled[id(a)], resampled[id(b)]]) for a, b in both]) if paired else None
+    value = statistics.fmean(a.target.miou - b.target.miou for a, b in both)
+    changes = None if resamples is None else np.diff(nanmean(resamples, -1)[:, ::-1], axis=1)[:, 0].mean(0)
+    variant.delta = delta_of(value, changes)
+    per_class = None if resamples is None else nanmean(resamples[:, 0] - resamples[:, 1], 0)
+    for k, name in enumerate(variant.runs[0].target.classes):
+        scores = [(a.target.class_iou.get(name), b.target.class_iou.get(name)) for a, b in both]
+        known = [a - b for a, b in scores if a is not None and b is not None]
+        if known:
+            variant.class_delta[name] = delta_of(
+                statistics.fmean(known), None if per_class is None else per_class[:, k]
+            )
+
+
+def _source_change(variant: Variant, start: Variant) -> float | None:
+    changes = [
+        a.evaluations["source"].miou - b.evaluations["source"].miou
+        for a, b in pairs(variant, start)
+        if "source" in a.evaluations and "source" in b.evaluations
+    ]
+    return statistics.fmean(changes) if changes else None
+
+
+def image_gains(run: Run, baseline: Run) -> np.ndarray | None:
+    """mIoU(run) - mIoU(baseline) of every image [N]; None where they were not evaluated on the same ones."""
+    ours, theirs = run.target, baseline.target
+    if ours.counts is None or theirs.counts is None or (ours.images, ours.classes) != (theirs.images, theirs.classes):
+        return None
+    return mean_iou(ours.counts) - mean_iou(theirs.counts)

@@ -1,0 +1,201 @@
+"""The one table that every format of the report shows."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from eomt.reporting.comparison.differences import by_value, run_names
+from eomt.reporting.comparison.runs import Run
+from eomt.reporting.comparison.statistics import RESAMPLES, Comparison, Delta, Spread, Variant
+
+FEW_IMAGES = 10  # fewer make an interval that means little
+NONE = "\N{EN DASH}"  # what a table shows where there is nothing to show
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What readers see, and the values behind it, by the column names of the CSV."""
+
+    text: str
+    values: dict[str, Any]
+
+    @property
+    def empty(self) -> bool:
+        return all(value is None for value in self.values.values())
+
+
+@dataclass(frozen=True)
+class Table:
+    """The one table that every format shows."""
+
+    caption: str
+    columns: list[tuple[str, str]]  # (title, group: "scores" or "costs")
+    rows: list[list[Cell]]
+    footnotes: list[str]
+
+
+def percent(value: float | None, signed: bool = False) -> str:
+    """0.1234 -> `12.34`, with a typographic minus."""
+    if value is None:
+        return NONE
+    return f"{100 * value:{'+' if signed else ''}.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def percentage(value: float) -> str:
+    """A share, with a digit behind the point where it is small: `13 %`, `0.4 %`."""
+    return f"{100 * value:.{0 if value >= 0.0995 or value == 0 else 1}f} %"
+
+
+def mebibytes(size: float | None) -> str:
+    return NONE if size is None else f"{size / 2**20:,.1f}"
+
+
+def interval_text(delta: Delta) -> str:
+    """`−1.60 (−2.90 to −0.41)`, in percentage points."""
+    value = percent(delta.value, signed=True)
+    return value if delta.low is None else f"{value} ({percent(delta.low)} to {percent(delta.high)})"
+
+
+def _spread_cell(key: str, spread: Spread | None) -> Cell:
+    mean, sd = (None, None) if spread is None else (spread.mean, spread.sd)
+    text = NONE if spread is None else f"{percent(mean)} ± {percent(sd)}"
+    return Cell(text, {f"{key}_percent": _times(mean, 100), f"{key}_sd": _times(sd, 100)})
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else round(value * factor, 6)
+
+
+def _number(key: str, value: float | None, form: str, scale: float = 1) -> Cell:
+    return Cell(NONE if value is None else format(value * scale, form), {key: value})
+
+
+def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
+    delta, is_baseline = variant.delta, variant.name == comparison.baseline
+    reading = "baseline" if is_baseline else delta.reading if delta else NONE
+    text = NONE if is_baseline or delta is None else interval_text(delta)
+    if delta and variant.delta_seeds < max(len(variant.runs), len(comparison[comparison.baseline].runs)):
+        text += f" over {variant.delta_seeds} seed{'s' * (variant.delta_seeds > 1)}"
+    ends = dict.fromkeys(("difference", "low", "high"))
+    if delta and not is_baseline:
+        ends = {"difference": delta.value, "low": delta.low, "high": delta.high}
+    return {
+        "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name}),
+        "seeds": Cell(variant.seeds, {"seeds": len(variant.runs), "failed": len(variant.failed)}),
+        "mIoU, %": _spread_cell("miou", variant.miou),
+        f"difference to {comparison.baseline} (95 % interval), points": Cell(
+            text, {f"{key}_points": _times(value, 100) for key, value in ends.items()}
+        ),
+        "reading": Cell(reading, {"reading": reading}),
+        "source mIoU, %": _spread_cell("source_miou", variant.source),
+        "change on source, points": Cell(
+            percent(variant.source_change, signed=True), {"source_change_points": _times(variant.source_change, 100)}
+        ),
+    }
+
+
+def _costs(variant: Variant) -> dict[str, Cell]:
+    def first(value: Callable[[Run], Any], of: Callable = statistics.median) -> Any:
+        known = variant.known(value)
+        return of(known) if known else None
+
+    trainable, total = variant.trainable, first(lambda run: run.summary.get("total_parameters"), max)
+    share = None if trainable is None or not total else trainable / total
+    parameters = NONE if trainable is None else f"{trainable:,}" + (f" ({percentage(share)})" if total else "")
+    return {
+        "trainable parameters": Cell(parameters, {"trainable_parameters": trainable, "trainable_share": share}),
+        "artefact, MiB": _mebibyte_cell("artefact_bytes", first(lambda run: run.artefact_bytes, max)),
+        "last.ckpt, MiB": _mebibyte_cell("checkpoint_bytes", first(lambda run: run.checkpoint_bytes, max)),
+        "peak memory, MiB": _mebibyte_cell("peak_memory_bytes", first(peak_bytes, max)),
+        "compute, s/step": _number("compute_seconds_per_step", first(lambda run: run.seconds("compute")), ".3f"),
+        "data, s/step": _number("data_seconds_per_step", first(lambda run: run.seconds("data")), ".3f"),
+        "wall time, min": _number(
+            "wall_seconds", first(lambda run: run.summary.get("wall_seconds"), statistics.fmean), ".1f", 1 / 60
+        ),
+        "GFLOP/step": _number(
+            "flops_per_step", first(lambda run: run.summary.get("flops_per_step") if run.steps else None), ",.1f", 1e-9
+        ),
+    }
+
+
+def _mebibyte_cell(key: str, size: int | None) -> Cell:
+    return Cell(mebibytes(size), {key: size})
+
+
+def peak_bytes(run: Run) -> int | None:
+    return (run.summary.get("peak_memory") or {}).get("bytes")
+
+
+def table(comparison: Comparison) -> Table:
+    """A row for each variant; columns of which no variant has a value are left out."""
+    scores = [_scores(variant, comparison) for variant in comparison.variants]
+    costs = [_costs(variant) for variant in comparison.variants]
+    rows = [ours | theirs for ours, theirs in zip(scores, costs, strict=True)]
+    titles = [title for title in rows[0] if not all(row[title].empty for row in rows)]
+    evaluation = comparison.evaluation
+    where = f" on {evaluation.description}" if evaluation.description else ""
+    images = f", {len(evaluation.images)} images" if evaluation.images else ""
+    return Table(
+        f"Scores{where}{images}, and what they cost. Baseline: {comparison.baseline}.",
+        [(title, "scores" if title in scores[0] else "costs") for title in titles],
+        [[row[title] for title in titles] for row in rows],
+        footnotes(comparison),
+    )
+
+
+def footnotes(comparison: Comparison) -> list[str]:
+    """What a reader of the table must know, a sentence or two each."""
+    lines = [
+        f"mIoU: mean ± sample standard deviation over seeds; {NONE} for one seed.",
+        "Difference: over the seeds that both variants have. Its 95 % interval comes from a paired bootstrap of the "
+        f"images ({RESAMPLES:,} resamples, percentiles). Seeds are fixed in the interval; their spread is the standard "
+        "deviation. Where the interval holds 0, no difference was measurable.",
+    ]
+    lines += warnings_of(comparison)
+    if any(variant.source_change is not None for variant in comparison.variants):
+        lines.append(
+            "Change on source: mIoU on the source domain minus that of the network before training, over the common "
+            "seeds; what is negative was forgotten."
+        )
+    lines.append(
+        "Costs: parameters that train, with their share of all; bytes of the folder to ship and of the checkpoint to "
+        "resume from; peak memory, the most over seeds"
+        + _measured(comparison)
+        + "; seconds per step, medians, waiting "
+        "for data apart; mean wall time of the whole run."
+    )
+    lines += [f"{run} failed and counts in no mean: {run.error}" for run in comparison.failed]
+    if comparison.differences:
+        marks = "; ".join(map(str, comparison.differences))
+        lines.append(f"† Not comparable with the other variants: {marks}.")
+    return lines + comparison.notes
+
+
+def warnings_of(comparison: Comparison) -> list[str]:
+    """Why intervals are missing, or mean little."""
+    lines = []
+    count = len(comparison.evaluation.images)
+    if 0 < count < FEW_IMAGES:
+        lines.append(f"Only {count} images were evaluated: the intervals mean little.")
+    unpaired = [v.name for v in comparison.others if v.delta and v.delta.low is None]
+    if unpaired:
+        lines.append(
+            f"No interval for {', '.join(unpaired)}: it needs evaluation/target.npz of both, on the same images."
+        )
+    single = [v.name for v in comparison.variants if len(v.runs) == 1]
+    if single:
+        lines.append(f"One seed of {', '.join(single)}: how far another would move the score is unknown.")
+    alone = [v.name for v in comparison.others if v.delta is None]
+    if alone:
+        lines.append(f"No difference for {', '.join(alone)}: no seed in common with {comparison.baseline}.")
+    return lines
+
+
+def _measured(comparison: Comparison) -> str:
+    """What peak memory is the peak of."""
+    scored = [run for run in comparison.runs if run.error is None and run.summary.get("peak_memory")]
+    kinds = by_value(scored, lambda run: run.summary["peak_memory"].get("of"))
+    if len(kinds) == 1:
+        return f" ({next(iter(kinds))})"
+    return "".join(f" ({kind}: {run_names(runs)})" for kind, runs in kinds.items())

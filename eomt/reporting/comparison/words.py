@@ -1,0 +1,92 @@
+"""The answer in words, from the numbers."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from eomt.reporting.comparison.runs import Run
+from eomt.reporting.comparison.statistics import Comparison, Variant
+from eomt.reporting.comparison.table import mebibytes, peak_bytes, percent, percentage
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """The answer: LoRA or not, then the baseline, then each variant against it."""
+    base = comparison[comparison.baseline]
+    seeds = f"{len(base.runs)} seeds" if len(base.runs) > 1 else "one seed"
+    spread = "" if base.miou.sd is None else f" ± {percent(base.miou.sd)}"
+    first = [lora_verdict(comparison)] if not base.uses_lora and any(v.uses_lora for v in comparison.others) else []
+    return [
+        *first,
+        f"{base.name}, the baseline, reaches {percent(base.miou.mean)}{spread} % mIoU ({seeds}).",
+        *(variant_sentence(variant, comparison) for variant in comparison.others),
+    ]
+
+
+def lora_verdict(comparison: Comparison) -> str:
+    """Which LoRA variants are above, level with and below the baseline."""
+    found: dict[str, list[str]] = {}
+    for variant in comparison.others:
+        if variant.uses_lora:
+            reading = variant.delta.reading if variant.delta else "unknown"
+            found.setdefault(reading, []).append(variant.name + " †" * variant.marked)
+    words = {
+        "above": "measurably better with",
+        "no measurable difference": "not measurably different with",
+        "below": "measurably worse with",
+        "unknown": "undecided, for want of an interval, with",
+    }
+    answers = [f"{text} {', '.join(found[reading])}" for reading, text in words.items() if reading in found]
+    return f"LoRA against {comparison.baseline} is {'; '.join(answers)}."
+
+
+def variant_sentence(variant: Variant, comparison: Comparison) -> str:
+    """The difference to the baseline, how sure it is, and what the variant costs beside it."""
+    base = comparison[comparison.baseline]
+    mark = "† " * variant.marked
+    return mark + "; ".join([_difference_words(variant, base), *_cost_words(variant, base, comparison)]) + "."
+
+
+def _difference_words(variant: Variant, base: Variant) -> str:
+    delta = variant.delta
+    if delta is None:
+        return f"{variant.name} has no seed in common with {base.name}: no difference"
+    share = ", without training" if variant.untrained else ""
+    if variant.trainable and base.trainable:
+        share = f" with {percentage(variant.trainable / base.trainable)} of the parameters that {base.name} trains"
+    interval = "" if delta.low is None else f"95 % interval {percent(delta.low)} to {percent(delta.high)}"
+    if variant.delta_seeds < max(len(variant.runs), len(base.runs)):
+        interval += f", over {variant.delta_seeds} seed{'s' * (variant.delta_seeds > 1)}"
+    if delta.reading == "no measurable difference":
+        difference = f"{percent(delta.value, signed=True)} points, {interval}"
+        return f"{variant.name} shows no measurable difference to {base.name} ({difference}){share}"
+    side = f"{percent(abs(delta.value))} points {'above' if delta.value > 0 else 'below'} {base.name}"
+    if delta.low is None:
+        return f"{variant.name} is {side}{share}, and no interval tells how sure that is"
+    spread = max((v.miou.sd for v in (variant, base) if v.miou.sd is not None), default=0)
+    small = f", less than one standard deviation over seeds ({percent(spread)})" if abs(delta.value) < spread else ""
+    return f"{variant.name} is {side} ({interval}){share}{small}"
+
+
+def _cost_words(variant: Variant, base: Variant, comparison: Comparison) -> list[str]:
+    """Artefact, step time and peak memory where they can be compared, and what was forgotten."""
+    words = []
+
+    def both(value: Callable[[Run], float | None]) -> tuple[float, float] | None:
+        ours, theirs = variant.known(value), base.known(value)
+        return (float(np.median(ours)), float(np.median(theirs))) if ours and theirs else None
+
+    if variant.untrained:
+        return words
+    sizes = both(lambda run: run.artefact_bytes)
+    if sizes and mebibytes(sizes[0]) != mebibytes(sizes[1]):
+        words.append(f"it ships {mebibytes(sizes[0])} MiB instead of {mebibytes(sizes[1])}")
+    if comparison.same_machinery:
+        seconds, memory = both(lambda run: run.seconds("compute")), both(peak_bytes)
+        if seconds and seconds[1]:
+            words.append(f"a step computes {seconds[0] / seconds[1]:.2f} times as long")
+        if memory and memory[1]:
+            words.append(f"peak memory is {memory[0] / memory[1]:.2f} times as high")
+    if variant.source_change is not None:
+        theirs = "" if base.source_change is None else f" ({base.name}: {percent(base.source_change, signed=True)})"
+        words.append(f"{percent(variant.source_change, signed=True)} points on the source domain{theirs}")
+    return words

@@ -1,0 +1,473 @@
+"""Runs side by side: reading, comparability, means, intervals, the table."""
+
+import csv
+import hashlib
+import json
+import shutil
+import statistics
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from eomt.reporting.comparison.counts import hits_and_unions, iou, mean_iou
+from eomt.reporting.comparison.differences import differences
+from eomt.reporting.comparison.runs import load_runs
+from eomt.reporting.comparison.statistics import bootstrap_iou, compare, image_gains, image_weights, resample
+from eomt.reporting.comparison.table import NONE, table
+from eomt.training.mask_classification_semantic import iou_per_class
+
+CLASSES = ("sky", "road", "traffic_sign")
+COLORS = ((70, 130, 180), (128, 64, 128), (220, 220, 0))
+PARAMETERS = {"none": 4000, "head": 300, "lora_r8": 500, "lora_r16": 600, "full": 4000}
+
+
+def confusion(accuracy, seed=0, images=20, classes=3, pixels=2000):
+    """Counts [N, K, K] of a network that labels this share of the pixels right and the others at random."""
+    rng = np.random.default_rng(seed)
+    chance = np.full((classes, classes), (1 - accuracy) / (classes - 1)) + np.eye(classes) * (
+        accuracy - (1 - accuracy) / (classes - 1)
+    )
+    sizes = rng.integers(pixels // 4, pixels, (images, classes))
+    return np.stack([[rng.multinomial(n, p) for n, p in zip(row, chance, strict=True)] for row in sizes])
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_evaluation(folder, counts, domain="target", **changes):
+    """evaluation/`domain`.json and .npz; None for a change leaves the entry out."""
+    classes = changes.pop("classes", CLASSES)
+    scores = iou_per_class(torch.from_numpy(counts.sum(0)))
+    facts = {
+        "schema_version": 1,
+        "domain": domain,
+        "description": "drawn, sequences 1",
+        "miou": float(scores.nanmean()),
+        "class_iou": {name: None if v != v else v for name, v in zip(classes, scores.tolist(), strict=True)},
+        "classes": list(classes),
+        "class_colors": [list(COLORS[k % 3]) for k in range(len(classes))],
+        "images": [f"image_{i:03d}" for i in range(len(counts))],
+        "data": digest(domain),
+        "img_size": [64, 128],
+        "precision": "32-true",
+    }
+    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+    kept = {key: value for key, value in (facts | changes).items() if value is not None}
+    (folder / "evaluation" / f"{domain}.json").write_text(json.dumps(kept))
+    np.savez_compressed(folder / "evaluation" / f"{domain}.npz", confusion=counts)
+
+
+def write_metrics(path, points):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "epoch", "train/loss", "val/miou"])
+        for step, miou in points:
+            writer.writerow([step, 0, 1.5, ""])
+            writer.writerow([step, 0, "", miou])
+
+
+def write_run(folder, variant, seed=0, counts=None, source=None, evaluation=(), model=(), **summary):
+    """A run folder as training and evaluation leave it; None for an entry of the summary leaves it out."""
+    folder.mkdir(parents=True)
+    untrained = variant == "none"
+    lora = variant.startswith("lora")
+    config = {
+        "variant": variant,
+        "name": "test",
+        "seed": seed,
+        "model": {"use_lora": lora, "lora_rank": 8, "img_size": [64, 128], "freeze": []} | dict(model),
+        "trainer": {"precision": "32-true"},
+        "callbacks": {"save_best": {"keep": "last"}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    artefact = "adapter" if lora else "model"
+    size = 4 * PARAMETERS.get(variant, 700)
+    facts = {
+        "schema_version": 1,
+        "status": "finished",
+        "miou": 0.5,
+        "class_iou": dict.fromkeys(CLASSES, 0.5),
+        "steps": 0 if untrained else 100,
+        "trainable_parameters": PARAMETERS.get(variant, 700),
+        "total_parameters": 4000,
+        "artefact": artefact,
+        "files": {f"{artefact}/a.safetensors": size, f"{artefact}/c.json": 10, "checkpoints/last.ckpt": 3 * size},
+        "peak_memory": {"bytes": (100 + seed) << 20, "of": "resident set of the process"},
+        "seconds_per_step": {"total": 0.5 + seed, "data": 0.1, "compute": 0.4 + seed},
+        "wall_seconds": 60.0 + 60 * seed,
+        "data": {"train": digest("train"), "val": digest("target"), "train_images": 40, "val_images": 20},
+        "seed": seed,
+        "lora_audit": {"targets_found": {"passed": True, "detail": ""}} if lora else None,
+        "versions": {"python": "3.11.7", "torch": "2.7.0"},
+        "git_commit": "0123456789abcdef",
+        "machine": {"platform": "Linux", "threads": 2, "gpus": []},
+        "command": ["train.py", f"variant={variant}", f"seed={seed}"],
+        "start_fingerprint": digest(f"start {seed}"),
+        "batches": None if untrained else digest(f"batches {seed}"),
+        "flops_per_step": 3 * 10**9,
+    } | summary
+    (folder / "summary.json").write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
+    if not untrained:
+        write_metrics(folder / "metrics.csv", [(s - 1, 0.3 + s / 500 + seed / 100) for s in (25, 50, 75, 100)])
+    write_evaluation(folder, confusion(0.8, seed) if counts is None else counts, **dict(evaluation))
+    if source is not None:
+        write_evaluation(folder, source, "source")
+    return folder
+
+
+def write_failed(folder, variant, seed, error="CUDA out of memory"):
+    folder.mkdir(parents=True)
+    facts = {"variant": variant, "seed": seed, "status": "failed", "error": error, "command": ["train.py"]}
+    (folder / "cell.json").write_text(json.dumps(facts))
+    return folder
+
+
+def write_matrix(root):
+    """Three variants of two seeds, and one failed cell."""
+    root.mkdir()
+    (root / "matrix.json").write_text(json.dumps({"variants": ["none", "lora_r8", "full"], "seeds": [0, 1, 2]}))
+    quality = {"none": 0.5, "lora_r8": 0.85, "full": 0.87}
+    for seed in (0, 1):
+        for variant, accuracy in quality.items():
+            counts, source = confusion(accuracy, seed), confusion(round(1.4 - accuracy, 2), 7 + seed)
+            write_run(root / variant / f"seed_{seed}", variant, seed, counts, source)
+    write_failed(root / "lora_r8" / "seed_2", "lora_r8", 2)
+    return root
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    return write_matrix(tmp_path / "matrix")
+
+
+def rewrite(path, **changes):
+    facts = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(facts))
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def test_variants_come_in_the_order_of_the_matrix_and_others_by_size(matrix, tmp_path):
+    write_run(tmp_path / "more" / "b", "lora_r16")
+    write_run(tmp_path / "more" / "a", "head")
+    runs = load_runs([tmp_path / "more", matrix])
+    assert list(dict.fromkeys(run.variant for run in runs)) == ["none", "lora_r8", "full", "head", "lora_r16"]
+    assert [run.seed for run in runs if run.variant == "lora_r8"] == [0, 1, 2]
+
+
+def test_a_folder_given_twice_is_one_run_and_copied_configurations_are_none(tmp_path):
+    run = write_run(tmp_path / "run", "full")
+    for folder in (run / ".hydra", tmp_path / ".old"):
+        folder.mkdir()
+        shutil.copy(run / "config.yaml", folder)
+    assert [r.path for r in load_runs([tmp_path, run])] == [run]
+
+
+def test_old_runs_load_and_are_labelled_by_their_settings(tmp_path):
+    for name, model, label in (
+        ("a", {"use_lora": True, "lora_rank": 4}, "lora_r4"),
+        ("b", {"freeze": ["backbone"]}, "head"),
+        ("c", {"unfreeze_last_n": 2}, "last_2"),
+        ("d", {"freeze": ["queries"]}, "without_queries"),
+        ("e", {}, "full"),
+    ):
+        run = write_run(tmp_path / name, "", model=model, start_fingerprint=None, flops_per_step=None)
+        shutil.rmtree(run / "evaluation")
+        (loaded,) = load_runs([run])
+        assert (loaded.variant, loaded.target.miou, loaded.target.counts) == (label, 0.5, None)
+    comparison = compare(load_runs([tmp_path / "a", tmp_path / "e"]))
+    assert comparison["lora_r4"].delta.value == 0
+    assert comparison["lora_r4"].delta.reading == "unknown"
+
+
+def test_parts_of_a_resumed_run_are_joined_and_what_was_repeated_counts_once(tmp_path):
+    run = write_run(tmp_path / "run", "full")
+    write_metrics(run / "metrics_1.csv", [(10, 0.1), (20, 0.2), (30, 0.3)])
+    write_metrics(run / "metrics_2.csv", [(25, 0.25), (35, 0.35)])
+    for part in range(3, 10):
+        write_metrics(run / f"metrics_{part}.csv", [])
+    write_metrics(run / "metrics_10.csv", [(36, 0.36)])
+    write_metrics(run / "metrics.csv", [(40, 0.4), (50, 0.5)])
+    (loaded,) = load_runs([run])
+    assert loaded.curve == [(10, 0.1), (20, 0.2), (25, 0.25), (35, 0.35), (36, 0.36), (40, 0.4), (50, 0.5)]
+    assert any("Resumed: full seed 0" in note for note in compare([loaded]).notes)
+
+
+def test_folders_without_runs_and_broken_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        load_runs([tmp_path / "nowhere"])
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        load_runs([tmp_path])
+    run = write_run(tmp_path / "run", "full")
+    rewrite(run / "evaluation" / "target.json", miou=0.1)
+    with pytest.raises(ValueError, match=r"target.npz counts mIoU 0\.\d+, target.json says 0.1000"):
+        load_runs([run])
+    (run / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary\.json is no JSON"):
+        load_runs([run])
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_mean_and_deviation_over_seeds_are_those_computed_by_hand(matrix):
+    comparison = compare(load_runs([matrix]))
+    for variant, accuracy in (("lora_r8", 0.85), ("full", 0.87)):
+        scores = [iou_per_class(torch.from_numpy(confusion(accuracy, seed).sum(0))).nanmean().item() for seed in (0, 1)]
+        assert comparison[variant].miou.mean == pytest.approx(sum(scores) / 2)
+        assert comparison[variant].miou.sd == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    change = [mean_iou(hits_and_unions(confusion(a, 7 + s)).sum(0)) for a in (0.55, 0.9) for s in (0, 1)]
+    assert comparison["lora_r8"].source_change == pytest.approx(np.mean(change[:2]) - np.mean(change[2:]))
+    assert comparison["none"].source_change is None
+
+
+def test_iou_of_many_counts_is_that_of_training_and_classes_in_neither_map_do_not_count():
+    counts = confusion(0.7, images=6, classes=4)
+    counts[:, 2, :] = counts[:, :, 2] = 0
+    found = iou(hits_and_unions(counts))
+    for row, image in zip(found, counts, strict=True):
+        np.testing.assert_array_equal(row, iou_per_class(torch.from_numpy(image)).numpy())
+    assert np.isnan(found[:, 2]).all()
+    assert mean_iou(hits_and_unions(counts)[0]) == pytest.approx(np.nanmean(found[0]))
+
+
+def test_the_bootstrap_is_that_of_a_plain_loop_over_the_same_images(tmp_path):
+    ours, theirs = ([confusion(accuracy, seed, images=8, pixels=60) for seed in (0, 1)] for accuracy in (0.70, 0.72))
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", "lora_r8", seed, ours[seed])
+        write_run(tmp_path / f"b{seed}", "full", seed, theirs[seed])
+    indices = resample(8)
+    changes = [
+        statistics.fmean(
+            (
+                iou_per_class(torch.from_numpy(a[row].sum(0))).nanmean()
+                - iou_per_class(torch.from_numpy(b[row].sum(0))).nanmean()
+            ).item()
+            for a, b in zip(ours, theirs, strict=True)
+        )
+        for row in indices
+    ]
+    delta = compare(load_runs([tmp_path]))["lora_r8"].delta
+    assert (delta.low, delta.high) == pytest.approx(tuple(np.percentile(changes, [2.5, 97.5])), abs=1e-12)
+    vectorised = bootstrap_iou(hits_and_unions(ours[0]), image_weights(indices))
+    np.testing.assert_allclose(vectorised[5], iou(hits_and_unions(ours[0])[indices[5]].sum(0)))
+
+
+def test_class_intervals_are_those_of_the_class(tmp_path):
+    ours, theirs = confusion(0.70, images=12), confusion(0.72, images=12)
+    ours[:, 2, :] = theirs[:, 2, :] = ours[:, :, 2] = theirs[:, :, 2] = 0
+    write_run(tmp_path / "a", "lora_r8", 0, ours)
+    write_run(tmp_path / "b", "full", 0, theirs)
+    deltas = compare(load_runs([tmp_path]))["lora_r8"].class_delta
+    assert list(deltas) == ["sky", "road"], "a class that does not occur has no difference"
+    weights = image_weights(resample(12))
+    change = bootstrap_iou(hits_and_unions(ours), weights) - bootstrap_iou(hits_and_unions(theirs), weights)
+    for k, name in enumerate(deltas):
+        low, high = np.percentile(change[:, k], [2.5, 97.5])
+        assert (deltas[name].low, deltas[name].high) == pytest.approx((low, high))
+
+
+def test_the_interval_covers_a_planted_difference_and_excludes_zero(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"a{seed}", "lora_r8", seed, confusion(0.80, seed, images=40))
+        write_run(tmp_path / f"b{seed}", "full", seed, confusion(0.85, seed, images=40))
+    expected = [  # of networks with these accuracies, on far more images
+        mean_iou(hits_and_unions(confusion(accuracy, images=4000)).sum(0)) for accuracy in (0.80, 0.85)
+    ]
+    planted = expected[0] - expected[1]
+    delta = compare(load_runs([tmp_path]))["lora_r8"].delta
+    assert delta.low < planted < delta.high < 0
+    assert delta.reading == "below"
+
+
+def test_identical_variants_have_no_measurable_difference(tmp_path):
+    for variant in ("lora_r8", "full"):
+        write_run(tmp_path / variant, variant, 0, confusion(0.8))
+    delta = compare(load_runs([tmp_path]))["lora_r8"].delta
+    assert (delta.value, delta.low, delta.high) == (0, 0, 0)
+    assert delta.reading == "no measurable difference"
+
+
+def test_gains_of_images_are_differences_of_their_own_scores(tmp_path):
+    ours, theirs = confusion(0.6, 1, images=4), confusion(0.8, 2, images=4)
+    write_run(tmp_path / "a", "lora_r8", 0, ours)
+    write_run(tmp_path / "b", "full", 0, theirs)
+    gains = image_gains(*load_runs([tmp_path]))
+    wanted = [
+        (iou_per_class(torch.from_numpy(a)).nanmean() - iou_per_class(torch.from_numpy(b)).nanmean()).item()
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    assert gains.tolist() == pytest.approx(wanted)
+
+
+def test_failed_cells_are_told_and_change_no_mean(matrix):
+    runs = load_runs([matrix])
+    comparison = compare(runs)
+    assert [(str(run), run.error) for run in comparison.failed] == [("lora_r8 seed 2", "CUDA out of memory")]
+    without = compare([run for run in runs if run.error is None])
+    for name in ("none", "lora_r8", "full"):
+        assert comparison[name].miou == without[name].miou
+        assert comparison[name].delta == without[name].delta
+    assert comparison["lora_r8"].seeds == "2 of 3"
+    shutil.rmtree(matrix / "full" / "seed_1")
+    only = compare(load_runs([matrix]))["lora_r8"]
+    assert (only.delta_seeds, len(only.runs)) == (1, 2)
+
+
+@pytest.mark.parametrize("status", ["failed: no more disk", "interrupted"])
+def test_a_run_that_did_not_finish_has_no_place_in_a_mean(tmp_path, status):
+    write_run(tmp_path / "a", "full", 0)
+    write_run(tmp_path / "b", "full", 1, confusion(0.3), status=status)
+    comparison = compare(load_runs([tmp_path]))
+    assert [run.error for run in comparison.failed] == [status.removeprefix("failed: ")]
+    assert comparison["full"].miou.sd is None
+
+
+def test_the_baseline_is_full_or_else_the_largest_or_the_one_named(matrix):
+    runs = load_runs([matrix])
+    wide = write_run(matrix / "wide", "wide", 0, trainable_parameters=9000)
+    assert compare([*runs, *load_runs([wide])]).baseline == "full"
+    assert compare(runs, "none").baseline == "none"
+    assert compare([run for run in runs if run.variant != "full"]).baseline == "lora_r8", "none trains nothing"
+    with pytest.raises(ValueError, match="baseline 'ful' is no variant with a score; choose from none, lora_r8, full"):
+        compare(runs, "ful")
+    with pytest.raises(ValueError, match="No run has a score to compare: lora_r8 seed 2: CUDA out of memory"):
+        compare([run for run in runs if run.error])
+
+
+def test_the_same_variant_and_seed_twice_names_both_folders(tmp_path):
+    for name in ("first", "second"):
+        write_run(tmp_path / name, "full")
+    with pytest.raises(ValueError, match=r"full seed 0 occurs twice, in .*first and .*second"):
+        compare(load_runs([tmp_path]))
+
+
+# ---------------------------------------------------------------------------------------------------- comparability
+
+SUMMARY = {
+    "training data": {"data": {"train": "b" * 20, "val": digest("target")}},
+    "validation data": {"data": {"train": digest("train"), "val": "b" * 20}},
+    "start weights of seed 0": {"start_fingerprint": "b" * 20},
+    "training batches of seed 0": {"batches": "b" * 20},
+    "numbers of steps": {"steps": 99},
+}
+EVALUATION = {
+    "evaluated images": {"data": "b" * 20},
+    "classes": {"classes": ("sky", "road", "sign")},
+    "evaluation sizes": {"img_size": [32, 128]},
+    "evaluation precisions": {"precision": "bf16-mixed"},
+}
+
+
+def test_a_matrix_whose_cells_share_all_conditions_has_no_differences(matrix):
+    assert differences(load_runs([matrix])) == []
+
+
+@pytest.mark.parametrize("aspect", [*SUMMARY, *EVALUATION])
+def test_every_condition_that_differs_is_named_with_runs_and_values(tmp_path, aspect):
+    write_run(tmp_path / "a", "lora_r8", 0, evaluation=EVALUATION.get(aspect, ()), **SUMMARY.get(aspect, {}))
+    write_run(tmp_path / "b", "full", 0)
+    write_run(tmp_path / "c", "full", 1)
+    (found,) = differences(load_runs([tmp_path]))
+    assert str(found).startswith(f"{aspect} differ: ")
+    assert found.variants("full") == {"lora_r8"}
+    assert "lora_r8 seed 0" in str(found)
+    assert "full seed" in str(found)
+    if "b" * 20 in str(SUMMARY.get(aspect, EVALUATION.get(aspect))):
+        assert "b" * 12 + " in lora_r8" in str(found), "hashes are shortened"
+        assert "b" * 13 not in str(found)
+
+
+MISSING = {
+    "training data": {"data": {"val": digest("target")}},
+    "validation data": {"data": {"train": digest("train")}},
+    "start weights of seed 0": {"start_fingerprint": None},
+    "training batches of seed 0": {"batches": None},
+    "numbers of steps": {"steps": None},
+    "evaluated images": {"evaluation": {"data": None}},
+    "evaluation sizes": {"evaluation": {"img_size": None}},
+    "evaluation precisions": {"evaluation": {"precision": None}},
+}
+
+
+@pytest.mark.parametrize("aspect", MISSING)
+def test_what_a_run_does_not_tell_is_unknown_and_not_equal(tmp_path, aspect):
+    for variant in ("lora_r8", "full"):
+        write_run(tmp_path / variant, variant, **MISSING[aspect])
+    (found,) = differences(load_runs([tmp_path]))
+    assert str(found) == f"{aspect} are not known to be equal: unknown in lora_r8, full seed 0"
+    assert found.variants("full") == {"lora_r8", "full"}
+
+
+def test_start_and_batches_may_differ_between_seeds_and_a_run_of_no_steps_has_neither_steps_nor_batches(tmp_path):
+    write_run(tmp_path / "a", "none", 0)
+    write_run(tmp_path / "b", "full", 0)
+    write_run(tmp_path / "c", "full", 1)
+    assert differences(load_runs([tmp_path])) == []
+    rewrite(tmp_path / "a" / "summary.json", start_fingerprint="other")
+    assert [d.aspect for d in differences(load_runs([tmp_path]))] == ["start weights"]
+
+
+def test_source_evaluations_are_compared_where_there_are_some(matrix):
+    rewrite(matrix / "none" / "seed_0" / "evaluation" / "source.json", precision="bf16-true")
+    (matrix / "full" / "seed_0" / "evaluation" / "source.json").unlink()
+    (found,) = differences(load_runs([matrix]))
+    assert found.aspect == "source evaluation precisions"
+
+
+def test_other_machines_libraries_and_code_are_notes(tmp_path):
+    write_run(tmp_path / "a", "lora_r8", machine={"platform": "Linux", "threads": 8, "gpus": ["H100"]})
+    write_run(tmp_path / "b", "full", versions={"torch": "2.8.0"}, git_commit=None)
+    runs = load_runs([tmp_path])
+    comparison = compare(runs)
+    assert differences(runs) == []
+    assert not comparison.same_machinery
+    text = " ".join(comparison.notes)
+    for part in ("H100 (Linux) in lora_r8 seed 0", "torch 2.8.0 in full seed 0", "unknown in full", "not comparable"):
+        assert part in text
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def cells(comparison, name):
+    content = table(comparison)
+    row = next(row for row in content.rows if row[0].values["variant"] == name)
+    return {title: cell.text for (title, _), cell in zip(content.columns, row, strict=True)}
+
+
+def test_the_table_tells_scores_and_costs(matrix):
+    comparison = compare(load_runs([matrix]))
+    lora, none = cells(comparison, "lora_r8"), cells(comparison, "none")
+    assert lora["seeds"] == "2 of 3"
+    assert lora["trainable parameters"] == "500 (12 %)"
+    assert lora["artefact, MiB"] == f"{2010 / 2**20:.1f}"
+    assert lora["peak memory, MiB"] == "101.0", "the most over seeds"
+    assert lora["compute, s/step"] == "0.900", "the median"
+    assert lora["wall time, min"] == "1.5", "the mean"
+    assert lora["GFLOP/step"] == "3.0"
+    assert (none["trainable parameters"], none["compute, s/step"]) == ("0 (0 %)", NONE)
+    assert cells(comparison, "full")["reading"] == "baseline"
+    assert "resident set of the process" in " ".join(table(comparison).footnotes)
+
+
+def test_one_seed_has_no_deviation_and_columns_without_values_are_left_out(tmp_path):
+    write_run(tmp_path / "a", "lora_r8", flops_per_step=None)
+    write_run(tmp_path / "b", "full", flops_per_step=None)
+    shown = cells(compare(load_runs([tmp_path])), "lora_r8")
+    assert shown["mIoU, %"].endswith(f" ± {NONE}")
+    assert "GFLOP/step" not in shown
+    assert "source mIoU, %" not in shown
+
+
+@pytest.mark.parametrize(("images", "warned"), [(9, True), (10, False)])
+def test_few_images_are_warned_of(tmp_path, images, warned):
+    write_run(tmp_path / "a", "lora_r8", 0, confusion(0.8, images=images))
+    write_run(tmp_path / "b", "full", 0, confusion(0.8, images=images))
+    notes = " ".join(table(compare(load_runs([tmp_path]))).footnotes)
+    assert (f"Only {images} images" in notes) == warned
+    assert "Seeds are fixed in the interval; their spread is the standard deviation" in notes

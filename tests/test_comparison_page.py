@@ -1,0 +1,316 @@
+"""The report: words, formats, and the page as a browser shows it."""
+
+import base64
+import csv
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_comparison import confusion, write_evaluation, write_failed, write_matrix, write_run
+
+from eomt.data.labels import LabelSet
+from eomt.reporting.comparison import plots
+from eomt.reporting.comparison.formats import tex_escape
+from eomt.reporting.comparison.page import audit_words, kept_network, write_report
+from eomt.reporting.comparison.runs import load_runs
+from eomt.reporting.comparison.statistics import compare
+from eomt.reporting.comparison.table import table
+from eomt.reporting.comparison.words import headline
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def pictures(path, names):
+    """Predictions that are right but for a corner."""
+    target = torch.zeros(96, 128, dtype=torch.uint8)
+    target[:, 100:] = 255
+    wrong = target.clone()
+    wrong[:20, :20] = 1 if "lora" in str(path) else 2
+    return {name: (torch.full((3, 96, 128), 90, dtype=torch.uint8), target, wrong) for name in names}
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    return write_matrix(tmp_path / "matrix")
+
+
+@pytest.fixture
+def report(matrix, tmp_path):
+    write_report(load_runs([matrix]), tmp_path / "report", predictions=pictures)
+    return tmp_path / "report"
+
+
+def numbers(text):
+    """Every number in a formatted cell."""
+    text = text.replace(MINUS, "-").replace("$-$", "-").replace(",", "")
+    return [float(n) for n in re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?", text)]
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+
+def two(tmp_path, ours, theirs, images=30, **changes):
+    shutil.rmtree(tmp_path / "two", ignore_errors=True)
+    write_run(tmp_path / "two" / "a", "lora_r8", 0, confusion(ours, images=images), **changes)
+    write_run(tmp_path / "two" / "b", "full", 0, confusion(theirs, images=images))
+    return compare(load_runs([tmp_path / "two"]))
+
+
+def test_the_answer_says_worse_better_or_not_measurably_different(tmp_path):
+    for ours, verdict, side in ((0.7, "worse", "below"), (0.9, "better", "above")):
+        first, baseline, sentence = headline(two(tmp_path, ours, 0.8))
+        assert first == f"LoRA against full is measurably {verdict} with lora_r8."
+        assert re.match(r"full, the baseline, reaches \d\d\.\d\d % mIoU \(one seed\)\.", baseline)
+        words = rf"lora_r8 is \d+\.\d\d points {side} full \(95 % interval \S+ to \S+\) with 12 % of the parameters"
+        assert re.match(words, sentence)
+    first, _, sentence = headline(two(tmp_path, 0.8, 0.8))
+    assert first == "LoRA against full is not measurably different with lora_r8."
+    assert "shows no measurable difference to full (+0.00 points, 95 % interval 0.00 to 0.00)" in sentence
+
+
+def test_times_are_set_against_each_other_only_on_equal_machines(tmp_path):
+    assert "a step computes 1.00 times as long" in headline(two(tmp_path, 0.7, 0.8))[-1]
+    other = headline(two(tmp_path, 0.7, 0.8, machine={"gpus": ["H100"]}))[-1]
+    assert "times as" not in other
+
+
+def test_a_difference_smaller_than_the_spread_over_seeds_is_said_to_be(tmp_path):
+    for seed, accuracy in ((0, 0.7), (1, 0.9)):
+        write_run(tmp_path / f"a{seed}", "lora_r8", seed, confusion(accuracy - 0.02, seed, images=50))
+        write_run(tmp_path / f"b{seed}", "full", seed, confusion(accuracy, seed, images=50))
+    assert "less than one standard deviation over seeds" in headline(compare(load_runs([tmp_path])))[-1]
+
+
+def test_the_choice_of_the_network_and_the_audit_are_told(tmp_path):
+    write_run(tmp_path / "run", "lora_r8", lora_audit={"a": {"passed": True}, "b_c": {"passed": False}})
+    (run,) = load_runs([tmp_path])
+    assert kept_network(run) == "after the last step, not chosen by validation"
+    run.config["callbacks"]["save_best"]["keep"] = "best"
+    assert kept_network(run) == "best of 4 validations on the evaluated images"
+    run.summary["data"]["val"] = "other"
+    assert kept_network(run) == "best of 4 validations on other images"
+    assert audit_words(run) == "1 of 2 passed; not b_c"
+
+
+# ---------------------------------------------------------------------------------------------------------- formats
+
+
+def test_all_formats_hold_the_numbers_of_one_table(report, matrix):
+    with (report / "report.csv").open(newline="") as file:
+        values = {row["variant"]: row for row in csv.DictReader(file)}
+    markdown = [line for line in (report / "report.md").read_text().splitlines() if line.startswith("| ")][2:]
+    tex = (report / "report.tex").read_text().split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    content = table(compare(load_runs([matrix])))
+    titles = [title for title, _ in content.columns]
+    html = (report / "report.html").read_text()
+    for md_line, tex_line, row in zip(markdown, tex, content.rows, strict=True):
+        md_cells = [cell.strip() for cell in md_line.strip("|").split(" | ")]
+        tex_cells = tex_line.removesuffix(r" \\").split(" & ")
+        assert md_cells == [cell.text for cell in row]
+        assert tex_cells == [tex_escape(cell.text) for cell in row]
+        for cell in row[1:]:
+            assert f"<td>{cell.text}</td>" in html
+        shown = dict(zip(titles, map(numbers, tex_cells), strict=True))
+        raw = {key: float(v) for key, v in values[row[0].values["variant"]].items() if re.fullmatch(r"-?[\d.]+", v)}
+        assert shown["mIoU, %"] == pytest.approx([raw["miou_percent"], raw["miou_sd"]], abs=0.0051)
+        if "difference_points" in raw:
+            ends = [raw[f"{key}_points"] for key in ("difference", "low", "high")]
+            assert numbers(tex_cells[3]) == pytest.approx(ends, abs=0.0051)
+        assert shown["trainable parameters"][0] == raw["trainable_parameters"]
+        assert shown["wall time, min"] == pytest.approx([raw["wall_seconds"] / 60], abs=0.051)
+        assert shown["peak memory, MiB"] == pytest.approx([raw["peak_memory_bytes"] / 2**20], abs=0.051)
+
+
+def test_latex_has_no_bare_special_character(report):
+    body = (report / "report.tex").read_text().split(r"\midrule")[1].split(r"\bottomrule")[0]
+    assert r"lora\_r8" in body
+    assert not re.search(r"(?<!\\)[_%#]", body)
+    assert body.isascii()
+    assert tex_escape("a_b & 5 % \\ {x}") == r"a\_b \& 5 \% \textbackslash{} \{x\}"
+
+
+def test_the_console_shows_whole_cells_at_eighty_columns(matrix, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    comparison = write_report(load_runs([matrix]), tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for row in table(comparison).rows:
+        for cell in row:
+            assert any(f" {cell.text} " in line for line in lines), cell.text
+
+
+def test_differences_stop_the_report_before_anything_is_written(tmp_path):
+    write_run(tmp_path / "a", "lora_r8", steps=99, start_fingerprint="f" * 64)
+    write_run(tmp_path / "b", "full")
+    with pytest.raises(ValueError) as error:
+        write_report(load_runs([tmp_path / "a", tmp_path / "b"]), tmp_path / "out")
+    assert "numbers of steps differ: 99 in lora_r8 seed 0; 100 in full seed 0" in str(error.value)
+    assert "start weights of seed 0 differ: ffffffffffff in lora_r8" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_allowed_differences_are_marked_in_every_format(tmp_path, capsys):
+    write_run(tmp_path / "a", "lora_r8", steps=99)
+    write_run(tmp_path / "b", "full")
+    write_report(load_runs([tmp_path / "a", tmp_path / "b"]), tmp_path / "out", allow_different=True)
+    reason = "numbers of steps differ: 99 in lora_r8 seed 0; 100 in full seed 0"
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "lora_r8 †" in text
+        assert "full †" not in text
+        assert f"† Not comparable with the other variants: {reason}" in text
+    tex = (tmp_path / "out" / "report.tex").read_text()
+    assert r"lora\_r8 $\dagger$ &" in tex
+    assert r"$\dagger$ Not comparable" in tex
+    with (tmp_path / "out" / "report.csv").open(newline="") as file:
+        assert {r["variant"]: r["not_comparable"] for r in csv.DictReader(file)} == {
+            "lora_r8": f"† {reason}",
+            "full": "",
+        }
+    assert "lora_r8 †" in capsys.readouterr().out
+
+
+def test_failed_cells_stand_in_every_text_with_their_error(matrix, tmp_path):
+    write_failed(matrix / "full" / "seed_2", "full", 2, "<script>alert(1)</script>")
+    write_report(load_runs([matrix]), tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<pre>CUDA out of memory</pre>" in html
+    assert "<script" not in html
+    for name in ("report.md", "report.tex"):
+        assert "failed and counts in no mean: CUDA out of memory" in (tmp_path / "out" / name).read_text()
+
+
+def test_what_is_not_there_is_explained(tmp_path):
+    def unreachable(path, names):
+        raise OSError("data.root is not there")
+
+    write_run(tmp_path / "a", "lora_r8", 0, confusion(0.7))
+    write_run(tmp_path / "b", "full")
+    runs = load_runs([tmp_path / "a", tmp_path / "b"])
+    write_report(runs, tmp_path / "out", predictions=unreachable)
+    assert "No pictures of lora_r8: data.root is not there." in (tmp_path / "out" / "report.html").read_text()
+    write_report(runs, tmp_path / "out")
+    assert "No pictures: nobody predicted" in (tmp_path / "out" / "report.html").read_text()
+    write_report(runs[1:], tmp_path / "out")
+    assert "the baseline, reaches" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_each_network_is_asked_once_for_the_images_of_largest_gain_and_loss(tmp_path):
+    asked = []
+    baseline = confusion(0.8, images=7, pixels=50_000)
+    ours = baseline.copy()
+    for image, accuracy in ((1, 0.95), (2, 0.9), (3, 0.5), (4, 0.6), (5, 0.85), (6, 0.7)):
+        ours[image] = confusion(accuracy, image, images=1, pixels=50_000)[0]
+    write_run(tmp_path / "a", "lora_r8", 0, ours)
+    write_run(tmp_path / "b", "full", 0, baseline)
+
+    def predictions(path, names):
+        asked.append((path.name, names))
+        return pictures(path, names)
+
+    write_report(load_runs([tmp_path / "a", tmp_path / "b"]), tmp_path / "out", predictions=predictions)
+    names = ["image_001", "image_002", "image_003", "image_004"]
+    assert asked == [("a", names), ("b", names)]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert [float(gain.replace(MINUS, "-")) > 0 for gain in re.findall(r"image_00\d: (\S+) points mIoU", html)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- plots
+
+
+def test_disagreements_have_the_colours_of_the_legend():
+    target = torch.tensor([[0, 0, 0, 0, 0, 255]], dtype=torch.uint8)
+    baseline = torch.tensor([[1, 0, 1, 1, 0, 0]], dtype=torch.uint8)
+    variant = torch.tensor([[0, 1, 2, 1, 0, 1]], dtype=torch.uint8)
+    picture = plots.disagreement_map(target, baseline, variant)
+    assert [tuple(p[:3].tolist()) for p in picture[0, :5]] == list(plots.DISAGREEMENTS.values())
+    assert picture[0, :, 3].tolist() == [255] * 5 + [0]
+
+
+def test_pictures_shrink_to_the_width_of_the_page_and_label_maps_mix_no_colours():
+    labels = torch.randint(0, 2, (512, 1024), dtype=torch.uint8)
+    classes = LabelSet(("a", "b"), ((10, 20, 30), (200, 100, 0)))
+    for uri in (plots.photo_uri(torch.zeros(3, 512, 1024, dtype=torch.uint8)), plots.labels_uri(labels, classes)):
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+        assert picture.size == (480, 240)
+    assert {color for _, color in picture.getcolors()} == set(classes.colors)
+
+
+def test_curves_are_averaged_over_the_steps_that_all_seeds_have(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), "full", seed)
+    (tmp_path / "1" / "metrics.csv").write_text("step,val/miou\n24,0.5\n60,0.6\n99,0.7\n")
+    steps, values = plots.seed_curves(compare(load_runs([tmp_path]))["full"])
+    assert steps == [24, 99]
+    np.testing.assert_allclose(values, [[35, 50], [50, 70]])
+
+
+def test_a_variant_keeps_its_look_and_twelve_are_told_apart():
+    look = plots.styles([f"variant {k}" for k in range(12)])
+    assert len({(style.color, style.marker) for style in look.values()}) == 12
+
+
+# ------------------------------------------------------------------------------------------------------------- page
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        pytest.skip("no Chromium to open the page with")
+    options = "no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=[f"--{option}" for option in options.split()])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_whole_in_a_browser_and_never_scrolls_sideways(report, browser, width, scheme):
+    requests, problems = [], []
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((report / "report.html").resolve().as_uri())
+    assert page.locator("table.comparison").count() == 2
+    assert page.locator("table.comparison caption").count() == 2
+    assert page.locator("table.comparison th:not([scope])").count() == 0
+    images = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.alt.length, i.complete])")
+    assert len(images) > 10
+    assert all(width > 0 and alt > 0 and complete for width, alt, complete in images)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not problems
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    page.close()
+
+
+def test_dark_pages_get_dark_drawings(report, browser):
+    shown = {}
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme)
+        page.goto((report / "report.html").resolve().as_uri())
+        shown[scheme] = page.evaluate("document.images[0].currentSrc")
+        page.close()
+    assert shown["light"] != shown["dark"]
+
+
+def test_the_page_stays_small_with_many_variants(tmp_path):
+    counts = confusion(0.8, classes=19, images=12)
+    names = tuple(f"class {k}" for k in range(19))
+    for k in range(12):
+        run = write_run(tmp_path / "runs" / str(k), f"lora_{k}", 0)
+        write_evaluation(run, np.roll(counts, k, 0), classes=names)
+    write_report(load_runs([tmp_path / "runs"]), tmp_path / "out", predictions=pictures)
+    assert (tmp_path / "out" / "report.html").stat().st_size < 5e6
