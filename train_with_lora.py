@@ -65,10 +65,15 @@ def choose_lora(cfg) -> Any:  # noqa: ANN001
     expand_home(cfg)
     check(cfg)
     images = len(instantiate(cfg.data, _convert_="all").train_set)
-    preset = "small" if images < 2000 else "medium" if images <= 5000 else "large"
+    preset = preset_for(images)
     logging.getLogger(__name__).info("lora=auto: %d training images, so lora=%s", images, preset)
     overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("lora=")]
     return compose(HydraConfig.get().job.config_name, [*overrides, f"lora={preset}"])
+
+
+def preset_for(images: int) -> str:
+    """The LoRA preset for a number of training images."""
+    return "small" if images < 2000 else "medium" if images <= 5000 else "large"
 
 
 def check(cfg) -> None:  # noqa: ANN001

@@ -271,6 +271,7 @@ def resume(folder: Path) -> list[str]:
 
 def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> str | None:
     """Runs a command, its output both shown and appended to the log; returns its error, or None."""
+    before = log.stat().st_size if log.is_file() else 0
     with (
         log.open("ab") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
@@ -281,7 +282,8 @@ def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -
             file.write(part)
     if process.returncode == 0:
         return None
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    output = log.read_bytes()[before:].decode(errors="replace")
+    lines = [line for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # its sentence comes last
     return (errors or lines or [f"exit code {process.returncode}"])[-1]
 

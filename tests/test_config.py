@@ -12,6 +12,7 @@ from eomt.config_check import check_config
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.toy_streets import write_toy_streets
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from train_with_lora import preset_for
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = "{embed_dim: 64, depth: 5, num_heads: 2}"
@@ -78,6 +79,11 @@ def test_a_variant_has_the_last_word_on_what_trains(experiment):
     assert not model.use_lora and model.freeze == [] and model.unfreeze_last_n is None
     model = composed("cityscapes", [*chosen, "variant=lora_r8"]).model
     assert (model.use_lora, model.lora_rank, model.lora_alpha) == (True, 8, 16)
+
+
+def test_auto_takes_the_preset_for_the_number_of_images():
+    found = [preset_for(images) for images in (1, 1999, 2000, 5000, 5001)]
+    assert found == ["small", "small", "medium", "medium", "large"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from zipfile import is_zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,13 +40,17 @@ def summary_of(folder):
     return json.loads((Path(folder) / "summary.json").read_text())
 
 
-def evaluate(artefact, toy_cache):
-    """The mIoU that scripts/evaluate.py finds."""
-    scores = artefact / "scores.json"
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(artefact), *DATA, f"data.root={toy_cache}"]
-    result = subprocess.run([*command, "--json", str(scores)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "road" in result.stdout
+def run_evaluate(*arguments, code=0):
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def evaluate(artefact, folder, *overrides):
+    """The mIoU that scripts/evaluate.py finds and writes."""
+    assert "road" in run_evaluate(artefact, *overrides, "--output", folder).stdout
+    (scores,) = folder.glob("*.json")
     return json.loads(scores.read_text())["miou"]
 
 
@@ -64,7 +69,7 @@ def adapted(source, toy_cache, tmp_path_factory):
     """A LoRA run from it, by the guide's own flags."""
     folder = tmp_path_factory.mktemp("lora")
     flags = f"--use_lora --lora_rank 4 --lora_alpha 8 --epochs 3 --batch_size 4 --ckpt_path {source[0]}/model".split()
-    return folder, train(toy_cache, folder, "data.domain=night_fog", *flags)
+    return folder, train(toy_cache, folder, "data.domain=night_fog", *flags), toy_cache
 
 
 def test_a_full_run_leaves_one_folder_with_everything(source):
@@ -96,18 +101,58 @@ def test_metrics_are_written_for_every_validation(source):
     assert len(scores) == 4 and max(scores) == pytest.approx(summary_of(source[0])["miou"], abs=1e-6)
 
 
-def test_the_saved_network_scores_what_the_run_reported(source, toy_cache):
-    assert evaluate(source[0] / "model", toy_cache) == pytest.approx(summary_of(source[0])["miou"], abs=1e-6)
+def test_the_saved_network_scores_what_the_run_reported(source, toy_cache, tmp_path):
+    overrides = [*DATA, f"data.root={toy_cache}"]
+    found = evaluate(source[0] / "model", tmp_path, *overrides)
+    assert found == pytest.approx(summary_of(source[0])["miou"], abs=1e-6)
+
+
+@pytest.mark.parametrize("artefact", ["", "adapter", "checkpoints/best.ckpt", "merged"])
+def test_every_form_of_an_adapter_scores_what_the_run_reported_and_nothing_is_repeated(adapted, tmp_path, artefact):
+    folder = adapted[0]
+    if artefact == "merged":
+        merge = [
+            sys.executable,
+            str(ROOT / "scripts" / "merge_lora.py"),
+            str(folder / "adapter"),
+            str(tmp_path / "out"),
+        ]
+        subprocess.run(merge, check=True, capture_output=True)
+        found = evaluate(tmp_path / "out", tmp_path, f"data.root={adapted[2]}", *DATA, "data.domain=night_fog")
+    else:
+        found = evaluate(folder / artefact, tmp_path)
+    assert found == pytest.approx(summary_of(folder)["miou"], abs=1e-6)
+
+
+def test_an_evaluation_leaves_the_confusion_matrix_as_table_and_picture(source, tmp_path):
+    run_evaluate(source[0] / "model", "--output", tmp_path)
+    rows = list(csv.reader((tmp_path / "toy_streets_confusion.csv").open()))
+    counts = np.load(tmp_path / "toy_streets.npz")["confusion"]
+    names = json.loads((tmp_path / "toy_streets.json").read_text())["classes"]
+    assert rows[0][1:] == names and [row[0] for row in rows[1:]] == names
+    assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=np.int64), counts.sum(0))
+    assert (tmp_path / "toy_streets_confusion.png").stat().st_size > 10_000
 
 
 def test_evaluating_on_other_classes_is_refused(source, camvid_root):
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(source[0] / "model"), "data=camvid"]
-    result = subprocess.run([*command, f"data.root={camvid_root}"], capture_output=True, text=True)
-    assert result.returncode == 1 and "the network knows 19 classes" in result.stderr and "has 11" in result.stderr
+    result = run_evaluate(source[0] / "model", "data=camvid", f"data.root={camvid_root}", code=1)
+    assert "the network knows 19 classes" in result.stderr and "has 11" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.lora_rank=8", "model.lora_rank=8 contradicts the model, which carries lora_rank=4"),
+        ("data.img_size=[32,32]", "contradicts the model, which carries img_size=[64, 64]"),
+        ("trainer.max_epochs=3", "only the data can be chosen here"),
+    ],
+)
+def test_what_contradicts_the_model_is_refused(adapted, override, sentence):
+    assert sentence in run_evaluate(adapted[0] / "adapter", "data=toy_streets", override, code=1).stderr
 
 
 def test_a_lora_run_ends_with_a_small_adapter_and_a_passed_audit(adapted, source):
-    folder, result = adapted
+    folder, result, _ = adapted
     summary = summary_of(folder)
     assert "TRAINABLE PARAMETERS (LoRA)" in result.stdout and "Total frozen" in result.stdout
     assert {path.name for path in (folder / "adapter").iterdir()} == {
@@ -128,6 +173,21 @@ def test_lora_checkpoints_hold_no_frozen_weight(adapted):
     checkpoint = torch.load(adapted[0] / "checkpoints" / "last.ckpt", weights_only=True)
     backbone = [key for key in checkpoint["state_dict"] if ".backbone." in key]
     assert backbone and all(".lora_" in key for key in backbone)
+
+
+def test_the_auto_preset_counts_the_images_and_says_so(source, toy_cache, tmp_path):
+    arguments = ["lora=auto", "trainer.max_epochs=1", "data.batch_size=4", "model.lora_alpha=9"]
+    result = train(toy_cache, tmp_path, *arguments, f"model.ckpt_path={source[0]}/model")
+    assert "lora=auto: 8 training images, so lora=small" in result.stdout
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 9, 0.1)
+
+
+def test_a_run_of_no_steps_evaluates_the_network_it_starts_from(source, toy_cache, tmp_path):
+    train(toy_cache, tmp_path, "variant=none", "data.batch_size=4", f"model.ckpt_path={source[0]}/model")
+    summary = summary_of(tmp_path)
+    assert summary["steps"] == 0 and summary["status"] == "finished"
+    assert summary["miou"] == pytest.approx(summary_of(source[0])["miou"], abs=1e-6)
 
 
 def test_patience_ends_a_run_that_no_longer_improves(toy_cache, tmp_path):
@@ -220,7 +280,8 @@ def test_two_processes_count_every_validation_image_once(source, toy_cache, tmp_
     arguments += ["--use_lora", f"model.ckpt_path={source[0]}/model", "trainer.max_epochs=2"]
     train(toy_cache, tmp_path, *arguments)
     summary = summary_of(tmp_path)
-    assert evaluate(tmp_path / "adapter", toy_cache) == pytest.approx(summary["miou"], abs=1e-6)
+    found = evaluate(tmp_path / "adapter", tmp_path / "scores", *DATA, f"data.root={toy_cache}")
+    assert found == pytest.approx(summary["miou"], abs=1e-6)
     assert all(check["passed"] for check in summary["lora_audit"].values())
 
 

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 SCHEMA_VERSION = 1
+RECENT = 1000  # steps that a median is taken of
 LIBRARIES = ("torch", "torchvision", "lightning", "timm", "peft", "hydra-core", "torchmetrics", "safetensors", "numpy")
 
 
@@ -24,8 +26,8 @@ class StepClock(Callback):
     """Seconds of every training step: waiting for data, and computing."""
 
     def __init__(self) -> None:
-        self.data: list[float] = []
-        self.compute: list[float] = []
+        self.data: deque[float] = deque(maxlen=RECENT)
+        self.compute: deque[float] = deque(maxlen=RECENT)
         self.mark: float | None = None
         self.batches_per_step = 1
         self.started = time.time()
@@ -58,11 +60,13 @@ class StepClock(Callback):
         """Seconds since the run began; if it was resumed, those of its earlier parts up to their checkpoints, too."""
         return time.time() - self.started
 
-    def state_dict(self) -> dict[str, float]:
-        return {"elapsed": self.elapsed()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": self.elapsed(), "data": list(self.data), "compute": list(self.compute)}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.started -= state["elapsed"]
+        self.data.extend(state["data"])
+        self.compute.extend(state["compute"])
 
     def summary(self) -> dict[str, float]:
         """Medians, times the batches that an optimiser step accumulates; `total` is their sum."""
@@ -95,6 +99,12 @@ class CountFlops(Callback):
     def on_exception(self, *args: Any) -> None:
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
+
+    def state_dict(self) -> dict[str, int | None]:
+        return {"flops": self.flops}
+
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
+        self.flops = state["flops"]
 
 
 class HashBatches(Callback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from eomt.data.labels import IGNORE
 from eomt.models.checkpoint import load_checkpoint
 from eomt.models.eomt import EoMT
-from eomt.models.vit import ViT, check_img_size
+from eomt.models.vit import ViT
 from eomt.training.mask_classification_loss import MaskClassificationLoss
 from eomt.training.param_groups import param_groups
 from eomt.training.prediction import ImageLike, predict
@@ -39,6 +38,7 @@ from eomt.training.schedules import (
     resolve_warmup,
 )
 from eomt.training.semantic_inference import segment
+from eomt.training.settings import check_same_settings, check_values
 from lora_config import BASE, LoRASettings, apply_lora, fingerprint
 
 if TYPE_CHECKING:
@@ -386,17 +386,6 @@ class MaskClassificationSemantic(lightning.LightningModule):
         use_adapter(self, name)
 
 
-def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ValueError when a resumed run asks for other settings: the checkpoint's optimiser would overrule them."""
-    for name in trained_with.keys() & now.keys() - {"ckpt_path", "compile"}:
-        before, after = json.dumps(trained_with[name]), json.dumps(now[name])
-        if before != after:
-            raise ValueError(
-                f"resume: the checkpoint was trained with {name} {before}, now it is {after}; a run goes on with its "
-                "own settings, and ckpt_path starts a new one from its weights"
-            )
-
-
 def iou_per_class(confusion: Tensor) -> Tensor:
     """Confusion counts [K, K] (target, prediction) -> IoU [K] in [0, 1], NaN for a class in neither."""
     hit = confusion.diagonal().double()
@@ -413,30 +402,5 @@ def check_settings(**settings: Any) -> LoRASettings:
     bound = inspect.signature(MaskClassificationSemantic).bind(**settings)
     bound.apply_defaults()
     hp = bound.arguments
-    check_img_size(hp["img_size"], hp["patch_size"])
-    if hp["ckpt_path"] and not Path(hp["ckpt_path"]).expanduser().exists():
-        raise FileNotFoundError(f"ckpt_path {hp['ckpt_path']}: no such file or folder")
-    positive = "lr lora_lr llrd poly_power num_points num_q num_blocks num_classes unfreeze_last_n".split()
-    for name in positive:
-        if hp[name] is not None and not hp[name] > 0:
-            raise ValueError(f"{name} {hp[name]}: must be greater than 0")
-    if hp["num_classes"] >= IGNORE:
-        raise ValueError(f"num_classes {hp['num_classes']}: label maps are uint8 and {IGNORE} is ignored; at most 254")
-    if hp["llrd"] > 1:
-        raise ValueError(f"llrd {hp['llrd']}: a decay per block lies between 0 and 1; 1.0 is none")
-    if hp["weight_decay"] < 0:
-        raise ValueError(f"weight_decay {hp['weight_decay']}: cannot be negative")
-    if not 0 <= hp["importance_sample_ratio"] <= 1:
-        raise ValueError(f"importance_sample_ratio {hp['importance_sample_ratio']}: a share of the points, 0 to 1")
-    if hp["oversample_ratio"] < 1:
-        raise ValueError(f"oversample_ratio {hp['oversample_ratio']}: candidates per point, at least 1")
-    for name, length in (
-        ("class_names", "num_classes"),
-        ("class_colors", "num_classes"),
-        ("class_weights", "num_classes"),
-        ("attn_mask_annealing_start", "num_blocks"),
-        ("attn_mask_annealing_end", "num_blocks"),
-    ):
-        if hp[name] is not None and len(hp[name]) != hp[length]:
-            raise ValueError(f"{name} has {len(hp[name])} entries, {length} is {hp[length]}")
+    check_values(hp)
     return LoRASettings(**{name: hp[f"lora_{name}"] for name in LoRASettings.__dataclass_fields__})
