@@ -338,7 +338,7 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     module = MaskClassificationSemantic.from_pretrained(run / summary["artefact"])
     progress = sys.stderr.isatty()
     name, data = data_of_run(run)
-    target = evaluate(module, data, precision, progress, f"{name}, {len(data.val_set)} images")
+    target = evaluate(module, data, precision, progress, name)
     if summary["miou"] is not None and abs(target.miou - summary["miou"]) > 1e-6:
         raise ValueError(
             f"{run / summary['artefact']} scores {target.miou:.7f}, but its run reported {summary['miou']:.7f}: "
@@ -347,9 +347,7 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     target.save(run / "evaluation", "target")
     if source:
         name, data = open_data(source, module.hparams.img_size, batch_size=1)
-        evaluate(module, data, precision, progress, f"{name}, {len(data.val_set)} images").save(
-            run / "evaluation", "source"
-        )
+        evaluate(module, data, precision, progress, name).save(run / "evaluation", "source")
 
 
 def precision_of(run: Path) -> str:

@@ -99,6 +99,7 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
         run_rows=[_run_row(run) for run in comparison.runs],
         command=lambda run: shlex.join(run.cell.get("command") or run.summary.get("command") or []),
         baseline=comparison.baseline,
+        chosen=any(kept_network(run).startswith("best") for run in comparison.runs if run.error is None),
         tests=sum(v.delta is not None and v.delta.low is not None for v in comparison.others),
     )
 
