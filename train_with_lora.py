@@ -23,7 +23,7 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
 
     cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
-    expand_home(cfg)
+    absolute_paths(cfg)
     check(cfg)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         keep_earlier_run(output_dir, cfg.resume)
@@ -44,7 +44,7 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
         cfg.trainer, callbacks=list(callbacks.values()), logger=loggers, default_root_dir=output_dir, _convert_="all"
     )
 
-    print_start(module, datamodule)
+    print_start(module, datamodule, trains=trainer.max_steps != 0)
     start = fingerprint(module.network)  # of the weights it starts from, fresh adapters left out
     try:
         if trainer.max_steps != 0:
@@ -62,7 +62,7 @@ def choose_lora(cfg) -> Any:  # noqa: ANN001
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
 
-    expand_home(cfg)
+    absolute_paths(cfg)
     check(cfg)
     images = len(instantiate(cfg.data, _convert_="all").train_set)
     preset = preset_for(images)
@@ -106,8 +106,8 @@ def check(cfg) -> None:  # noqa: ANN001
         check_settings(**{key: value for key, value in plain["model"].items() if key != "_target_"})
     if missing:
         raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
-    if cfg.resume and not Path(cfg.resume).is_file():
-        raise FileNotFoundError(f"resume {cfg.resume}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+    if cfg.resume:
+        check_resume(cfg.resume, plain["model"])
     if any(word in str(cfg.trainer.get("strategy")) for word in ("fsdp", "deepspeed")):
         raise ValueError(
             f"trainer.strategy {cfg.trainer.strategy}: sharded weights can neither be audited nor saved as an adapter "
@@ -115,14 +115,27 @@ def check(cfg) -> None:  # noqa: ANN001
         )
 
 
-def expand_home(cfg) -> None:  # noqa: ANN001
-    """`~` in paths, which no shell expands behind a `key=`."""
+def check_resume(checkpoint: str, model: dict[str, Any]) -> None:
+    """Raises ValueError or FileNotFoundError where a run cannot go on from there; nothing has been touched yet."""
+    from eomt.training.pretrained import read_lightning
+    from eomt.training.settings import check_same_settings
+
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"resume {checkpoint}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+    derived = ("num_classes", "class_names", "class_colors", "class_weights")  # the data say
+    asked = {key: value for key, value in model.items() if key not in derived}
+    check_same_settings(read_lightning(Path(checkpoint)).get("hyper_parameters", {}), asked)
+
+
+def absolute_paths(cfg) -> None:  # noqa: ANN001
+    """Paths from the root, so that the run's records hold anywhere; `~` too, which no shell expands behind a `key=`."""
     from omegaconf import OmegaConf
 
-    for key in ("data.root", "model.ckpt_path", "resume"):
-        path = OmegaConf.select(cfg, key)
-        if isinstance(path, str) and path.startswith("~"):
-            OmegaConf.update(cfg, key, os.path.expanduser(path))
+    files = ("root", "images", "masks", "val_images", "val_masks", "classes")
+    for key in (*(f"data.{name}" for name in files), "model.ckpt_path", "resume"):
+        path = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if isinstance(path, str):
+            OmegaConf.update(cfg, key, os.path.abspath(os.path.expanduser(path)))
 
 
 def keep_earlier_run(output_dir: Path, resume: str | None) -> None:

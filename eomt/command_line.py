@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,7 +61,15 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
             raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
         else:
             overrides.append(word)
-    return options + overrides
+    return options + [expand_home(word) for word in overrides]
+
+
+def expand_home(word: str) -> str:
+    """`output_dir=~/runs` without the `~`, of which no shell makes a folder behind a `=`, and Hydra one named so."""
+    key, equals, value = word.partition("=")
+    if key != "output_dir" or not value.lstrip("'\"").startswith("~/"):
+        return word
+    return key + equals + value.replace("~", os.path.expanduser("~"), 1)
 
 
 def split_flag(word: str) -> list[str]:

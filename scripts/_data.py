@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also runs from a checkout that is not installed
 
+from eomt.command_line import did_you_mean, one_sentence  # noqa: E402
+
 
 def datasets_known() -> list[str]:
     """What `data=` may be."""
@@ -28,8 +30,6 @@ def open_data(
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-
-    from eomt.command_line import one_sentence
 
     chosen = [override for override in overrides if override.startswith(("data=", "experiment="))]
     if not chosen:
@@ -49,22 +49,29 @@ def open_data(
         raise ValueError(one_sentence(error)) from error
 
 
-def data_of_run(run: Path) -> "tuple[str, SegmentationDataModule]":
-    """The data set that a run trained on, from its `config.yaml`, and its name.
+def data_of_run(run: Path, overrides: Sequence[str] = ()) -> "tuple[str, SegmentationDataModule]":
+    """The data set that a run trained on, from its `config.yaml` and any `data.key=value`, and its name.
 
     Raises:
         ValueError, FileNotFoundError: the folder has no configuration, or the data are gone.
     """
+    import yaml
     from omegaconf import OmegaConf
 
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has no config.yaml that names its data: give data=NAME")
     config = OmegaConf.load(run / "config.yaml")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if OmegaConf.select(config, key, default=config) is config:
+            raise ValueError(f"{key} is not in {run / 'config.yaml'}{did_you_mean(key.split('.')[-1], config.data)}")
+        OmegaConf.update(config, key, yaml.safe_load(value))
     return config.data._target_.rsplit(".", 1)[-1], build_data(config, f"see {run / 'config.yaml'}")
 
 
 def build_data(config: Any, remedy: str) -> "SegmentationDataModule":
     """The data module that the `data` of a configuration describes, after the same checks as before training."""
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -73,7 +80,11 @@ def build_data(config: Any, remedy: str) -> "SegmentationDataModule":
     if missing := sorted(OmegaConf.missing_keys(config.data)):
         raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")
     check_config({"data": OmegaConf.to_container(config.data, resolve=True)})
-    return instantiate(config.data, _convert_="all")
+    try:
+        return instantiate(config.data, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        raise cause if isinstance(cause, (ValueError, OSError)) else ValueError(one_sentence(error)) from error
 
 
 def run_of(model: Path) -> Path:

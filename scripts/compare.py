@@ -26,7 +26,17 @@ from eomt.command_line import one_sentence, quiet_libraries
 if TYPE_CHECKING:
     from torch import Tensor
 
-VARIANTS = sorted(path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml"))
+VARIANTS = sorted(path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml") if path.stem != "base")
+OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
+    "variant": "give variants=[...]",
+    "seed": "give seeds=[...]",
+    "resume": "the same command again continues a matrix",
+    "callbacks.save_best.keep": "a matrix keeps the network of the last step",
+    "patience": "runs must have equally many steps",
+    "trainer.max_time": "runs must have equally many steps",
+    "trainer.fast_dev_run": "runs must be whole",
+    "trainer.limit_val_batches": "runs are scored on all images",
+}
 EXAMPLES = f"""examples:
   python scripts/compare.py run experiment=toy_night variants=[none,head,lora_r8,full] seeds=[0,1,2]
   python scripts/compare.py run experiment=camvid_dusk variants=[none,head,lora_r8,lora_r16,full] seeds=[0,1,2] \\
@@ -62,7 +72,7 @@ def main() -> int:
     evaluate = commands.add_parser("evaluate", help="evaluate a run for the report (run and report do it as needed)")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("source", nargs="*", metavar="key=value", help="the source domain, as in source= above")
-    args = parser.parse_args()
+    args = parser.parse_args(options_first(sys.argv[1:]))
 
     from hydra.errors import HydraException
 
@@ -80,6 +90,16 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def options_first(words: Sequence[str]) -> list[str]:
+    """`--config-name` may stand behind overrides, as for train_with_lora.py; argparse wants it in front of them."""
+    words = list(words)
+    for i, word in enumerate(words):
+        if words[0] == "run" and word.startswith("--config-name"):
+            option = words[i : i + 1 if "=" in word else i + 2]
+            return ["run", *option, *words[1:i], *words[i + len(option) :]]
+    return words
 
 
 # The matrix
@@ -104,12 +124,15 @@ def run_matrix(overrides: Sequence[str], config_name: str) -> int:
     facts = continue_matrix(folder, facts)
     check_matrix(facts)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "matrix.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(folder / "matrix.json", facts)
 
     ConfigStore.instance().store("cell", node={"variant": "???", "seed": "???", "matrix": "???"})
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped launcher arrives here and not as Hydra's own page
     sys.argv[1:] = ["--multirun", *sweep(folder, facts), *launcher]
-    hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
+    try:
+        hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
+    except RuntimeError as error:  # a cluster's job that was ended from outside
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
     return summarise(folder, facts)
 
 
@@ -138,17 +161,17 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
         if key in ("variants", "seeds", "devices"):
             value = override.value()
             value = getattr(value, "list", value)  # 0,1,2 is a sweep to Hydra
-            facts[key] = list(value) if isinstance(value, (list, tuple)) else [value]
+            facts[key] = list(dict.fromkeys(value if isinstance(value, (list, tuple)) else [value]))
         elif key == "output_dir":
             folder = override.value()
         elif key.startswith("hydra"):
             launcher.append(word)
-        elif key in ("variant", "seed", "resume"):
-            raise ValueError(f"{word}: a matrix sets this for each of its runs; give variants=[...] and seeds=[...]")
+        elif key in OWN_KEYS:
+            raise ValueError(f"{word}: this is not for a matrix to be told: {OWN_KEYS[key]}")
         else:
             facts["overrides"].append(word)
     named = [word.split("=")[1] for word in facts["overrides"] if word.startswith("experiment=")]
-    facts["folder"] = str(folder or Path("outputs", "compare", *(named or [config_name])))
+    facts["folder"] = os.path.expanduser(folder or Path("outputs", "compare", *(named or [config_name])))
     return facts, launcher
 
 
@@ -158,7 +181,8 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         return facts
     before = json.loads((folder / "matrix.json").read_text())
     for key in ("config_name", "overrides", "source"):
-        if before[key] != facts[key]:
+        added = key == "source" and not before[key]  # the finished cells are evaluated there, too
+        if before[key] != facts[key] and not added:
             raise ValueError(
                 f"{folder} holds a matrix with {key} {before[key]}, now it is {facts[key]}: its runs would not be "
                 "comparable; give the same, or another output_dir="
@@ -175,7 +199,7 @@ def check_matrix(facts: dict[str, Any]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from train_with_lora import check, expand_home
+    from train_with_lora import absolute_paths, check
 
     if unknown := [name for name in facts["variants"] if name not in VARIANTS]:
         raise ValueError(f"variant {unknown[0]} is not in configs/variant: choose from {', '.join(VARIANTS)}")
@@ -188,13 +212,30 @@ def check_matrix(facts: dict[str, Any]) -> None:
                 config = compose(facts["config_name"], words, return_hydra_config=True)
             HydraConfig.instance().set_config(config)
             del config.hydra
-            expand_home(config)
+            check_variant(variant, config)
+            absolute_paths(config)
             check(config)
         build_data(config, "see --help").check_files()
         if facts["source"]:
             open_data(facts["source"], config.model.img_size, batch_size=1)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_sentence(error)) from error
+
+
+def check_variant(variant: str, config: Any) -> None:
+    """Raises ValueError where an override makes of a variant something else than its name says."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        wanted = OmegaConf.merge(config, compose(overrides=[f"+variant={variant}"]))
+    for part in ("model", "trainer"):
+        for key, value in OmegaConf.to_container(wanted[part], resolve=True).items():
+            if value != config[part].get(key):
+                raise ValueError(
+                    f"{part}.{key}={config[part].get(key)} makes of variant {variant}, which has {value}, something "
+                    "else than its name says: write it as a variant of its own in configs/variant/"
+                )
 
 
 def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
@@ -220,17 +261,27 @@ def sweep(folder: Path, facts: dict[str, Any]) -> list[str]:
 
 
 def run_cell(cell: Cell) -> None:
-    """Trains and evaluates one cell in processes of its own; whatever happens to it, the others go on."""
+    """Runs one cell of the matrix, unless it is finished, or running in another process."""
+    from filelock import FileLock, Timeout
     from hydra.core.hydra_config import HydraConfig
 
     matrix = Path(cell.matrix)
-    facts = json.loads((matrix / "matrix.json").read_text())
+    facts = read_json(matrix / "matrix.json")
     folder = matrix / cell.variant / f"seed_{cell.seed}"
     count = len(facts["variants"]) * len(facts["seeds"])
     title = f"[{HydraConfig.get().job.num + 1}/{count}] {cell.variant}, seed {cell.seed}"
-    if finished(folder):
-        print(f"== {title}: finished before, kept", flush=True)
-        return
+    try:
+        with FileLock(matrix / f".{cell.variant}_{cell.seed}.lock", timeout=0):
+            if finished(folder, facts["source"]):
+                print(f"== {title}: finished before, kept", flush=True)
+            else:
+                train_and_evaluate(cell, title, matrix, facts, folder)
+    except Timeout:
+        print(f"== {title}: another process runs it, left alone", flush=True)
+
+
+def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, Any], folder: Path) -> None:
+    """One cell, in processes of its own; whatever happens to it, the others go on."""
     print(f"== {title}", flush=True)
     script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
     train = [*script, *facts["overrides"], *fixed(cell.variant, cell.seed, folder), *resume(folder)]
@@ -242,17 +293,33 @@ def run_cell(cell: Cell) -> None:
         error = error or run_logged(evaluate, folder / "run.log", environment)
     cell_facts = {"variant": cell.variant, "seed": cell.seed, "status": "failed" if error else "finished"}
     cell_facts |= {"error": error, "command": ["python", "train_with_lora.py", *train[2:]]}
-    (folder / "cell.json").write_text(json.dumps(cell_facts, indent=2) + "\n")
+    write_json(folder / "cell.json", cell_facts)
     minutes, seconds = divmod(round(time.time() - started), 60)
     print(f"== {title}: {'failed: ' + error if error else 'finished'} after {minutes} min {seconds} s", flush=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """A file's content; empty where there is none.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it to have it made again") from error
 
 
-def finished(folder: Path) -> bool:
-    return read_json(folder / "cell.json").get("status") == "finished"
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """Beside, then renamed: a machine that dies meanwhile leaves the earlier file."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(facts, indent=2) + "\n")
+    draft.replace(path)
+
+
+def finished(folder: Path, source: Sequence[str]) -> bool:
+    evaluated = not source or (folder / "evaluation" / "source.json").is_file()
+    return evaluated and read_json(folder / "cell.json").get("status") == "finished"
 
 
 def status(folder: Path) -> str | None:
@@ -260,9 +327,12 @@ def status(folder: Path) -> str | None:
 
 
 def resume(folder: Path) -> list[str]:
-    """The override that continues a half-finished run; without a whole checkpoint it starts anew."""
+    """The override that continues a half-finished run.
+
+    It starts anew without a whole checkpoint, and after a failed audit, of which the rest of a run shows too little.
+    """
     last = folder / "checkpoints" / "last.ckpt"
-    if zipfile.is_zipfile(last):
+    if zipfile.is_zipfile(last) and not (status(folder) or "").startswith("failed: LoRA audit"):
         return [f"resume='{last}'"]
     if status(folder) != "finished":
         shutil.rmtree(folder, ignore_errors=True)
@@ -282,6 +352,8 @@ def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -
             file.write(part)
     if process.returncode == 0:
         return None
+    if process.returncode < 0:
+        return f"killed by signal {-process.returncode}; 9 often means that memory ran out"
     output = log.read_bytes()[before:].decode(errors="replace")
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # its sentence comes last
@@ -310,7 +382,7 @@ def one_device(matrix: Path, devices: Sequence[int]) -> Iterator[dict[str, str]]
 def summarise(folder: Path, facts: dict[str, Any]) -> int:
     """Says what became of the cells, and what to do next."""
     cells = [(variant, seed) for seed in facts["seeds"] for variant in facts["variants"]]
-    failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}")]
+    failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}", facts["source"])]
     for variant, seed in failed:
         error = read_json(folder / variant / f"seed_{seed}" / "cell.json").get("error", "did not end")
         print(f"failed: {variant}, seed {seed}: {error}")
@@ -328,18 +400,22 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     Raises:
         ValueError: the artefact does not score what the run reported.
     """
+    import yaml
+
     from eomt.training.evaluation import evaluate
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     quiet_libraries()
-    summary, precision = read_json(run / "summary.json"), precision_of(run)
+    summary = read_json(run / "summary.json")
     if not summary:
         raise FileNotFoundError(f"{run} has no summary.json: give the folder of a run that ended")
     module = MaskClassificationSemantic.from_pretrained(run / summary["artefact"])
-    progress = sys.stderr.isatty()
+    settings = yaml.safe_load((run / "config.yaml").read_text())["trainer"]
+    options = {key: settings[key] for key in ("precision", "accelerator")} | {"progress": sys.stderr.isatty()}
     name, data = data_of_run(run)
-    target = evaluate(module, data, precision, progress, name)
-    if summary["miou"] is not None and abs(target.miou - summary["miou"]) > 1e-6:
+    target = evaluate(module, data, description=name, **options)
+    exact = not summary["machine"]["gpus"] and not module.hparams.compile  # kernels of a GPU choose their own order
+    if summary["miou"] is not None and abs(target.miou - summary["miou"]) > (1e-6 if exact else 1e-3):
         raise ValueError(
             f"{run / summary['artefact']} scores {target.miou:.7f}, but its run reported {summary['miou']:.7f}: "
             "data or device have changed since, evaluate where it was trained"
@@ -347,13 +423,13 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     target.save(run / "evaluation", "target")
     if source:
         name, data = open_data(source, module.hparams.img_size, batch_size=1)
-        evaluate(module, data, precision, progress, name).save(run / "evaluation", "source")
+        evaluate(module, data, description=name, **options).save(run / "evaluation", "source")
 
 
-def precision_of(run: Path) -> str:
-    import yaml
-
-    return yaml.safe_load((run / "config.yaml").read_text())["trainer"]["precision"]
+def outdated(run: Path) -> bool:
+    """Whether the run has no evaluation, or went on after it."""
+    scores, summary = run / "evaluation" / "target.json", run / "summary.json"
+    return not scores.is_file() or scores.stat().st_mtime < summary.stat().st_mtime
 
 
 def report_runs(args: argparse.Namespace) -> int:
@@ -362,9 +438,9 @@ def report_runs(args: argparse.Namespace) -> int:
     from eomt.reporting.comparison.runs import load_runs
 
     for run in load_runs(args.runs):
-        if run.error is None and not (run.path / "evaluation" / "target.json").is_file():
+        if run.error is None and outdated(run.path):
             print(f"evaluating {run.path}")
-            evaluate_run(run.path)
+            evaluate_run(run.path, read_json(run.path.parents[1] / "matrix.json").get("source", ()))
     output = args.output or args.runs[0] / "report"
     write_report(load_runs(args.runs), output, args.baseline, args.allow_different, predictions)
     print(f"{output}/report.html, report.md, report.csv, report.tex")
@@ -373,12 +449,21 @@ def report_runs(args: argparse.Namespace) -> int:
 
 def predictions(run: Path, names: Sequence[str]) -> "dict[str, tuple[Tensor, Tensor, Tensor]]":
     """Image, target and what the run's artefact sees, of validation images by name."""
+    import torch
+    from rich.progress import track
+
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     module = MaskClassificationSemantic.from_pretrained(run / read_json(run / "summary.json")["artefact"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module.to(device)
     images = data_of_run(run)[1].val_set
-    wanted = {name: images[images.names.index(name)] for name in names}
-    return {name: (image, target, module.predict(image)) for name, (image, target) in wanted.items()}
+    pictures = {}
+    with torch.autocast(device, torch.bfloat16, enabled="bf16" in (module.trained_precision or "")):
+        for name in track(names, f"pictures of {run}", transient=True):
+            image, target = images[images.names.index(name)]
+            pictures[name] = (image, target, module.predict(image))
+    return pictures
 
 
 if __name__ == "__main__":

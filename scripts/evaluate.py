@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from eomt.training.evaluation import Evaluation
 
 EXAMPLES = """examples:
-  python scripts/evaluate.py outputs/lora/adapter
+  python scripts/evaluate.py outputs/lora/adapter                       # on the run's own data
+  python scripts/evaluate.py outputs/lora/adapter data.root=/new/place  # which have moved
   python scripts/evaluate.py outputs/lora/checkpoints/last.ckpt data=cityscapes data.root=/data/cityscapes
   python scripts/evaluate.py outputs/camvid_dusk/adapter experiment=camvid_day data.root=/data/camvid"""
 
@@ -29,7 +30,7 @@ def main() -> int:
     )
     parser.add_argument("model", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
     parser.add_argument(
-        "overrides", nargs="*", metavar="data=NAME data.key=value", help="or experiment=NAME, for its data"
+        "overrides", nargs="*", metavar="data=NAME data.key=value", help="or experiment=NAME data.key=value"
     )
     parser.add_argument("--precision", help="default: that of the run")
     parser.add_argument("--ckpt_path", help="the base weights of an adapter, if they have moved")
@@ -45,20 +46,28 @@ def main() -> int:
     try:
         module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path)
         refuse_contradictions(dict(module.hparams), args.overrides)
-        if args.overrides:
-            name, datamodule = open_data(args.overrides, module.hparams.img_size, batch_size=1)
+        words = [word for word in args.overrides if not word.startswith("model.")]
+        if any(word.startswith(("data=", "experiment=")) for word in words):
+            name, datamodule = open_data(words, module.hparams.img_size, batch_size=1)
         else:
-            name, datamodule = data_of_run(run)
-        precision = args.precision or precision_of(args.model)
-        evaluation = evaluate(
-            module, datamodule, precision, sys.stderr.isatty(), " ".join(map(str, [args.model, *args.overrides]))
-        )
+            name, datamodule = data_of_run(run, words)
+        folder = args.output or run / "evaluation"
+        keep_other_scores(folder / f"{name}.json", datamodule.val_set.fingerprint())
+        precision = args.precision or module.trained_precision or "bf16-mixed"
+        evaluation = evaluate(module, datamodule, precision, progress=sys.stderr.isatty(), description=name)
+        show(f"{args.model} on {name}, {len(evaluation.confusion)} images, {precision}", evaluation)
+        write(evaluation, folder, name)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    show(f"{args.model} on {name}, {len(evaluation.confusion)} images, {precision}", evaluation)
-    write(evaluation, args.output or run / "evaluation", name)
     return 0
+
+
+def keep_other_scores(path: Path, images: str) -> None:
+    """Raises ValueError where the file holds scores on other images, or that cannot be written to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and json.loads(path.read_text()).get("data") != images:
+        raise ValueError(f"{path} holds scores on other images: give another folder with --output")
 
 
 def refuse_contradictions(hparams: dict, overrides: Sequence[str]) -> None:
@@ -75,18 +84,6 @@ def refuse_contradictions(hparams: dict, overrides: Sequence[str]) -> None:
             raise ValueError(
                 f"{override} contradicts the model, which carries {carried}={hparams.get(carried)}; leave it out"
             )
-
-
-def precision_of(model: Path) -> str:
-    """In which precision the model was trained, so that its score is found again."""
-    import yaml
-
-    config = run_of(model) / "config.yaml"
-    if config.is_file():
-        return yaml.safe_load(config.read_text())["trainer"]["precision"]
-    settings = model / "eomt_config.json"
-    found = json.loads(settings.read_text()).get("precision") if settings.is_file() else None
-    return found or "bf16-mixed"
 
 
 def show(title: str, evaluation: "Evaluation") -> None:

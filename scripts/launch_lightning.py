@@ -38,7 +38,7 @@ CHECK_RUN = """
 import train_with_lora
 check = train_with_lora.check
 def train(cfg, output_dir):
-    train_with_lora.expand_home(cfg)
+    train_with_lora.absolute_paths(cfg)
     try:
         check(cfg)
     except FileNotFoundError:

@@ -94,7 +94,7 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
             r"img_size \[8, 8\]: both sides must be multiples .* try \[16, 16\]",
         ),
         ([], 1, "data.root is required"),
-        (["experiment=toy_night", "variant=lora_r8"], 1, "ckpt_path outputs/toy_source/model: no such file or folder"),
+        (["experiment=toy_night", "variant=lora_r8"], 1, "outputs/toy_source/model: no such file or folder"),
         (["data.root=/nowhere"], 1, "/nowhere/leftImg8bit_trainvaltest.zip"),
         (["data.root=/x", "resume=gone.ckpt"], 1, "resume gone.ckpt: no such checkpoint"),
         (["data.root=/x", "--ckpt_path", "gone.bin"], 1, "ckpt_path gone.bin: no such file"),
@@ -146,3 +146,10 @@ def test_the_traceback_is_there_for_who_asks(tmp_path):
         "data.root=/x", "model.use_lora=true", "model.lora_rank=0", f"output_dir={tmp_path}", HYDRA_FULL_ERROR="1"
     )
     assert result.returncode == 1 and "Traceback" in result.stderr and "rank 0" in result.stderr
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_output_dir_however_it_is_written(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for words in (["output_dir=~/runs"], ["output_dir='~/runs'"], ["--output_dir", "~/runs"], ["--output_dir=~/runs"]):
+        (word,) = translate_flags(words)
+        assert word.replace("'", "") == "output_dir=/home/me/runs"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from zipfile import is_zipfile
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}", "model.num_blocks=2"]
@@ -140,9 +142,16 @@ def test_a_matrix_that_was_killed_goes_on_where_it_stopped(settings, tmp_path):
             ["variants=[head]", "model.lora_rnk=3"],
             "model.lora_rnk is not in the configuration; did you mean lora_rank?",
         ),
-        (["variants=[head]", "variant=full"], "variant=full: a matrix sets this for each of its runs"),
+        (["variants=[head]", "variant=full"], "variant=full: this is not for a matrix to be told: give variants=[...]"),
+        (["variants=[head]", "patience=3"], "runs must have equally many steps"),
+        (
+            ["variants=[none]", "trainer.max_steps=2"],
+            "trainer.max_steps=2 makes of variant none, which has 0, something",
+        ),
+        (["variants=[lora_r8]", "model.lora_blocks=1"], "model.lora_blocks=1 makes of variant lora_r8, which has all"),
         (["variants=[head]", "seeds=[a]"], "seeds are integers"),
-        (["variants=[unfreeze_last_n]", "model.unfreeze_last_n=-1"], "must be greater than 0"),
+        (["variants=[head]", "model.lr=-1"], "must be greater than 0"),
+        (["variants=[head]", "data.root=/nowhere/else", "data=camvid"], "CamVid needs the folder /nowhere/else/train"),
         (["variants=[head]", "source=data=camvit"], "data=camvit is not a dataset"),
         (["variants=[head]", "hydra/launcher=slurmy"], "Could not find 'hydra/launcher/slurmy'"),
     ],
@@ -151,6 +160,37 @@ def test_a_mistake_is_one_sentence_before_anything_runs(settings, tmp_path, argu
     result = compare("run", *settings, *arguments, f"output_dir={tmp_path / 'new'}", code=1)
     assert sentence in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.glob("new/*/*/summary.json"))
+
+
+def test_a_cell_that_another_process_runs_is_left_alone(matrix, settings):
+    folder, arguments, _ = matrix
+    one = [word.replace("variants=[none,lora_r4,full]", "variants=[none]") for word in arguments]
+    with FileLock(folder / ".full_3.lock"):
+        assert "full, seed 3: another process runs it, left alone" in compare(*one).stdout
+
+
+def test_a_failed_audit_is_not_forgotten_by_running_the_matrix_again(settings, tmp_path):
+    arguments = ["data.batch_size=1", "trainer.max_epochs=3", "model.lora_lr=1e-30", f"output_dir={tmp_path}"]
+    for _ in range(2):
+        compare("run", *settings, "variants=[lora_r4]", *arguments, code=1)
+    cell = read(tmp_path / "lora_r4" / "seed_0" / "cell.json")
+    assert cell["error"].startswith("LoRA audit") and not any("resume=" in word for word in cell["command"])
+
+
+def test_the_report_scores_a_run_again_that_went_on_after_its_evaluation(matrix, tmp_path):
+    shutil.copytree(matrix[0] / "full" / "seed_3", tmp_path / "run")
+    summary, scores = tmp_path / "run" / "summary.json", tmp_path / "run" / "evaluation" / "target.json"
+    stale = read(scores) | {"miou": 0.9}
+    scores.write_text(json.dumps(stale))
+    os.utime(scores, (0, 0))
+    result = compare("report", tmp_path / "run", "--output", tmp_path / "report")
+    assert "evaluating" in result.stdout and read(scores)["miou"] == pytest.approx(read(summary)["miou"], abs=1e-6)
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_the_configuration_may_be_named_anywhere_among_the_overrides(settings, tmp_path):
+    words = [*settings, "--config-name", "cityscapes_nope", "variants=[head]", f"output_dir={tmp_path / 'new'}"]
+    assert "cityscapes_nope" in compare("run", *words, code=1).stderr
 
 
 def test_help_shows_examples_and_variants():

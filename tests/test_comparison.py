@@ -382,6 +382,23 @@ def test_every_condition_that_differs_is_named_with_runs_and_values(tmp_path, as
         assert "b" * 13 not in str(found)
 
 
+@pytest.mark.parametrize(
+    ("part", "setting", "aspect"),
+    [
+        ("callbacks", {"save_best": {"keep": "best"}}, "choices of the evaluated network"),
+        ("trainer", {"accumulate_grad_batches": 4}, "images per step"),
+        ("data", {"batch_size": 2}, "images per step"),
+    ],
+)
+def test_settings_that_make_a_run_another_experiment_are_named(tmp_path, part, setting, aspect):
+    write_run(tmp_path / "a", "lora_r8")
+    write_run(tmp_path / "b", "full")
+    lora, full = load_runs([tmp_path])
+    lora.config[part] = lora.config.get(part, {}) | setting
+    (found,) = differences([lora, full])
+    assert str(found).startswith(f"{aspect} differ: ")
+
+
 MISSING = {
     "training data": {"data": {"val": digest("target")}},
     "validation data": {"data": {"train": digest("train")}},

@@ -53,36 +53,64 @@ def numbers(text):
 # ------------------------------------------------------------------------------------------------------------ words
 
 
-def two(tmp_path, ours, theirs, images=30, **changes):
+def two(tmp_path, *ours, theirs=0.8, images=30, **changes):
+    """A comparison of two variants, ours with this accuracy in seed 0, 1, ..."""
     shutil.rmtree(tmp_path / "two", ignore_errors=True)
-    write_run(tmp_path / "two" / "a", "lora_r8", 0, confusion(ours, images=images), **changes)
-    write_run(tmp_path / "two" / "b", "full", 0, confusion(theirs, images=images))
+    for seed, accuracy in enumerate(ours):
+        counts = confusion(accuracy, seed, images), confusion(theirs, seed, images)
+        write_run(tmp_path / "two" / f"a{seed}", "lora_r8", seed, counts[0], **changes)
+        write_run(tmp_path / "two" / f"b{seed}", "full", seed, counts[1])
     return compare(load_runs([tmp_path / "two"]))
 
 
 def test_the_answer_says_worse_better_or_not_measurably_different(tmp_path):
     for ours, verdict, side in ((0.7, "worse", "below"), (0.9, "better", "above")):
-        first, baseline, sentence = headline(two(tmp_path, ours, 0.8))
+        first, baseline, sentence = headline(two(tmp_path, ours, ours))
         assert first == f"LoRA against full is measurably {verdict} with lora_r8."
-        assert re.match(r"full, the baseline, reaches \d\d\.\d\d % mIoU \(one seed\)\.", baseline)
-        words = rf"lora_r8 is \d+\.\d\d points {side} full \(95 % interval \S+ to \S+\) with 12 % of the parameters"
-        assert re.match(words, sentence)
-    first, _, sentence = headline(two(tmp_path, 0.8, 0.8))
+        assert re.match(r"full, the baseline, reaches \d\d\.\d\d ± \d\.\d\d % mIoU \(2 seeds\)\.", baseline)
+        interval = r"\(95 % interval \S+ to \S+; over seeds ± \d\.\d\d\)"
+        assert re.match(rf"lora_r8 is \d+\.\d\d points {side} full {interval}, training 12 % of its", sentence)
+    first, _, sentence = headline(two(tmp_path, 0.8))
     assert first == "LoRA against full is not measurably different with lora_r8."
     assert "shows no measurable difference to full (+0.00 points, 95 % interval 0.00 to 0.00)" in sentence
 
 
 def test_times_are_set_against_each_other_only_on_equal_machines(tmp_path):
-    assert "a step computes 1.00 times as long" in headline(two(tmp_path, 0.7, 0.8))[-1]
-    other = headline(two(tmp_path, 0.7, 0.8, machine={"gpus": ["H100"]}))[-1]
+    assert "computing a step takes 1.00 times as long" in headline(two(tmp_path, 0.7))[-1]
+    other = headline(two(tmp_path, 0.7, machine={"gpus": ["H100"]}))[-1]
     assert "times as" not in other
 
 
-def test_a_difference_smaller_than_the_spread_over_seeds_is_said_to_be(tmp_path):
-    for seed, accuracy in ((0, 0.7), (1, 0.9)):
-        write_run(tmp_path / f"a{seed}", "lora_r8", seed, confusion(accuracy - 0.02, seed, images=50))
-        write_run(tmp_path / f"b{seed}", "full", seed, confusion(accuracy, seed, images=50))
-    assert "less than one standard deviation over seeds" in headline(compare(load_runs([tmp_path])))[-1]
+def test_one_seed_measures_nothing_but_these_images(tmp_path):
+    assert headline(two(tmp_path, 0.7))[0] == (
+        "LoRA against full is worse on these images, in the one seed that was run, with lora_r8."
+    )
+
+
+def test_seeds_that_disagree_leave_it_undecided_however_narrow_the_interval(tmp_path):
+    comparison = two(tmp_path, 0.6, 0.85, images=200)
+    delta = comparison["lora_r8"].delta
+    assert delta.high < 0 and delta.reading == "seeds disagree"
+    first, _, sentence = headline(comparison)
+    assert first == "LoRA against full is undecided, since seeds disagree, with lora_r8."
+    assert f"over seeds ± {100 * delta.seed_sd:.2f}), and the seeds disagree" in sentence
+
+
+def test_sides_that_average_over_other_classes_are_pointed_out(tmp_path):
+    ours, theirs = (np.zeros((12, 3, 3), int) for _ in range(2))
+    ours[:, :2, :2] = theirs[:, :2, :2] = np.eye(2, dtype=int) * 50
+    ours[0, 0, 2] = 1  # one pixel of a class that no image has
+    write_run(tmp_path / "a", "lora_r8", 0, ours)
+    write_run(tmp_path / "b", "full", 0, theirs)
+    notes = " ".join(table(compare(load_runs([tmp_path]))).footnotes)
+    assert "lora_r8 and full are not averaged over the same classes" in notes and "(traffic_sign)" in notes
+
+
+def test_words_and_table_give_one_share_and_one_memory(tmp_path):
+    comparison = two(tmp_path, 0.7, 0.7, trainable_parameters=700, total_parameters=7000)
+    assert "training 10 % of its parameters" in headline(comparison)[-1]
+    (row,) = (row for row in table(comparison).rows if row[0].text == "lora_r8")
+    assert any(cell.text == "700 (10 %)" for cell in row)
 
 
 def test_the_choice_of_the_network_and_the_audit_are_told(tmp_path):

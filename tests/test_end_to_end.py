@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -211,6 +212,31 @@ def test_a_sweep_gives_every_job_its_own_folder(toy_cache, tmp_path):
     for job in "01":
         assert summary_of(tmp_path / "sweep" / job)["status"] == "finished"
         assert (tmp_path / "sweep" / job / "model" / "model.safetensors").is_file()
+
+
+def test_a_mistaken_resume_leaves_the_records_of_the_run_as_they_were(source, toy_cache):
+    folder = source[0]
+    before = {name: (folder / name).read_bytes() for name in ("metrics.csv", "summary.json", "config.yaml")}
+    resume = f"resume={folder}/checkpoints/last.ckpt"
+    train(toy_cache, folder, "data.batch_size=4", "model.lr=1e-5", resume, code=1)
+    garbage = train(toy_cache, folder, "data.batch_size=4", f"resume={folder}/model/model.safetensors", code=1)
+    assert "cannot be read" in garbage.stderr and "Traceback" not in garbage.stderr
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+
+
+def test_an_evaluation_follows_data_that_have_moved_and_says_when_they_are_gone(adapted, toy_cache, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(toy_cache, moved)
+    found = evaluate(adapted[0] / "adapter", tmp_path / "scores", f"data.root={moved}")
+    assert found == pytest.approx(summary_of(adapted[0])["miou"], abs=1e-6)
+    result = run_evaluate(adapted[0] / "adapter", "data.rot=x", code=1)
+    assert "data.rot is not in" in result.stderr and "did you mean root?" in result.stderr
+
+
+def test_scores_on_other_images_are_not_written_over(source, tmp_path):
+    run_evaluate(source[0] / "model", "--output", tmp_path)
+    result = run_evaluate(source[0] / "model", "data.num_val=2", "--output", tmp_path, code=1)
+    assert "holds scores on other images: give another folder with --output" in result.stderr
 
 
 def test_resuming_with_other_settings_is_refused(source, toy_cache, tmp_path):

@@ -19,14 +19,14 @@ from lora_config import trainable_report
 logger = logging.getLogger(__name__)
 
 
-def print_start(module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
+def print_start(module: MaskClassificationSemantic, datamodule: LightningDataModule, trains: bool = True) -> None:
     """Logs what will train, and on what; once, whatever the number of processes."""
     if rank_zero_only.rank:
         return
     title = "TRAINABLE PARAMETERS" if module.lora is None else "TRAINABLE PARAMETERS (LoRA)"
     facts = datamodule.fingerprint()
     logger.info("%d training images, %d validation images", facts["train_images"], facts["val_images"])
-    logger.info("%s", trainable_report(module, title))
+    logger.info("%s", trainable_report(module, title) if trains else "nothing trains: the start network is evaluated")
 
 
 def validate_last_step(trainer: Trainer, module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
@@ -58,7 +58,7 @@ def finish_run(
         "kept": callbacks["save_best"].keep,
         "last_miou": None if last is None else last.item(),
         "steps": trainer.global_step,
-        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad and trainer.max_steps),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "artefact": folder.name,
         "files": {
@@ -105,6 +105,7 @@ def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
     size = sum(n for name, n in summary["files"].items() if name.startswith(artefact))
     print(f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained")
     step, memory = summary["seconds_per_step"], summary["peak_memory"]
-    print(f"{step['total']:.3f} s per step, {step['data']:.3f} s of it waiting for data")
+    if summary["steps"]:
+        print(f"{step['total']:.3f} s per step, {step['data']:.3f} s of it waiting for data")
     print(f"peak memory {memory['bytes'] / 2**30:.2f} GiB ({memory['of']})")
     print(f"{output_dir / artefact} {size / 2**20:.2f} MiB")

@@ -23,17 +23,18 @@ LIBRARIES = ("torch", "torchvision", "lightning", "timm", "peft", "hydra-core", 
 
 
 class StepClock(Callback):
-    """Seconds of every training step: waiting for data, and computing."""
+    """Seconds of every optimiser step: waiting for its batches, and computing."""
 
     def __init__(self) -> None:
         self.data: deque[float] = deque(maxlen=RECENT)
         self.compute: deque[float] = deque(maxlen=RECENT)
         self.mark: float | None = None
-        self.batches_per_step = 1
+        self.step = [0.0, 0.0]  # of this optimiser step so far: waiting, computing
+        self.steps_done = 0
         self.started = time.time()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.batches_per_step = trainer.accumulate_grad_batches
+        self.steps_done = trainer.global_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -43,15 +44,19 @@ class StepClock(Callback):
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         now = time.perf_counter()
         if self.mark is not None:
-            self.data.append(now - self.mark)
+            self.step[0] += now - self.mark
         self.mark = now
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.compute.append(now - self.mark)
+        self.step[1] += now - self.mark
         self.mark = now
+        if trainer.global_step > self.steps_done:  # not after each accumulated batch
+            self.data.append(self.step[0])
+            self.compute.append(self.step[1])
+            self.step, self.steps_done = [0.0, 0.0], trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.mark = None  # nor is validation
@@ -69,10 +74,8 @@ class StepClock(Callback):
         self.compute.extend(state["compute"])
 
     def summary(self) -> dict[str, float]:
-        """Medians, times the batches that an optimiser step accumulates; `total` is their sum."""
-        data, compute = (
-            self.batches_per_step * statistics.median(values) if values else 0.0 for values in (self.data, self.compute)
-        )
+        """Medians over optimiser steps; `total` is their sum."""
+        data, compute = (statistics.median(values) if values else 0.0 for values in (self.data, self.compute))
         return {"total": data + compute, "data": data, "compute": compute}
 
 
@@ -176,5 +179,7 @@ def write_summary(path: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "command": sys.argv,
     }
-    Path(path).write_text(json.dumps(summary, indent=2) + "\n")
+    draft = Path(path).with_suffix(".part")  # renamed, so that a machine that dies meanwhile leaves the earlier one
+    draft.write_text(json.dumps(summary, indent=2) + "\n")
+    draft.replace(path)
     return summary

@@ -71,6 +71,7 @@ def evaluate(
     module: MaskClassificationSemantic,
     datamodule: lightning.LightningDataModule,
     precision: str = "bf16-mixed",
+    accelerator: str = "auto",
     progress: bool = False,
     description: str = "",
 ) -> Evaluation:
@@ -79,7 +80,7 @@ def evaluate(
     Args:
         module: a network, for example from `from_pretrained`.
         datamodule: its data; the classes must be those that the network was trained on.
-        precision: as `trainer.precision` of the run, to get its number again.
+        precision, accelerator: as in the `trainer` of the run, to get its number again.
         progress: show a progress bar.
         description: what the data are, for the records.
 
@@ -93,8 +94,10 @@ def evaluate(
             f"set has {len(classes)} ({', '.join(classes.names[:3])}, ...): scores over different classes mean nothing"
         )
     counts = ImageConfusions()
+    torch.set_float32_matmul_precision("high")  # as in training
     trainer = lightning.Trainer(
         precision=precision,
+        accelerator=accelerator,
         devices=1,
         callbacks=[counts],
         logger=False,

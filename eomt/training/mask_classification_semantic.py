@@ -326,6 +326,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return self.state_dict().keys() - frozen
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["precision"] = str(self.trainer.precision)
         if self.lora is not None:
             keys = self.trained_keys()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}

@@ -133,7 +133,8 @@ def bare_weights(path: Path) -> str:
     """The sentence for weights that say nothing of the network they belong to."""
     return (
         f"{path} holds weights without a configuration, so the network they belong to is not known: to evaluate them, "
-        f"name it with python train_with_lora.py variant=none model.ckpt_path={path}"
+        f"name it and its data: python train_with_lora.py variant=none model.ckpt_path={path} data.root=..., with the "
+        "model= or experiment= that it was trained with"
     )
 
 
@@ -177,6 +178,7 @@ def open_checkpoint(
         refuse_base(path, ckpt_path)
         module = build_empty(cls, init)
         load_exactly(module, checkpoint["state_dict"], module.state_dict().keys(), str(path))
+        module.trained_precision = checkpoint.get("precision")
         return module.eval()
     init = moved(init, ckpt_path)
     base = ckpt_path or find_base(path, init)
@@ -189,6 +191,7 @@ def open_checkpoint(
     for p in module.adapter_parameters():  # as those of an adapter folder
         p.requires_grad_(False)
     set_settings(module, init)
+    module.trained_precision = checkpoint.get("precision")
     return module.eval()
 
 

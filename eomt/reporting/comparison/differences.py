@@ -58,6 +58,8 @@ def _evaluation_aspects(domain: str, prefix: str) -> list[Aspect]:
 
 
 ASPECTS = [
+    Aspect("choices of the evaluated network", lambda run: run.kept, of_training=True),
+    Aspect("images per step", lambda run: run.images_per_step, of_training=True),
     Aspect("training data", lambda run: short_hash((run.summary.get("data") or {}).get("train"))),
     Aspect("validation data", lambda run: short_hash((run.summary.get("data") or {}).get("val"))),
     *_evaluation_aspects("target", ""),

@@ -116,6 +116,8 @@ def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]
         ("Evaluated", lambda run: f"{run.target.description or NONE} ({len(run.target.images) or '?'} images)"),
         ("Evaluated at", lambda run: f"{'x'.join(map(str, run.target.img_size))}, {run.target.precision}"),
         ("Evaluated network", kept_network),
+        ("Images per step", lambda run: run.images_per_step),
+        ("Learning rates", learning_rates),
         ("Training data", lambda run: _data(run, "train")),
         ("Validation data", lambda run: _data(run, "val")),
         ("Evaluated data", lambda run: short_hash(run.target.data) or NONE),
@@ -130,6 +132,16 @@ def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]
     return facts
 
 
+def learning_rates(run: Run) -> str:
+    """What a reader asks first when one method loses."""
+    model, trainer = run.config.get("model") or {}, run.config.get("trainer") or {}
+    if not run.steps or "lr" not in model:
+        return NONE
+    adapters = f", adapters {model.get('lora_lr') or model['lr']:g}" if run.uses_lora else ""
+    decay, clip = model.get("weight_decay"), trainer.get("gradient_clip_val")
+    return f"{model['lr']:g}{adapters}, {model.get('lr_schedule')}, weight decay {decay}, gradients clipped at {clip}"
+
+
 def _data(run: Run, split: str) -> str:
     data = run.summary.get("data") or {}
     return f"{short_hash(data.get(split)) or NONE} ({data.get(f'{split}_images', '?')} images)"
@@ -139,8 +151,7 @@ def kept_network(run: Run) -> str:
     """Which of a run's networks was evaluated: choosing it by the evaluated images flatters every variant."""
     if run.steps == 0:
         return "as it was before training"
-    keep = ((run.config.get("callbacks") or {}).get("save_best") or {}).get("keep", "best")
-    if keep == "last":
+    if run.kept == "last":
         return "after the last step, not chosen by validation"
     same = run.target.data == (run.summary.get("data") or {}).get("val")
     return f"best of {len(run.curve) or '?'} validations on {'the evaluated' if same else 'other'} images"

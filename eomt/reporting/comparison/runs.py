@@ -73,6 +73,17 @@ class Run:
         return self.summary.get("steps")
 
     @property
+    def kept(self) -> str:
+        """Which network was evaluated: that of the "best" or of the "last" validation."""
+        return ((self.config.get("callbacks") or {}).get("save_best") or {}).get("keep", "best")
+
+    @property
+    def images_per_step(self) -> str:
+        """Batch size x accumulated batches x devices."""
+        data, trainer = self.config.get("data") or {}, self.config.get("trainer") or {}
+        return f"{data.get('batch_size')} x {trainer.get('accumulate_grad_batches', 1)} x {trainer.get('devices', 1)}"
+
+    @property
     def trainable(self) -> int | None:
         """Parameters that were trained: none in a run of 0 steps."""
         return 0 if self.steps == 0 else self.summary.get("trainable_parameters")

@@ -38,23 +38,32 @@ class Delta:
     value: float
     low: float | None = None
     high: float | None = None
+    seeds: tuple[float, ...] = ()  # the difference in each common seed
 
     @property
     def reading(self) -> str:
-        """`above`, `below`, `no measurable difference`, or `unknown` without an interval."""
+        """`above`, `below`, `no measurable difference`, `seeds disagree`, or `unknown` without an interval."""
         if self.low is None:
             return UNKNOWN
         if self.low <= 0 <= self.high:
             return "no measurable difference"
+        if min(self.seeds, default=0) < 0 < max(self.seeds, default=0):
+            return "seeds disagree"
         return "above" if self.low > 0 else "below"
 
+    @property
+    def seed_sd(self) -> float | None:
+        """Sample standard deviation of the seeds' differences; None for one seed."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
 
-def delta_of(value: float, resampled: np.ndarray | None) -> Delta:
-    """With the 2.5 and 97.5 percentiles of the resampled values [B]; those that are NaN do not count."""
+
+def delta_of(seeds: Sequence[float], resampled: np.ndarray | None) -> Delta:
+    """The mean over seeds, with the 2.5 and 97.5 percentiles of the resampled values [B]; NaN does not count."""
+    value = statistics.fmean(seeds)
     if resampled is None or np.isnan(resampled).all():
-        return Delta(value)
+        return Delta(value, seeds=tuple(seeds))
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Delta(value, float(low), float(high))
+    return Delta(value, float(low), float(high), tuple(seeds))
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,17 @@ class Variant:
     @property
     def trainable(self) -> int | None:
         return max(self.known(lambda run: run.trainable), default=None)
+
+    @property
+    def share(self) -> float | None:
+        """Of its parameters, those that train."""
+        total = max(self.known(lambda run: run.summary.get("total_parameters")), default=0)
+        return self.trainable / total if total and self.trainable is not None else None
+
+    @property
+    def memory(self) -> int | None:
+        """The highest peak over seeds, bytes."""
+        return max(self.known(lambda run: (run.summary.get("peak_memory") or {}).get("bytes")), default=None)
 
 
 @dataclass
@@ -220,24 +240,19 @@ def _set_deltas(variant: Variant, baseline: Variant, resampled: dict[int, np.nda
     if not both:
         return
     variant.delta_seeds = len(both)
-    paired = all(
-        id(a) in resampled
-        and id(b) in resampled
-        and (a.target.images, a.target.classes) == (b.target.images, b.target.classes)
-        for a, b in both
-    )
+    runs = [run for pair in both for run in pair]
+    alike = len({(run.target.images, run.target.classes) for run in runs}) == 1
+    paired = alike and all(id(run) in resampled for run in runs)
     resamples = np.stack([np.stack([resampled[id(a)], resampled[id(b)]]) for a, b in both]) if paired else None
-    value = statistics.fmean(a.target.miou - b.target.miou for a, b in both)
-    changes = None if resamples is None else np.diff(nanmean(resamples, -1)[:, ::-1], axis=1)[:, 0].mean(0)
-    variant.delta = delta_of(value, changes)
+    scores = None if resamples is None else nanmean(resamples, -1)  # [seeds, 2, B]
+    changes = None if scores is None else (scores[:, 0] - scores[:, 1]).mean(0)
+    variant.delta = delta_of([a.target.miou - b.target.miou for a, b in both], changes)
     per_class = None if resamples is None else nanmean(resamples[:, 0] - resamples[:, 1], 0)
     for k, name in enumerate(variant.runs[0].target.classes):
         scores = [(a.target.class_iou.get(name), b.target.class_iou.get(name)) for a, b in both]
         known = [a - b for a, b in scores if a is not None and b is not None]
         if known:
-            variant.class_delta[name] = delta_of(
-                statistics.fmean(known), None if per_class is None else per_class[:, k]
-            )
+            variant.class_delta[name] = delta_of(known, None if per_class is None else per_class[:, k])
 
 
 def _source_change(variant: Variant, start: Variant) -> float | None:

@@ -77,9 +77,9 @@ def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
     text = NONE if is_baseline or delta is None else interval_text(delta)
     if delta and variant.delta_seeds < max(len(variant.runs), len(comparison[comparison.baseline].runs)):
         text += f" over {variant.delta_seeds} seed{'s' * (variant.delta_seeds > 1)}"
-    ends = dict.fromkeys(("difference", "low", "high"))
+    ends = dict.fromkeys(("difference", "low", "high", "difference_sd"))
     if delta and not is_baseline:
-        ends = {"difference": delta.value, "low": delta.low, "high": delta.high}
+        ends = {"difference": delta.value, "low": delta.low, "high": delta.high, "difference_sd": delta.seed_sd}
     return {
         "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name}),
         "seeds": Cell(variant.seeds, {"seeds": len(variant.runs), "failed": len(variant.failed)}),
@@ -100,14 +100,14 @@ def _costs(variant: Variant) -> dict[str, Cell]:
         known = variant.known(value)
         return of(known) if known else None
 
-    trainable, total = variant.trainable, first(lambda run: run.summary.get("total_parameters"), max)
-    share = None if trainable is None or not total else trainable / total
-    parameters = NONE if trainable is None else f"{trainable:,}" + (f" ({percentage(share)})" if total else "")
+    trainable, share = variant.trainable, variant.share
+    parameters = NONE if trainable is None else f"{trainable:,}"
+    parameters += "" if share is None else f" ({percentage(share)})"
     return {
         "trainable parameters": Cell(parameters, {"trainable_parameters": trainable, "trainable_share": share}),
         "artefact, MiB": _mebibyte_cell("artefact_bytes", first(lambda run: run.artefact_bytes, max)),
         "last.ckpt, MiB": _mebibyte_cell("checkpoint_bytes", first(lambda run: run.checkpoint_bytes, max)),
-        "peak memory, MiB": _mebibyte_cell("peak_memory_bytes", first(peak_bytes, max)),
+        "peak memory, MiB": _mebibyte_cell("peak_memory_bytes", variant.memory),
         "compute, s/step": _number("compute_seconds_per_step", first(lambda run: run.seconds("compute")), ".3f"),
         "data, s/step": _number("data_seconds_per_step", first(lambda run: run.seconds("data")), ".3f"),
         "wall time, min": _number(
@@ -121,10 +121,6 @@ def _costs(variant: Variant) -> dict[str, Cell]:
 
 def _mebibyte_cell(key: str, size: int | None) -> Cell:
     return Cell(mebibytes(size), {key: size})
-
-
-def peak_bytes(run: Run) -> int | None:
-    return (run.summary.get("peak_memory") or {}).get("bytes")
 
 
 def table(comparison: Comparison) -> Table:
@@ -150,7 +146,9 @@ def footnotes(comparison: Comparison) -> list[str]:
         f"mIoU: mean ± sample standard deviation over seeds; {NONE} for one seed.",
         "Difference: over the seeds that both variants have. Its 95 % interval comes from a paired bootstrap of the "
         f"images ({RESAMPLES:,} resamples, percentiles). Seeds are fixed in the interval; their spread is the standard "
-        "deviation. Where the interval holds 0, no difference was measurable.",
+        "deviation. Where the interval holds 0, no difference was measurable. Images count as independent: for "
+        "neighbouring frames of a video the interval is only roughly right.",
+        "Learning rates are the experiment's, tuned for no variant in particular.",
     ]
     lines += warnings_of(comparison)
     if any(variant.source_change is not None for variant in comparison.variants):
@@ -178,6 +176,13 @@ def warnings_of(comparison: Comparison) -> list[str]:
     count = len(comparison.evaluation.images)
     if 0 < count < FEW_IMAGES:
         lines.append(f"Only {count} images were evaluated: the intervals mean little.")
+    for v in comparison.others:
+        theirs, ours = (classes_scored(comparison[name].runs[0]) for name in (comparison.baseline, v.name))
+        if theirs != ours:
+            lines.append(
+                f"{v.name} and {comparison.baseline} are not averaged over the same classes: a class that no image has "
+                f"counts once it is predicted ({', '.join(sorted(theirs ^ ours))})."
+            )
     unpaired = [v.name for v in comparison.others if v.delta and v.delta.low is None]
     if unpaired:
         lines.append(
@@ -190,6 +195,11 @@ def warnings_of(comparison: Comparison) -> list[str]:
     if alone:
         lines.append(f"No difference for {', '.join(alone)}: no seed in common with {comparison.baseline}.")
     return lines
+
+
+def classes_scored(run: Run) -> set[str]:
+    """The classes that have an IoU, being there or predicted."""
+    return {name for name, score in run.target.class_iou.items() if score is not None}
 
 
 def _measured(comparison: Comparison) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from eomt.reporting.comparison.runs import Run
 from eomt.reporting.comparison.statistics import Comparison, Variant
-from eomt.reporting.comparison.table import mebibytes, peak_bytes, percent, percentage
+from eomt.reporting.comparison.table import mebibytes, percent, percentage
 
 
 def headline(comparison: Comparison) -> list[str]:
@@ -28,11 +28,15 @@ def lora_verdict(comparison: Comparison) -> str:
     for variant in comparison.others:
         if variant.uses_lora:
             reading = variant.delta.reading if variant.delta else "unknown"
-            found.setdefault(reading, []).append(variant.name + " †" * variant.marked)
+            once = reading in ("above", "below") and variant.delta_seeds == 1
+            found.setdefault(f"{reading} once" if once else reading, []).append(variant.name + " †" * variant.marked)
     words = {
         "above": "measurably better with",
+        "above once": "better on these images, in the one seed that was run, with",
         "no measurable difference": "not measurably different with",
+        "seeds disagree": "undecided, since seeds disagree, with",
         "below": "measurably worse with",
+        "below once": "worse on these images, in the one seed that was run, with",
         "unknown": "undecided, for want of an interval, with",
     }
     answers = [f"{text} {', '.join(found[reading])}" for reading, text in words.items() if reading in found]
@@ -51,8 +55,8 @@ def _difference_words(variant: Variant, base: Variant) -> str:
     if delta is None:
         return f"{variant.name} has no seed in common with {base.name}: no difference"
     share = ", without training" if variant.untrained else ""
-    if variant.trainable and base.trainable:
-        share = f" with {percentage(variant.trainable / base.trainable)} of the parameters that {base.name} trains"
+    if variant.trainable and variant.share is not None:
+        share = f", training {percentage(variant.share)} of its parameters"
     interval = "" if delta.low is None else f"95 % interval {percent(delta.low)} to {percent(delta.high)}"
     if variant.delta_seeds < max(len(variant.runs), len(base.runs)):
         interval += f", over {variant.delta_seeds} seed{'s' * (variant.delta_seeds > 1)}"
@@ -62,9 +66,9 @@ def _difference_words(variant: Variant, base: Variant) -> str:
     side = f"{percent(abs(delta.value))} points {'above' if delta.value > 0 else 'below'} {base.name}"
     if delta.low is None:
         return f"{variant.name} is {side}{share}, and no interval tells how sure that is"
-    spread = max((v.miou.sd for v in (variant, base) if v.miou.sd is not None), default=0)
-    small = f", less than one standard deviation over seeds ({percent(spread)})" if abs(delta.value) < spread else ""
-    return f"{variant.name} is {side} ({interval}){share}{small}"
+    spread = "" if delta.seed_sd is None else f"; over seeds ± {percent(delta.seed_sd)}"
+    doubt = ", and the seeds disagree" if delta.reading == "seeds disagree" else ""
+    return f"{variant.name} is {side} ({interval}{spread}){doubt}{share}"
 
 
 def _cost_words(variant: Variant, base: Variant, comparison: Comparison) -> list[str]:
@@ -79,14 +83,16 @@ def _cost_words(variant: Variant, base: Variant, comparison: Comparison) -> list
         return words
     sizes = both(lambda run: run.artefact_bytes)
     if sizes and mebibytes(sizes[0]) != mebibytes(sizes[1]):
-        words.append(f"it ships {mebibytes(sizes[0])} MiB instead of {mebibytes(sizes[1])}")
+        beside = " beside its base" if variant.uses_lora else ""
+        words.append(f"it ships {mebibytes(sizes[0])} MiB{beside} instead of {mebibytes(sizes[1])}")
     if comparison.same_machinery:
-        seconds, memory = both(lambda run: run.seconds("compute")), both(peak_bytes)
+        seconds = both(lambda run: run.seconds("compute"))
         if seconds and seconds[1]:
-            words.append(f"a step computes {seconds[0] / seconds[1]:.2f} times as long")
-        if memory and memory[1]:
-            words.append(f"peak memory is {memory[0] / memory[1]:.2f} times as high")
+            words.append(f"computing a step takes {seconds[0] / seconds[1]:.2f} times as long")
+        if variant.memory and base.memory:
+            words.append(f"peak memory is {variant.memory / base.memory:.2f} times as high")
     if variant.source_change is not None:
         theirs = "" if base.source_change is None else f" ({base.name}: {percent(base.source_change, signed=True)})"
-        words.append(f"{percent(variant.source_change, signed=True)} points on the source domain{theirs}")
+        change = percent(variant.source_change, signed=True)
+        words.append(f"on the source domain it changed by {change} points since the start{theirs}")
     return words
