@@ -38,11 +38,11 @@ OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
     "trainer.limit_val_batches": "runs are scored on all images",
 }
 EXAMPLES = f"""examples:
-  python scripts/compare.py run experiment=toy_night variants=[none,head,lora_r8,full] seeds=[0,1,2]
-  python scripts/compare.py run experiment=camvid_dusk variants=[none,head,lora_r8,lora_r16,full] seeds=[0,1,2] \\
+  python scripts/compare.py run experiment=toy_night "variants=[none,head,lora_r8,full]" "seeds=[0,1,2]"
+  python scripts/compare.py run experiment=camvid_dusk "variants=[none,lora_r8,full]" "seeds=[0,1,2]" \\
       data.root=/data/camvid source="experiment=camvid_day data.root=/data/camvid" output_dir=outputs/compare/dusk
-  python scripts/compare.py run --config-name cityscapes data.root=/data/cityscapes devices=[0,1,2,3] \\
-      variants=[lora_r16,full] seeds=[0,1,2] hydra/launcher=joblib        # one run on each of four GPUs
+  python scripts/compare.py run --config-name cityscapes data.root=/data/cityscapes "devices=[0,1,2,3]" \\
+      "variants=[lora_r16,full]" "seeds=[0,1,2]" hydra/launcher=joblib        # one run on each of four GPUs
   python scripts/compare.py report outputs/compare/dusk --baseline full
 
 variants: {", ".join(VARIANTS)} (configs/variant/)"""
