@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -81,7 +82,12 @@ def help_text(configs: Path) -> str:
     """What `--help` prints: examples, flags, configuration groups and the LoRA options with their defaults."""
     flags = "\n".join(f"  {flag + ' VALUE' * count:<24}{override}" for flag, (count, override) in FLAGS.items())
     groups = "\n".join(
-        f"  {folder.name:<12}{', '.join(sorted(file.stem for file in folder.glob('*.yaml') if file.stem != 'base'))}"
+        textwrap.fill(
+            ", ".join(sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "base")),
+            width=116,
+            initial_indent=f"  {folder.name:<12}",
+            subsequent_indent=" " * 14,
+        )
         for folder in sorted(configs.iterdir())
         if folder.is_dir()
     )

@@ -26,6 +26,7 @@ from eomt.training.pretrained import (
     add_adapter,
     check_fingerprint,
     load_pretrained,
+    precision,
     save_pretrained,
     use_adapter,
 )
@@ -326,7 +327,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return self.state_dict().keys() - frozen
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["precision"] = str(self.trainer.precision)
+        checkpoint["precision"] = precision(self)
         if self.lora is not None:
             keys = self.trained_keys()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
