@@ -54,6 +54,15 @@ def test_labels_of_another_size_than_the_image_are_an_error_that_names_both(tmp_
         dataset[0]
 
 
+def test_an_image_that_is_stored_turned_is_refused_for_its_labels_may_not_be(tmp_path, sample):
+    picture = Image.open(tmp_path / "a.png").copy()
+    exif = picture.getexif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    with pytest.raises(ValueError, match=r"a\.png is stored turned \(EXIF orientation 3\)"):
+        SegmentationDataset([sample], CLASSES, DECODER)[0]
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture", "half"])
 def test_a_damaged_picture_is_an_error_that_names_it(tmp_path, sample, content):
     whole = (tmp_path / "a.png").read_bytes()

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from eomt.data.labels import LabelSet
 
+ORIENTATION = 0x0112  # EXIF tag
 UNKNOWN = 254  # in lookup tables only: a value that no class lists
 
 LabelDecoder = Callable[[Image.Image, str], np.ndarray]
@@ -192,8 +193,19 @@ class SegmentationDataset(Dataset):
         return [sample.name for sample in self.samples]
 
     def image(self, index: int) -> Tensor:
-        """The image alone, uint8 [3, H, W]."""
-        pixels = np.array(_decode(self.samples[index].image).convert("RGB"))
+        """The image alone, uint8 [3, H, W].
+
+        Raises:
+            ValueError: it cannot be decoded, or is stored turned: its labels may have been drawn on either view.
+        """
+        source = self.samples[index].image
+        picture = _decode(source)
+        if picture.getexif().get(ORIENTATION, 1) != 1:
+            raise ValueError(
+                f"{source} is stored turned (EXIF orientation {picture.getexif()[ORIENTATION]}), and its labels may "
+                "belong to either view; save it upright, without the tag."
+            )
+        pixels = np.array(picture.convert("RGB"))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def labels(self, index: int) -> Tensor:
