@@ -2,6 +2,9 @@
 
 import json
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +19,7 @@ from eomt.models.checkpoint import load_checkpoint
 from eomt.models.eomt import EoMT
 from eomt.models.vit import ViT
 
+ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
 torch.set_num_threads(2)
 
@@ -71,3 +75,24 @@ def camvid_root():
     if not root:
         pytest.skip("EOMT_CAMVID names no folder with the CamVid images")
     return root
+
+
+def run_script(name, *arguments, cwd=ROOT):
+    """A script of `scripts/`, as a user starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
+    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def call_script(monkeypatch, capsys):
+    """The same in this process, which is quicker: exit code and error."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        return exit.value.code, capsys.readouterr().err
+
+    return call

@@ -1,41 +1,26 @@
 """scripts/inspect_model.py: what the files of a network say, without building it."""
 
 import json
-import os
-import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, run_script
 from PIL import Image
 from test_pretrained import NAMES, build, open_, save_lightning, trained
 
 from eomt.reporting.inspection import by_number, inspect_model
 from lora_config import fingerprint, update_norms
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
-    command = [sys.executable, ROOT / "scripts" / "inspect_model.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+run = partial(run_script, "inspect_model.py")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """The same in this process, which is quicker: exit code and error."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-
-    def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["inspect_model.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(ROOT / "scripts" / "inspect_model.py"), run_name="__main__")
-        return exit.value.code, capsys.readouterr().err
-
-    return main
+def call(call_script):
+    return partial(call_script, "inspect_model.py")
 
 
 @pytest.fixture

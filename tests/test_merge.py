@@ -1,42 +1,24 @@
 """scripts/merge_lora.py: a full network that predicts as its adapter did, checked before it is written."""
 
 import json
-import os
-import runpy
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import backbone_kwargs
+from conftest import backbone_kwargs, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from test_pretrained import build, open_, outputs, save_lightning, trained
 
 from eomt.training.pretrained import merge_adapter
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments, cwd=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
-    command = [sys.executable, ROOT / "scripts" / "merge_lora.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+run = partial(run_script, "merge_lora.py")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """The same in this process, which is quicker: exit code and error."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-
-    def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(ROOT / "scripts" / "merge_lora.py"), run_name="__main__")
-        return exit.value.code, capsys.readouterr().err
-
-    return main
+def call(call_script):
+    return partial(call_script, "merge_lora.py")
 
 
 @pytest.fixture
