@@ -122,9 +122,15 @@ def check_resume(checkpoint: str, model: dict[str, Any]) -> None:
 
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f"resume {checkpoint}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+    content = read_lightning(Path(checkpoint))
+    if "optimizer_states" not in content:
+        raise ValueError(
+            f"resume {checkpoint}: it is no checkpoint of a run; give checkpoints/last.ckpt of one, or start a new run "
+            "from these weights with model.ckpt_path"
+        )
     derived = ("num_classes", "class_names", "class_colors", "class_weights")  # the data say
     asked = {key: value for key, value in model.items() if key not in derived}
-    check_same_settings(read_lightning(Path(checkpoint)).get("hyper_parameters", {}), asked)
+    check_same_settings(content.get("hyper_parameters", {}), asked)
 
 
 def absolute_paths(cfg) -> None:  # noqa: ANN001
