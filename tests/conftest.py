@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eomt.models.checkpoint import load_checkpoint
-from eomt.models.eomt import EoMT
+from eomt.models.eomt import EoMT, Prediction
 from eomt.models.vit import ViT
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,12 @@ def reference_network(reference, tmp_path):
 
 def backbone_kwargs(facts):
     return {key: value for key, value in facts["backbone_kwargs"].items() if key != "patch_size"}
+
+
+def prediction(mask_logits, class_logits):
+    """One with these masks: each query picks its own feature."""
+    queries = torch.eye(mask_logits.shape[1], dtype=mask_logits.dtype)
+    return Prediction(queries.expand(len(mask_logits), -1, -1), mask_logits, class_logits)
 
 
 @pytest.fixture(scope="session")

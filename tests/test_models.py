@@ -5,10 +5,12 @@ import time
 import pytest
 import timm
 import torch
+from conftest import prediction
 from safetensors.torch import save_file
 
-from eomt.models.eomt import EoMT
-from eomt.models.vit import ViT
+from eomt.models.eomt import EoMT, Prediction
+from eomt.models.scale_block import ScaleBlock
+from eomt.models.vit import QueryMask, ViT, attend
 from lora_audit import LoRAAudit
 from lora_config import LoRASettings, apply_lora
 
@@ -148,6 +150,10 @@ def test_the_patch_grid_is_upscaled_towards_a_quarter_of_the_image(patch_size, b
 # Attention masks
 
 
+def masks(mask_logits):
+    return prediction(mask_logits, torch.zeros(*mask_logits.shape[:2], 4))
+
+
 def columns(net):
     """Where the patches begin, and how many tokens there are."""
     first = net.num_q + net.encoder.num_prefix_tokens
@@ -155,7 +161,7 @@ def columns(net):
 
 
 def test_with_probability_0_nothing_is_masked():
-    assert network().attention_mask(torch.randn(2, 6, 16, 16), 0.0) is None
+    assert network().attention_mask(masks(torch.randn(2, 6, 16, 16)), 0.0) is None
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_512.v2_webli"])
@@ -166,17 +172,52 @@ def test_with_probability_1_a_query_sees_its_own_patches_all_queries_and_the_pre
     chosen = torch.rand(2, 6, down, across) > 0.5
     chosen[0, 0] = False  # an empty mask leaves the queries and the prefix
     logits = torch.where(chosen, 5.0, -5.0).repeat_interleave(4, -2).repeat_interleave(4, -1)
-    mask = net.attention_mask(logits, 1.0)
+    mask = net.attention_mask(masks(logits), 1.0)
     first, total = columns(net)
-    assert mask.shape == (2, 1, total, total)
-    assert torch.equal(mask[:, 0, :6, first:], chosen.flatten(2))
-    assert mask[:, 0, :6, :first].all()
-    assert mask[:, 0, 6:].all()  # prefix and patches see everything
+    assert mask.shape == (2, 1, 6, total)  # no rows for prefix and patches: they see everything
+    assert torch.equal(mask[:, 0, :, first:], chosen.flatten(2))
+    assert mask[:, 0, :, :first].all()
+
+
+def test_the_mask_at_patch_resolution_is_that_of_the_whole_masks():
+    net = network().double()
+    one = Prediction(*(torch.randn(s, dtype=torch.float64) for s in ((2, 6, 32), (2, 32, 16, 16), (2, 6, 5))))
+    whole = torch.einsum("bqc,bchw->bqhw", one.embeddings, one.features)
+    expected = torch.nn.functional.interpolate(whole, net.encoder.grid_size, mode="bilinear")
+    torch.testing.assert_close(one.mask_logits(net.encoder.grid_size), expected, rtol=0, atol=1e-12)
+    inside = net.attention_mask(one, 1.0)[:, 0, :, columns(net)[0] :]
+    assert torch.equal(inside, expected.flatten(2) > 0)
+
+
+@every_family
+def test_attention_in_two_calls_equals_one_with_the_whole_mask(name):
+    net = network(name).double().eval()
+    block, tokens = net.encoder.blocks[-1], columns(net)[1]
+    for key, parameter in block.named_parameters():
+        if "gamma" in key:  # layer scales start at 1e-5
+            torch.nn.init.ones_(parameter)
+    rope = net.encoder.embed(images().double())[1]
+    x = torch.randn(2, tokens, net.encoder.embed_dim, dtype=torch.float64)
+    rows = torch.rand(2, 1, net.num_q, tokens) > 0.5
+    rows[..., 0] = True
+    whole = torch.ones(2, 1, tokens, tokens, dtype=torch.bool)
+    whole[:, :, : net.num_q] = rows
+    expected = block(x, attn_mask=whole) if rope is None else block(x, rope=rope, attn_mask=whole)
+    ours = attend(block, x, rope, rows.as_subclass(QueryMask))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(ours, attend(block, x, rope))
+
+
+def test_the_linear_form_of_the_upscaling_equals_the_transposed_convolution():
+    block = ScaleBlock(8).double()
+    x = torch.randn(2, 8, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(block.double_size(x), block.conv1(x), rtol=0, atol=1e-12)
+    assert block(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_with_probability_a_half_about_half_of_the_queries_are_free():
     net = network(num_q=400)
-    mask = net.attention_mask(torch.full((2, 400, 16, 16), -1.0), 0.5)
+    mask = net.attention_mask(masks(torch.full((2, 400, 16, 16), -1.0)), 0.5)
     seen = mask[:, 0, :400, columns(net)[0] :]
     assert torch.equal(seen.all(-1), seen.any(-1))  # a query is free as a whole
     assert 0.4 < seen.all(-1).float().mean() < 0.6

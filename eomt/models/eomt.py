@@ -7,13 +7,43 @@ published code, so its checkpoints load as they are.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eomt.models.scale_block import ScaleBlock
-from eomt.models.vit import ViT, attend
+from eomt.models.vit import QueryMask, ViT, attend
+
+
+class Prediction(NamedTuple):
+    """Q masks and their classes. The masks are left as the product they are, which is rarely needed as a whole.
+
+    embeddings: of the queries, [B, Q, C].
+    features: of the pixels, [B, C, H/4, W/4], channels last in memory.
+    class_logits: [B, Q, K + 1].
+    """
+
+    embeddings: Tensor
+    features: Tensor
+    class_logits: Tensor
+
+    def mask_logits(self, size: tuple[int, int] | None = None) -> Tensor:
+        """[B, Q, H/4, W/4]; or at another size (bilinear), which is cheap: masks are linear in the features."""
+        features = F.interpolate(self.features, size, mode="bilinear") if size else self.features
+        return multiply(self.embeddings, features)
+
+    def masks_of(self, queries: Tensor) -> Tensor:
+        """Mask logits [B, M, H/4, W/4] of M queries of each image, int64 [B, M]."""
+        chosen = queries[..., None].expand(-1, -1, self.embeddings.shape[2])
+        return multiply(self.embeddings.gather(1, chosen), self.features)
+
+
+def multiply(embeddings: Tensor, features: Tensor) -> Tensor:
+    """[B, Q, C] times [B, C, h, w] -> [B, Q, h, w], so that the gradient of the features has channels last, too."""
+    masks = features.flatten(2).mT @ embeddings.mT  # [B, h * w, Q]
+    return masks.mT.unflatten(2, features.shape[2:])
 
 
 class EoMT(nn.Module):
@@ -77,24 +107,28 @@ class EoMT(nn.Module):
             Mask logits [B, Q, H/4, W/4] and class logits [B, Q, K + 1], a list entry per prediction: L + 1 with masked
             attention, otherwise the final one alone.
         """
-        blocks = self.encoder.blocks
-        x, rope = self.encoder.embed(images)  # [B, P + N, C]: prefix, patches
-        for block in blocks[: -self.num_blocks]:
-            x = attend(block, x, rope, mask=None)
+        predictions = self.predictions(images)
+        return [p.mask_logits() for p in predictions], [p.class_logits for p in predictions]
 
+    def predictions(self, images: Tensor) -> list[Prediction]:
+        """`forward`, with masks that are not multiplied out."""
+        x, rope = self.encoder.embed(images)  # [B, P + N, C]: prefix, patches
+        for block in self.encoder.blocks[: -self.num_blocks]:
+            x = attend(block, x, rope)
+        return self.predict_in_blocks(x, rope)
+
+    def predict_in_blocks(self, x: Tensor, rope: Tensor | None) -> list[Prediction]:
+        """The last L blocks, on patch tokens [B, P + N, C]."""
         queries = self.q.weight.expand(x.shape[0], -1, -1)
         x = torch.cat((queries, x), dim=1)  # [B, Q + P + N, C]
         predictions = []
-        for block, prob in zip(blocks[-self.num_blocks :], self.attn_mask_probs.tolist(), strict=True):
+        for block, prob in zip(self.encoder.blocks[-self.num_blocks :], self.attn_mask_probs.tolist(), strict=True):
             mask = None
             if self.masked_attn_enabled:
                 predictions.append(self.predict(x))
-                mask = self.attention_mask(predictions[-1][0], prob)
+                mask = self.attention_mask(predictions[-1], prob)
             x = attend(block, x, rope, mask)
-        predictions.append(self.predict(x))
-
-        mask_logits, class_logits = zip(*predictions, strict=True)
-        return list(mask_logits), list(class_logits)
+        return [*predictions, self.predict(x)]
 
     @contextmanager
     def deployed(self) -> Iterator[None]:
@@ -105,29 +139,24 @@ class EoMT(nn.Module):
         finally:
             self.masked_attn_enabled = enabled
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, Q + P + N, C] -> mask logits [B, Q, H/4, W/4], class logits [B, Q, K + 1]."""
+    def predict(self, x: Tensor) -> Prediction:
+        """From tokens [B, Q + P + N, C]."""
         x = self.encoder.norm(x)
         queries = x[:, : self.num_q]
         pixels = x[:, self.num_q + self.encoder.num_prefix_tokens :]  # [B, N, C]
         pixels = pixels.transpose(1, 2).unflatten(2, self.encoder.grid_size)  # [B, C, H/p, W/p]
-        mask_logits = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), self.upscale(pixels))
-        return mask_logits, self.class_head(queries)
+        return Prediction(self.mask_head(queries), self.upscale(pixels), self.class_head(queries))
 
     @torch.no_grad()
-    def attention_mask(self, mask_logits: Tensor, prob: float) -> Tensor | None:
-        """Which columns each token may attend to: [B, 1, T, T] with T = Q + P + N, or None when nothing is masked.
+    def attention_mask(self, prediction: Prediction, prob: float) -> Tensor | None:
+        """Which tokens each query may attend to: [B, 1, Q, Q + P + N], or None when nothing is masked.
 
         A query sees all queries and prefix tokens, but of the patches those inside its own mask only; with probability
         1 - `prob` it sees all of them. Patches and prefix tokens see everything.
         """
         if prob == 0:
             return None
-        inside = F.interpolate(mask_logits, self.encoder.grid_size, mode="bilinear").flatten(2) > 0  # [B, Q, N]
-        unmasked = torch.rand(inside.shape[:2], device=inside.device) > prob  # [B, Q]
-        inside |= unmasked[..., None]
-        first_patch = self.num_q + self.encoder.num_prefix_tokens
-        total = first_patch + inside.shape[2]
-        mask = torch.ones(inside.shape[0], 1, total, total, dtype=torch.bool, device=inside.device)
-        mask[:, 0, : self.num_q, first_patch:] = inside
-        return mask
+        inside = prediction.mask_logits(self.encoder.grid_size).flatten(2) > 0  # [B, Q, N]
+        inside |= torch.rand(inside.shape[:2], device=inside.device)[..., None] > prob
+        others = self.num_q + self.encoder.num_prefix_tokens
+        return F.pad(inside, (others, 0), value=True)[:, None].as_subclass(QueryMask)

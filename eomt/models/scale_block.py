@@ -1,5 +1,6 @@
 """One doubling of the patch grid on the way to the mask resolution."""
 
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -18,5 +19,12 @@ class ScaleBlock(nn.Module):
         self.norm = LayerNorm2d(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2H, 2W]."""
-        return self.norm(self.conv2(self.act(self.conv1(x))))
+        """[B, C, H, W] -> [B, C, 2H, 2W], both channels last in memory."""
+        return self.norm(self.conv2(self.act(self.double_size(x))))
+
+    def double_size(self, x: Tensor) -> Tensor:
+        """`conv1(x)`: with stride 2 its windows do not overlap, so it is a linear layer from a pixel to four."""
+        weight = self.conv1.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * C, C]
+        x = F.linear(x.permute(0, 2, 3, 1), weight, self.conv1.bias.repeat(4))
+        x = x.unflatten(3, (2, 2, -1)).transpose(2, 3)  # [B, H, 2, W, 2, C]
+        return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PLAIN_FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules: one sequence of blocks over patch tokens
@@ -113,8 +114,33 @@ class ViT(nn.Module):
         return self.backbone.norm_pre(tokens), rope
 
 
-def attend(block: nn.Module, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-    """One transformer block on tokens [B, N, C]; `mask` [B, 1, N, N] is True where a row may attend to a column."""
+class QueryMask(Tensor):
+    """Which columns the first Q rows of an attention may see, bool [B, 1, Q, N]; the other rows see all.
+
+    Attention runs in two calls, equal to one with a mask [N, N], which would cost the rows without a mask the fast
+    kernel and all of them N^2 mask entries. Like `torch.nn.attention.bias`, it acts where timm calls torch.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN206
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is F.scaled_dot_product_attention:
+                return attention_in_two(*args, **kwargs)
+            return function(*args, **(kwargs or {}))
+
+
+def attention_in_two(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """Attention [B, heads, N, d] with a `QueryMask`."""
+    masked, free = query.tensor_split([attn_mask.shape[2]], dim=2)
+    masked = F.scaled_dot_product_attention(masked, key, value, attn_mask.as_subclass(Tensor), dropout_p)
+    free = F.scaled_dot_product_attention(free, key, value, None, dropout_p)
+    return torch.cat((masked, free), dim=2)
+
+
+def attend(block: nn.Module, x: Tensor, rope: Tensor | None, mask: QueryMask | None = None) -> Tensor:
+    """One transformer block on tokens [B, N, C], the first of them masked if there is a mask."""
     return block(x, attn_mask=mask) if rope is None else block(x, rope=rope, attn_mask=mask)
 
 
@@ -173,5 +199,6 @@ def apply_projection_layers(backbone: nn.Module) -> None:
     timm's Eva and BEiT read `self.qkv.weight` directly unless `qkv_bias_separate` is set; the result is the same.
     """
     for block in backbone.blocks:
+        block.attn.fused_attn = True  # where a QueryMask acts, whatever TIMM_FUSED_ATTN says
         if hasattr(block.attn, "qkv_bias_separate"):
             block.attn.qkv_bias_separate = True

@@ -5,7 +5,9 @@ map itself: the mask of class c at a point is the bilinear weight of the neighbo
 are never built.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,51 +16,58 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from eomt.data.labels import IGNORE
+from eomt.models.eomt import Prediction
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps [N, C, h, w] at points [N, P, 2], (x, y) in [0, 1] -> [N, C, P]; zero outside."""
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False).squeeze(3)
+    return F.grid_sample(maps, points[:, :, None].mul(2).sub_(1), align_corners=False).squeeze(3)
 
 
-def corner_labels(labels: Tensor, image: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of the four pixels around each point, and their bilinear weights.
+def neighbours(position: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The two pixels beside positions along an axis of `length` pixels, int64, and their linear weights, 0 outside."""
+    low = position.floor()
+    share = position - low
+    for place, weight in ((low, 1 - share), (low + 1, share)):
+        inside = (place >= 0) & (place < length)
+        yield place.clamp_(0, length - 1).long(), weight.mul_(inside)
+
+
+def corners(points: Tensor, size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The four pixels around each point in maps of `size` (h, w), and their bilinear weights.
 
     Args:
-        labels: label maps, uint8 [B, H, W].
-        image: which map the points lie in, int64 [N].
         points: (x, y) in [0, 1], float [N, P, 2].
 
     Returns:
-        labels int64 [N, P, 4] and weights [N, P, 4]; a corner outside the image weighs nothing.
+        Four times: places in the flattened maps, int64 [N, P], and weights [N, P]; a pixel outside weighs nothing.
     """
-    height, width = labels.shape[-2:]
-    x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)  # pixel centres at whole numbers
-    left, top = x.floor(), y.floor()
-    found, weights = [], []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            column, row = left + dx, top + dy
-            weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            column, row = column.clamp(0, width - 1).long(), row.clamp(0, height - 1).long()
-            found.append(labels[image[:, None], row, column].long())
-            weights.append(weight * inside)
-    return torch.stack(found, -1), torch.stack(weights, -1)
+    height, width = size
+    columns = list(neighbours(points[..., 0] * width - 0.5, width))  # pixel centres at whole numbers
+    for row, row_weight in neighbours(points[..., 1] * height - 0.5, height):
+        row.mul_(width)
+        for column, weight in columns:
+            yield row + column, row_weight * weight
+
+
+def sample_features(features: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of features [B, C, h, w], channels last in memory, at points [B, P, 2] -> [B, P, C]."""
+    places, weights = (torch.stack(parts, -1) for parts in zip(*corners(points, features.shape[-2:]), strict=True))
+    rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # [B, h * w, C]
+    places += rows.shape[1] * torch.arange(len(rows), device=rows.device)[:, None, None]
+    values = F.embedding_bag(  # sums four weighted rows a point, without a copy of them
+        places.flatten(0, 1), rows.flatten(0, 1), per_sample_weights=weights.flatten(0, 1).to(rows.dtype), mode="sum"
+    )
+    return values.unflatten(0, points.shape[:2])
 
 
 def sample_all_classes(labels: Tensor, points: Tensor, num_classes: int) -> Tensor:
     """The mask of every class at each point: labels [B, H, W], points [B, P, 2] -> [B, K, P] in [0, 1]."""
-    corners, weights = corner_labels(labels, torch.arange(len(labels), device=labels.device), points)
-    values = weights.new_zeros(*points.shape[:2], num_classes + 1)
-    values.scatter_add_(2, corners.clamp(max=num_classes), weights)  # ignored pixels fall into the last, dropped place
-    return values[..., :num_classes].transpose(1, 2)
-
-
-def sample_one_class(labels: Tensor, image: Tensor, classes: Tensor, points: Tensor) -> Tensor:
-    """The mask of class `classes[n]` in map `image[n]` at points [N, P, 2] -> [N, P] in [0, 1]."""
-    corners, weights = corner_labels(labels, image, points)
-    return (weights * (corners == classes[:, None, None])).sum(-1)
+    values = points.new_zeros(len(labels), num_classes + 1, points.shape[1])
+    for places, weights in corners(points, labels.shape[-2:]):
+        found = labels.flatten(1).gather(1, places).clamp_(max=num_classes)
+        values.scatter_add_(1, found.long()[:, None], weights[:, None])  # ignored pixels into the last, dropped place
+    return values[:, :num_classes]
 
 
 def matching_cost(
@@ -76,24 +85,27 @@ def matching_cost(
         target_values: class masks at the same points, [B, K, P] in [0, 1].
         class_logits: [B, Q, K + 1].
     """
+    # softplus(-x) is the cost of calling a point inside, softplus(x) of calling it outside: less by x
+    bce = (F.softplus(mask_values).sum(-1)[..., None] - mask_values @ target_values.mT) / mask_values.shape[2]
     probability = mask_values.sigmoid()
-    bce = (  # softplus(-x) is the cost of calling a point inside, softplus(x) of calling it outside
-        F.softplus(-mask_values) @ target_values.mT + F.softplus(mask_values) @ (1 - target_values).mT
-    ) / mask_values.shape[2]
     intersection = probability @ target_values.mT
     dice = 1 - (2 * intersection + 1) / (probability.sum(-1)[..., None] + target_values.sum(-1)[:, None] + 1)
     class_cost = -class_logits.softmax(-1)[..., :-1]
     return mask_coefficient * bce + dice_coefficient * dice + class_coefficient * class_cost
 
 
-def classes_present(labels: Tensor, num_classes: int) -> Tensor:
-    """Which classes each label map [B, H, W] holds: bool [B, K] on the CPU.
+def classes_seen(labels: Tensor) -> Tensor:
+    """Which of 256 values each label map [B, H, W] holds: bool [B, 256]."""
+    seen = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
+    return seen.scatter_(1, labels.flatten(1).long(), True)
+
+
+def classes_present(seen: Tensor, num_classes: int) -> Tensor:
+    """Which classes [B, K] there are, of all values seen [B, 256].
 
     Raises:
         ValueError: a label that is neither a class nor 255. It would collide with "no object" (index K) or beyond.
     """
-    seen = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
-    seen = seen.scatter_(1, labels.flatten(1).long(), True).cpu()
     strange = seen[:, num_classes:IGNORE].any(0).nonzero().flatten() + num_classes
     if len(strange):
         raise ValueError(
@@ -103,57 +115,71 @@ def classes_present(labels: Tensor, num_classes: int) -> Tensor:
     return seen[:, :num_classes]
 
 
-def match(cost: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Matches(NamedTuple):
+    """Which query learns which class: up to M pairs for each of L predictions of B images.
+
+    queries, classes: int64 [L, B, M]; in unused places the class is -1.
+    """
+
+    queries: Tensor
+    classes: Tensor
+
+    def class_targets(self, num_q: int, no_object: int) -> Tensor:
+        """What each query should say, int64 [L, B, Q]: its class, or without a match the index of "no object"."""
+        place = torch.where(self.classes < 0, num_q, self.queries)  # unused ones into a further, dropped place
+        target = place.new_full((*place.shape[:2], num_q + 1), no_object)
+        return target.scatter_(2, place, self.classes)[..., :num_q]
+
+
+def match(cost: Tensor, present: Tensor) -> Matches:
     """Assigns each class present to one query at least total cost.
 
     Args:
-        cost: [B, Q, K]. present: bool [B, K].
-
-    Returns:
-        Image, query and class index of each of the M matches, int64 [M] on the CPU, ordered by image, then query.
+        cost: [L, B, Q, K], on the CPU. present: bool [B, K].
     """
-    cost = cost.detach().float().cpu()
     if not cost.isfinite().all():
         raise ValueError("the matching cost is not finite: training has diverged; lower lr or use precision=32-true")
-    matches = []
-    for b, image_cost in enumerate(cost):
+    shape = (*cost.shape[:2], min(cost.shape[2], int(present.sum(1).max())))
+    matches = Matches(torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1))
+    for i, b in product(*map(range, cost.shape[:2])):
         classes = present[b].nonzero().flatten()
-        query, column = linear_sum_assignment(image_cost[:, classes])
-        matches.append(torch.stack((torch.full((len(query),), b), torch.as_tensor(query), classes[column])))
-    image, query, classes = torch.cat(matches, 1)
-    return image, query, classes
+        query, column = linear_sum_assignment(cost[i, b][:, classes])
+        matches.queries[i, b, : len(query)] = torch.as_tensor(query)
+        matches.classes[i, b, : len(query)] = classes[column]
+    return matches
 
 
-def mask_losses(values: Tensor, targets: Tensor, num_masks: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice loss of M masks at P points (logits [M, P], targets [M, P]), divided by `num_masks`."""
-    bce = F.binary_cross_entropy_with_logits(values, targets, reduction="none").mean(1).sum()
+def mask_losses(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice loss of masks at P points: logits [..., P] and targets [..., P] in [0, 1] -> [...]."""
+    bce = F.binary_cross_entropy_with_logits(values, targets, reduction="none").mean(-1)
     probability = values.sigmoid()
-    overlap = (2 * (probability * targets).sum(1) + 1) / (probability.sum(1) + targets.sum(1) + 1)
-    return bce / num_masks, (1 - overlap).sum() / num_masks
+    overlap = (2 * (probability * targets).sum(-1) + 1) / (probability.sum(-1) + targets.sum(-1) + 1)
+    return bce, 1 - overlap
 
 
-def class_loss(class_logits: Tensor, match: tuple[Tensor, Tensor, Tensor], weight: Tensor) -> Tensor:
-    """Cross-entropy over K + 1 classes [B, Q, K + 1]; queries without a match should say "no object" (index K)."""
-    image, query, classes = match
-    target = torch.full(class_logits.shape[:2], class_logits.shape[2] - 1)
-    target[image, query] = classes
-    return F.cross_entropy(class_logits.flatten(0, 1), target.flatten().to(class_logits.device), weight)
+def class_loss(class_logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean cross-entropy [L] over K + 1 classes: logits [L, B, Q, K + 1], targets [L, B, Q]."""
+    loss = F.cross_entropy(class_logits.flatten(0, 2), target.flatten(), weight, reduction="none")
+    return loss.view(len(target), -1).sum(1) / weight[target].flatten(1).sum(1)
 
 
 @torch.no_grad()
-def uncertain_points(masks: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
-    """Points [M, P, 2] for masks [M, 1, h, w]: mostly where the logit is near zero, the rest uniform.
+def choose_points(masks: Tensor, drawn: Tensor, num_candidates: int, num_uncertain: int) -> Tensor:
+    """Which points each mask is judged at: mostly where its logit is near zero, the rest uniform.
 
-    PointRend (Kirillov et al., CVPR 2020, section 3.1): of `oversample_ratio * P` uniform candidates the most uncertain
-    `importance_ratio * P` are kept.
+    PointRend (Kirillov et al., CVPR 2020, section 3.1): of the candidates the most uncertain are kept. All masks of an
+    image choose from the same points: for each of them they are as random as points of its own.
+
+    Args:
+        masks: [B, M, h, w]. drawn: uniform points [B, D, 2]: first the candidates, then those that all masks take.
+
+    Returns:
+        Indices of drawn points, int64 [B, M, num_uncertain + D - num_candidates].
     """
-    candidates = torch.rand(len(masks), int(num_points * oversample_ratio), 2, device=masks.device)
-    num_uncertain = int(importance_ratio * num_points)
-    uncertainty = -sample_maps(masks, candidates).squeeze(1).abs()
-    chosen = uncertainty.topk(num_uncertain, dim=1).indices
-    uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
-    uniform = torch.rand(len(masks), num_points - num_uncertain, 2, device=masks.device)
-    return torch.cat((uncertain, uniform), 1)
+    certainty = sample_maps(masks, drawn[:, :num_candidates]).abs_()
+    uncertain = certainty.topk(num_uncertain, largest=False, sorted=False).indices
+    uniform = torch.arange(num_candidates, drawn.shape[1], device=masks.device)
+    return torch.cat((uncertain, uniform.expand(*masks.shape[:2], -1)), 2)
 
 
 class MaskClassificationLoss(nn.Module):
@@ -162,7 +188,8 @@ class MaskClassificationLoss(nn.Module):
     Args:
         num_classes: K.
         num_points: points per mask at which matching and mask losses are computed.
-        oversample_ratio, importance_sample_ratio: see `uncertain_points`.
+        oversample_ratio: candidates per point, of which the most uncertain are chosen (see `choose_points`).
+        importance_sample_ratio: share of the points that are chosen so.
         mask_coefficient, dice_coefficient, class_coefficient: weights of the terms, in matching and loss alike.
         no_object_coefficient: weight of "no object" in the class loss.
         class_weights: weight of each class in the class loss, K numbers; None: all 1.
@@ -185,50 +212,64 @@ class MaskClassificationLoss(nn.Module):
             raise ValueError(f"class_weights has {len(class_weights)} numbers, there are {num_classes} classes")
         self.num_classes = num_classes
         self.num_points = num_points
-        self.oversample_ratio = oversample_ratio
-        self.importance_sample_ratio = importance_sample_ratio
+        self.num_candidates = int(num_points * oversample_ratio)
+        self.num_uncertain = int(num_points * importance_sample_ratio)
         self.coefficients = (mask_coefficient, dice_coefficient, class_coefficient)
         weight = torch.tensor([*(class_weights or [1.0] * num_classes), no_object_coefficient])
         self.register_buffer("class_weight", weight, persistent=False)
 
-    def forward(self, mask_logits: Tensor, class_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of one prediction.
+    def forward(self, predictions: Sequence[Prediction], labels: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of L predictions: `mask`, `dice` and `class`, each [L].
 
         Args:
-            mask_logits: [B, Q, h, w]. class_logits: [B, Q, K + 1].
+            predictions: of the same B images.
             labels: uint8 [B, H, W], 0..K-1 or 255; the sizes of masks and labels may differ.
         """
-        with torch.autocast(mask_logits.device.type, enabled=False):
-            return self.terms(mask_logits.float(), class_logits.float(), labels)
-
-    def terms(self, mask_logits: Tensor, class_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`forward` in float32."""
-        image, query, classes = matched = self.match(mask_logits, class_logits, labels)
-        image, query, classes = (index.to(labels.device) for index in matched)
-        masks = mask_logits[image, query][:, None]  # [M, 1, h, w]
-        points = uncertain_points(masks, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
-        bce, dice = mask_losses(
-            sample_maps(masks, points).squeeze(1),
-            sample_one_class(labels, image, classes, points),
-            mean_over_processes(len(masks), labels.device),
-        )
+        matches = self.match(predictions, labels)
+        target = matches.class_targets(predictions[0].class_logits.shape[1], self.num_classes).to(labels.device)
+        queries, classes = (index.to(labels.device) for index in matches)
+        masks = torch.stack([p.masks_of(chosen) for p, chosen in zip(predictions, queries, strict=True)], 1)
+        class_logits = torch.stack([p.class_logits for p in predictions])
+        with torch.autocast(labels.device.type, enabled=False):
+            bce, dice = self.mask_terms(masks.float(), classes.transpose(0, 1), labels)
+            entropy = class_loss(class_logits.float(), target, self.class_weight)
+        num_masks = mean_over_processes(int((matches.classes[0] >= 0).sum()), labels.device)
         for_mask, for_dice, for_class = self.coefficients
-        return {
-            "mask": for_mask * bce,
-            "dice": for_dice * dice,
-            "class": for_class * class_loss(class_logits, matched, self.class_weight),
-        }
+        return {"mask": for_mask * bce / num_masks, "dice": for_dice * dice / num_masks, "class": for_class * entropy}
+
+    def mask_terms(self, masks: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask and dice loss [L], summed over masks: logits [B, L, M, h, w], classes [B, L, M], -1 for no mask."""
+        shape, masks, classes = classes.shape, masks.flatten(1, 2), classes.flatten(1)
+        num_drawn = self.num_candidates + self.num_points - self.num_uncertain
+        drawn = torch.rand(len(masks), num_drawn, 2, device=masks.device)
+        index = choose_points(masks, drawn, self.num_candidates, self.num_uncertain)  # [B, L * M, P]
+
+        image = torch.arange(len(masks), device=masks.device)[:, None, None]
+        points = drawn[image, index]
+        targets = sample_all_classes(labels, drawn, self.num_classes)[image, classes.clamp(min=0)[..., None], index]
+        values = sample_maps(masks.flatten(0, 1)[:, None], points.flatten(0, 1)).view_as(targets)
+        bce, dice = mask_losses(values, targets)
+        return tuple(term.where(classes >= 0, 0).view(shape).sum((0, 2)) for term in (bce, dice))
 
     @torch.no_grad()
-    def match(
-        self, mask_logits: Tensor, class_logits: Tensor, labels: Tensor, points: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The assignment of classes to queries, at random points [B, P, 2] unless some are given; see `match`."""
+    def match(self, predictions: Sequence[Prediction], labels: Tensor, points: Tensor | None = None) -> Matches:
+        """The assignment of classes to queries, at random points [B, P, 2] unless some are given.
+
+        All predictions are judged at the same points, and reach the CPU in one transfer.
+        """
         if points is None:
             points = torch.rand(len(labels), self.num_points, 2, device=labels.device)
-        target_values = sample_all_classes(labels, points, self.num_classes)
-        cost = matching_cost(sample_maps(mask_logits, points), target_values, class_logits, *self.coefficients)
-        return match(cost, classes_present(labels, self.num_classes))
+        targets = sample_all_classes(labels, points, self.num_classes)
+        costs = []
+        for prediction in predictions:
+            values = prediction.embeddings @ sample_features(prediction.features, points).mT  # [B, Q, P]
+            with torch.autocast(labels.device.type, enabled=False):
+                logits = prediction.class_logits.float()
+                costs.append(matching_cost(values.float(), targets, logits, *self.coefficients))
+        cost = torch.stack(costs)
+        both = torch.cat((cost.flatten(), classes_seen(labels).flatten().to(cost.dtype))).cpu()
+        cost, seen = both[: cost.numel()].view(cost.shape), both[cost.numel() :].view(len(labels), -1).bool()
+        return match(cost, classes_present(seen, self.num_classes))
 
 
 def mean_over_processes(num_masks: int, device: torch.device) -> float:

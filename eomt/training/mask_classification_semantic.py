@@ -38,7 +38,7 @@ from eomt.training.schedules import (
     resolve_steps,
     resolve_warmup,
 )
-from eomt.training.semantic_inference import segment
+from eomt.training.semantic_inference import classify
 from eomt.training.settings import check_same_settings, check_values
 from lora_config import BASE, LoRASettings, apply_lora, fingerprint
 
@@ -236,11 +236,10 @@ class MaskClassificationSemantic(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """images uint8 [B, 3, H, W] and label maps uint8 [B, H, W] -> the loss, summed over all predictions."""
         images, labels = batch
-        predictions = zip(*self.network(images / 255), strict=True)
-        terms = [self.criterion(mask_logits, class_logits, labels) for mask_logits, class_logits in predictions]
-        loss = sum(sum(term.values()) for term in terms)
+        terms = self.criterion(self.network.predictions(images / 255), labels)
+        loss = sum(term.sum() for term in terms.values())
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms[-1].items()})
+        self.log_dict({f"train/{name}": term[-1].detach() for name, term in terms.items()})
         return loss
 
     def on_fit_start(self) -> None:
@@ -281,23 +280,24 @@ class MaskClassificationSemantic(lightning.LightningModule):
     def configure_optimizers(self) -> dict:
         hp, total_steps = self.hparams, self.count_steps()
         heads, backbone = resolve_warmup(hp.warmup_steps, total_steps)
-        groups = param_groups(
-            self.network,
-            self.adapter_parameters(),
-            hp.lr,
-            hp.lora_lr or hp.lr,
-            hp.llrd,
-            hp.llrd_masked_blocks,
-            hp.weight_decay,
-        )
 
         def schedule(start: int, warmup: int):
             return lambda step: lr_factor(step, total_steps, start, warmup, hp.lr_schedule, hp.poly_power)
 
-        optimizer = torch.optim.AdamW(groups)
+        scales = self.trainer.precision == "16-mixed"  # whose gradient scaler cannot clip for a fused optimiser
+        optimizer = self.optimizer(fused=not scales)
         waits = {"backbone": schedule(heads, backbone), "heads": schedule(0, heads), "lora": schedule(0, heads)}
-        scheduler = LambdaLR(optimizer, [waits[group["kind"]] for group in groups])
+        scheduler = LambdaLR(optimizer, [waits[group["kind"]] for group in optimizer.param_groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer(self, fused: bool = True) -> torch.optim.AdamW:
+        """For the trainable parameters, in few groups: with `fused` a kernel call each, not several a tensor."""
+        hp = self.hparams
+        lora_lr = hp.lora_lr or hp.lr
+        groups = param_groups(
+            self.network, self.adapter_parameters(), hp.lr, lora_lr, hp.llrd, hp.llrd_masked_blocks, hp.weight_decay
+        )
+        return torch.optim.AdamW(groups, fused=fused)
 
     # Evaluation
 
@@ -308,8 +308,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
     def validation_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> None:
         """images uint8 [3, H, W] of any size and their label maps uint8 [H, W], judged at their own resolution."""
         for image, labels in zip(*batch, strict=True):
-            prediction = segment(self.network, image).argmax(0)
-            self.confusion.update(prediction[None], labels[None])
+            self.confusion.update(classify(self.network, image)[None], labels[None])
 
     def on_validation_epoch_end(self) -> None:
         iou = iou_per_class(self.confusion.compute())
