@@ -212,12 +212,13 @@ class LoRAAudit:
 
     def _base_problem(self) -> str | None:
         recorded = getattr(self.adapted, "lora_base_hashes", None)
+        expected = getattr(self.adapted, "lora_cast_hashes", recorded)
         if recorded is None and self.base_fingerprint is None:
             return None  # adapted by hand with PEFT: nothing to compare with
         now = tensor_hashes(self.adapted)
         remedy = "load weights, and change precision or sizes, before apply_lora"
         trained = {n for n, t in base_tensors(self.adapted).items() if t.requires_grad}
-        if recorded and (changed := [n for n in now if n not in trained and now[n] != recorded.get(n)]):
+        if recorded and (changed := [n for n in now if n not in trained and now[n] != expected.get(n)]):
             return f"base weights changed after the adapters were applied: {listed(changed)}; {remedy}"
         if self.base_fingerprint not in (None, combine_hashes(recorded or now)):
             return f"base weights are not the ones that were loaded (their fingerprint differs); {remedy}"

@@ -277,6 +277,23 @@ def _settle(module: nn.Module, hashes: Mapping[str, str]) -> None:
     module.lora_base_hashes = hashes  # a plain attribute, as PEFT's own `peft_config`
 
 
+def cast_base(module: nn.Module, dtype: torch.dtype) -> None:
+    """Converts the frozen linear layers and convolutions: fewer bytes, and what autocast to `dtype` computes anyway.
+
+    The module still belongs to the base it was loaded with; `lora_audit` expects the converted weights from here on.
+
+    Raises:
+        ValueError: the base was changed after the adapters were applied.
+    """
+    if tensor_hashes(module) != module.lora_base_hashes:
+        raise ValueError("base weights changed after the adapters were applied; load weights before apply_lora")
+    for layer in module.modules():
+        weights = list(layer.parameters(recurse=False))
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in weights):
+            layer.to(dtype)
+    module.lora_cast_hashes = tensor_hashes(module)
+
+
 def update_norms(module: nn.Module) -> dict[str, float]:
     """Frobenius norm of `scaling * B A` of each layer that the adapter in use adapts, by name; 0 before training."""
     return {

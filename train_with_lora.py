@@ -39,6 +39,10 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     if cfg.patience is not None:
         stop = lightning.pytorch.callbacks.EarlyStopping("val/miou", mode="max", patience=cfg.patience)
         callbacks["early_stopping"] = stop
+    if cfg.trunk_cache:
+        from eomt.training.trunk_cache import TrunkCache
+
+        callbacks["trunk_cache"] = TrunkCache(cfg.views)
     loggers = [instantiate(node, _convert_="all") for node in cfg.logger.values()]
     trainer = instantiate(
         cfg.trainer, callbacks=list(callbacks.values()), logger=loggers, default_root_dir=output_dir, _convert_="all"
@@ -85,7 +89,7 @@ def check(cfg) -> None:  # noqa: ANN001
 
     parts = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
     options = {"name": str, "variant": str | None, "output_dir": str, "seed": int}
-    options |= {"resume": str | None, "patience": int | None}
+    options |= {"resume": str | None, "patience": int | None, "trunk_cache": bool, "views": int}
     for key in cfg:
         if key not in (*parts, *options, "experiment", "lora", "lora_preset"):
             raise ValueError(f"{key} is unknown at the top of the configuration{did_you_mean(key, [*parts, *options])}")

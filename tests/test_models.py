@@ -208,6 +208,48 @@ def test_attention_in_two_calls_equals_one_with_the_whole_mask(name):
     assert not torch.allclose(ours, attend(block, x, rope))
 
 
+@pytest.mark.parametrize("prob", [1.0, 0.0])
+def test_checkpointed_predictions_have_the_same_outputs_and_gradients_and_keep_less(prob):
+    def run(checkpointed):
+        torch.manual_seed(0)
+        net = network(checkpoint_predictions=checkpointed).double()
+        net.attn_mask_probs.fill_(prob)
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = net.predictions(images().double())
+            loss = sum(t.pow(2).mean() for one in outputs for t in (one.mask_logits(), one.class_logits))
+        loss.backward()
+        return loss, [p.grad for p in net.parameters()], sum(kept.values())
+
+    (loss, gradients, much), (again, same, little) = run(False), run(True)
+    torch.testing.assert_close(again, loss, rtol=0, atol=0)
+    for one, other in zip(gradients, same, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-15)
+    assert little < 0.8 * much
+
+
+@every_family
+@pytest.mark.parametrize("adapted", [False, True])
+def test_blocks_compile_without_graph_breaks_masked_or_not(name, adapted):
+    net = network(name)
+    if adapted:
+        apply_lora(net.encoder.backbone, LoRASettings())
+    x, rope = net.trunk(images(), 0)
+    x = torch.cat((net.q.weight.expand(2, -1, -1), x), 1)
+    mask = (torch.rand(2, 1, net.num_q, x.shape[1]) > 0.5).as_subclass(QueryMask)
+    for each in (None, mask):
+        torch._dynamo.reset()
+        explained = torch._dynamo.explain(attend)(net.encoder.blocks[-1], x, rope, each)
+        assert explained.graph_count == 1, explained.break_reasons
+    explained = torch._dynamo.explain(net.upscale)(torch.randn(2, 32, 4, 4))
+    assert explained.graph_count == 1, explained.break_reasons
+
+
 def test_the_linear_form_of_the_upscaling_equals_the_transposed_convolution():
     block = ScaleBlock(8).double()
     x = torch.randn(2, 8, 5, 3, dtype=torch.float64)

@@ -378,3 +378,50 @@ def test_the_adapter_configuration_carries_everything_that_was_set(base, tmp_pat
     config = json.loads((tmp_path / "adapter" / "eomt_config.json").read_text())
     assert config["init"]["lora_rank"] == 4 and config["init"]["class_names"][3] == "c3"
     assert config["init"]["ckpt_path"] == base
+
+
+def test_a_base_in_bf16_gives_the_results_of_float32_bit_for_bit(base, data, tmp_path):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        module = build(use_lora=True, ckpt_path=base, base_dtype=dtype, warmup_steps=[0, 0])
+        losses[dtype] = []
+        module.log = lambda name, value, dtype=dtype, **_: (
+            losses[dtype].append(float(value)) if name == "train/loss" else None
+        )
+        torch.manual_seed(1)
+        fit(module, data, tmp_path / dtype, callbacks=[AuditLoRA()], precision="bf16-mixed", limit_val_batches=0)
+        module.save_pretrained(tmp_path / dtype / "adapter")
+    assert losses["float32"] == losses["bfloat16"]
+    block = module.network.encoder.blocks[0]
+    assert block.attn.qkv.base_layer.weight.dtype == block.mlp.fc1.weight.dtype == torch.bfloat16
+    assert block.norm1.weight.dtype == module.network.q.weight.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in module.parameters() if p.requires_grad)
+    one, other = (MaskClassificationSemantic.from_pretrained(tmp_path / dtype / "adapter") for dtype in losses)
+    assert torch.equal(outputs(one), outputs(other))
+
+
+def test_a_base_in_bf16_is_refused_where_it_would_change_results(base, data, tmp_path):
+    with pytest.raises(ValueError, match="precision=bf16-mixed or model.base_dtype=float32"):
+        fit(build(use_lora=True, ckpt_path=base, base_dtype="bfloat16"), data, tmp_path)
+    for settings, words in (
+        ({"ckpt_path": base}, "without use_lora"),
+        ({"use_lora": True}, "random base"),
+        ({"use_lora": True, "ckpt_path": base, "lora_options": {"use_dora": True}}, "use_dora"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(base_dtype="bfloat16", **settings)
+
+
+def test_few_parameter_groups_and_one_fused_optimiser(data, tmp_path):
+    module = build(llrd=0.8)
+    (optimizer,) = fit(module, data, tmp_path, steps=1, limit_val_batches=0).optimizers
+    depth = len(module.network.encoder.blocks)
+    assert optimizer.defaults["fused"] and len(optimizer.param_groups) <= depth + 2
+    params = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(params) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+
+
+def test_compile_takes_the_blocks_and_the_upscaling():
+    network = build(compile=True).network
+    parts = (*network.encoder.blocks, network.upscale)
+    assert all(part._compiled_call_impl for part in parts) and not build().network.upscale._compiled_call_impl

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eomt.models.scale_block import ScaleBlock
 from eomt.models.vit import QueryMask, ViT, attend
@@ -55,13 +56,21 @@ class EoMT(nn.Module):
         num_q: number of queries, Q.
         num_blocks: how many last blocks see the queries, L.
         masked_attn_enabled: predict before each of these blocks and let a query attend to its own mask only.
+        checkpoint_predictions: keep little of the predictions for the backward pass and compute them again there: they
+            hold most of the activations.
 
     `attn_mask_probs` [L] holds, per block, the probability that a query is masked: 1 at the start of training,
     annealed to 0, so that the deployed network needs no masks (section 3.2).
     """
 
     def __init__(
-        self, encoder: ViT, num_classes: int, num_q: int = 100, num_blocks: int = 4, masked_attn_enabled: bool = True
+        self,
+        encoder: ViT,
+        num_classes: int,
+        num_q: int = 100,
+        num_blocks: int = 4,
+        masked_attn_enabled: bool = True,
+        checkpoint_predictions: bool = False,
     ) -> None:
         super().__init__()
         depth, dim = len(encoder.blocks), encoder.embed_dim
@@ -77,6 +86,7 @@ class EoMT(nn.Module):
         self.num_q = num_q
         self.num_blocks = num_blocks
         self.masked_attn_enabled = masked_attn_enabled
+        self.checkpoint_predictions = checkpoint_predictions
 
         self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
         self.q = nn.Embedding(num_q, dim)
@@ -112,17 +122,26 @@ class EoMT(nn.Module):
 
     def predictions(self, images: Tensor) -> list[Prediction]:
         """`forward`, with masks that are not multiplied out."""
-        x, rope = self.encoder.embed(images)  # [B, P + N, C]: prefix, patches
-        for block in self.encoder.blocks[: -self.num_blocks]:
-            x = attend(block, x, rope)
-        return self.predict_in_blocks(x, rope)
+        before_queries = len(self.encoder.blocks) - self.num_blocks
+        return self.predictions_from(*self.trunk(images, before_queries), before_queries)
 
-    def predict_in_blocks(self, x: Tensor, rope: Tensor | None) -> list[Prediction]:
-        """The last L blocks, on patch tokens [B, P + N, C]."""
+    def trunk(self, images: Tensor, depth: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, P + N, C] (prefix, patches) after the first blocks, as many as `depth`, and rotary embeddings."""
+        x, rope = self.encoder.embed(images)
+        for block in self.encoder.blocks[:depth]:
+            x = attend(block, x, rope)
+        return x, rope
+
+    def predictions_from(self, x: Tensor, rope: Tensor | None, depth: int) -> list[Prediction]:
+        """What `predictions` does with the output of `trunk`; its depth is at most that of the backbone less L."""
+        blocks = self.encoder.blocks
+        for block in blocks[depth : -self.num_blocks]:
+            x = attend(block, x, rope)
+
         queries = self.q.weight.expand(x.shape[0], -1, -1)
         x = torch.cat((queries, x), dim=1)  # [B, Q + P + N, C]
         predictions = []
-        for block, prob in zip(self.encoder.blocks[-self.num_blocks :], self.attn_mask_probs.tolist(), strict=True):
+        for block, prob in zip(blocks[-self.num_blocks :], self.attn_mask_probs.tolist(), strict=True):
             mask = None
             if self.masked_attn_enabled:
                 predictions.append(self.predict(x))
@@ -141,6 +160,12 @@ class EoMT(nn.Module):
 
     def predict(self, x: Tensor) -> Prediction:
         """From tokens [B, Q + P + N, C]."""
+        if self.checkpoint_predictions and torch.is_grad_enabled():
+            return checkpoint(self.predict_plainly, x, use_reentrant=False, preserve_rng_state=False)
+        return self.predict_plainly(x)
+
+    def predict_plainly(self, x: Tensor) -> Prediction:
+        """`predict`, with everything kept for the backward pass."""
         x = self.encoder.norm(x)
         queries = x[:, : self.num_q]
         pixels = x[:, self.num_q + self.encoder.num_prefix_tokens :]  # [B, N, C]

@@ -122,7 +122,7 @@ class QueryMask(Tensor):
     """
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN206
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # noqa: ANN001
         with torch._C.DisableTorchFunctionSubclass():
             if function is F.scaled_dot_product_attention:
                 return attention_in_two(*args, **kwargs)
@@ -134,7 +134,7 @@ def attention_in_two(
 ) -> Tensor:
     """Attention [B, heads, N, d] with a `QueryMask`."""
     masked, free = query.tensor_split([attn_mask.shape[2]], dim=2)
-    masked = F.scaled_dot_product_attention(masked, key, value, attn_mask.as_subclass(Tensor), dropout_p)
+    masked = F.scaled_dot_product_attention(masked, key, value, attn_mask, dropout_p)
     free = F.scaled_dot_product_attention(free, key, value, None, dropout_p)
     return torch.cat((masked, free), dim=2)
 

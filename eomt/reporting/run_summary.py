@@ -127,7 +127,7 @@ class HashBatches(Callback):
             self.seen += 1
             digest = hashlib.sha256(self.hash.encode())
             for tensor in batch:
-                digest.update(tensor.cpu().contiguous().numpy())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
             self.hash = digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:

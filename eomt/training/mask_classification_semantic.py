@@ -40,7 +40,7 @@ from eomt.training.schedules import (
 )
 from eomt.training.semantic_inference import classify
 from eomt.training.settings import check_same_settings, check_values
-from lora_config import BASE, LoRASettings, apply_lora, fingerprint
+from lora_config import BASE, LoRASettings, apply_lora, cast_base, fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,7 +80,10 @@ class MaskClassificationSemantic(lightning.LightningModule):
             fractions of the run (float).
         num_points .. no_object_coefficient: see `MaskClassificationLoss`.
         class_weights, class_names, class_colors: K weights for the class loss; K names and RGB colours for reports.
-        compile: `torch.compile` the network.
+        checkpoint_predictions: a step takes longer and keeps less; see `EoMT`.
+        base_dtype: "bfloat16" keeps the frozen base of a LoRA run in half the bytes while it trains. The results are
+            those of float32, which bf16-mixed rounds in every step.
+        compile: `torch.compile` the blocks and the upscaling.
 
     Raises:
         ValueError: impossible values, before anything is built where that is possible.
@@ -130,6 +133,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         class_weights: Sequence[float] | None = None,
         class_names: Sequence[str] | None = None,
         class_colors: Sequence[Sequence[int]] | None = None,
+        checkpoint_predictions: bool = False,
+        base_dtype: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -138,7 +143,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
         from_hub = pretrained and (delta_weights or not ckpt_path)  # a checkpoint replaces every weight
         encoder = ViT(img_size, patch_size, backbone_name, from_hub, backbone_kwargs)
-        self.network = EoMT(encoder, num_classes, num_q, num_blocks, masked_attn_enabled)
+        self.network = EoMT(encoder, num_classes, num_q, num_blocks, masked_attn_enabled, checkpoint_predictions)
         if ckpt_path:  # weights before adapters: afterwards the names no longer fit
             report = load_checkpoint(self.network, ckpt_path, load_ckpt_class_head, delta_weights)
             logger.info("%s", report)
@@ -171,11 +176,13 @@ class MaskClassificationSemantic(lightning.LightningModule):
             no_object_coefficient,
             class_weights,
         )
+        self.cached_blocks = 0
         self.total_steps = 0
         self.validated_step: int | None = None
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
         if compile:
-            self.network.compile()
+            for part in (*encoder.blocks, self.network.upscale):
+                part.compile()
 
     @property
     def backbone(self) -> nn.Module:
@@ -233,14 +240,37 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
     # Training
 
+    def configure_model(self) -> None:
+        """Called by Lightning before it moves anything to a GPU."""
+        if self.hparams.base_dtype == "bfloat16" and self.trainer.training:
+            if self.trainer.precision != "bf16-mixed":
+                raise ValueError(
+                    f"base_dtype bfloat16 with trainer.precision {self.trainer.precision}: a base in bf16 gives the same "
+                    "results under bf16-mixed only; set trainer.precision=bf16-mixed or model.base_dtype=float32"
+                )
+            cast_base(self.backbone, torch.bfloat16)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """images uint8 [B, 3, H, W] and label maps uint8 [B, H, W] -> the loss, summed over all predictions."""
+        """images uint8 [B, 3, H, W] and label maps uint8 [B, H, W] -> the loss, summed over all predictions.
+
+        After `train_from`, tokens [B, P + N, C] instead of images.
+        """
         images, labels = batch
-        terms = self.criterion(self.network.predictions(images / 255), labels)
+        if self.cached_blocks:
+            predictions = self.network.predictions_from(images.float(), self.rope, self.cached_blocks)
+        else:
+            predictions = self.network.predictions(images / 255)
+        terms = self.criterion(predictions, labels)
         loss = sum(term.sum() for term in terms.values())
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({f"train/{name}": term[-1].detach() for name, term in terms.items()})
         return loss
+
+    def train_from(self, depth: int) -> None:
+        """Training batches hold the output of the first `depth` blocks from now on; see `TrunkCache`."""
+        self.cached_blocks = depth
+        height, width = self.hparams.img_size
+        self.rope = self.network.encoder.embed(torch.zeros(1, 3, height, width, device=self.device))[1]
 
     def on_fit_start(self) -> None:
         self.seed = torch.initial_seed()

@@ -32,6 +32,14 @@ def check_values(hp: Mapping[str, Any]) -> None:
         raise ValueError(f"importance_sample_ratio {hp['importance_sample_ratio']}: a share of the points, 0 to 1")
     if hp["oversample_ratio"] < 1:
         raise ValueError(f"oversample_ratio {hp['oversample_ratio']}: candidates per point, at least 1")
+    if hp["base_dtype"] != "float32" and not hp["use_lora"]:
+        raise ValueError(
+            f"base_dtype {hp['base_dtype']} without use_lora: weights that train stay in float32; set base_dtype=float32"
+        )
+    if hp["base_dtype"] != "float32" and not (hp["pretrained"] or hp["ckpt_path"]):
+        raise ValueError(f"base_dtype {hp['base_dtype']} with a random base: the adapter folder would have to hold it")
+    if hp["base_dtype"] != "float32" and (hp["lora_options"] or {}).get("use_dora"):
+        raise ValueError("base_dtype bfloat16 with use_dora: DoRA takes norms of the base weights; use float32")
     for name, length in (
         ("class_names", "num_classes"),
         ("class_colors", "num_classes"),
@@ -45,7 +53,7 @@ def check_values(hp: Mapping[str, Any]) -> None:
 
 def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ValueError when a resumed run asks for other settings: the checkpoint's optimiser would overrule them."""
-    for name in trained_with.keys() & now.keys() - {"ckpt_path", "compile"}:
+    for name in trained_with.keys() & now.keys() - {"ckpt_path", "compile", "checkpoint_predictions", "base_dtype"}:
         before, after = json.dumps(trained_with[name]), json.dumps(now[name])
         if before != after:
             raise ValueError(

@@ -1,0 +1,191 @@
+"""The output of frozen blocks for every training view, computed once and kept on disk.
+
+Blocks before the first one that trains always give the same tokens for the same pixels. A run that adapts the last
+blocks alone can start each step from there.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import lightning
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from eomt.data.dataset import SegmentationDataset
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from eomt.training.prediction import evaluating
+from lora_config import combine_hashes, hash_tensors
+
+log = logging.getLogger(__name__)
+
+
+class TrunkCache(lightning.Callback):
+    """Fills the cache when training starts, and lets the run train from it.
+
+    Args:
+        views: augmented views of each image, drawn once with the run's seed; a step takes one of them at random.
+        folder: where caches are kept, by what they depend on; None: `$EOMT_CACHE/trunk`, or `~/.cache/eomt/trunk`.
+
+    Raises:
+        ValueError: something before the last blocks trains or is random, masked attention is on, or the disk is full.
+    """
+
+    def __init__(self, views: int = 8, folder: str | None = None) -> None:
+        if views < 1:
+            raise ValueError(f"views {views}: at least one of each image")
+        self.views = views
+        cache = Path(os.environ.get("EOMT_CACHE") or Path.home() / ".cache" / "eomt")
+        self.folder = Path(folder) if folder else cache / "trunk"
+
+    def setup(self, trainer: lightning.Trainer, module: MaskClassificationSemantic, stage: str) -> None:
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise ValueError(f"trunk_cache with {trainer.world_size} processes: one fills it; set trainer.devices=1")
+        depth = cached_blocks(module)
+        images = trainer.datamodule.train_set
+        self.cache = CachedViews(images, self.views, self.folder / self.key(trainer, module, depth), module, depth)
+        trainer.datamodule.train_set = self.cache  # filled once the network is on its device
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: MaskClassificationSemantic) -> None:
+        cache = self.cache
+        if not cache.folder.is_dir():
+            check_space(cache.bytes, self.folder)
+            cache.fill(trainer, module)
+        log.info(
+            "trunk_cache: %d views of %d images behind %d blocks, %.1f GiB in %s",
+            *(self.views, len(cache), cache.depth, cache.bytes / 2**30, cache.folder),
+        )
+        module.train_from(cache.depth)
+
+    def key(self, trainer: lightning.Trainer, module: MaskClassificationSemantic, depth: int) -> str:
+        """A hash of everything that the tokens depend on."""
+        encoder = module.network.encoder
+        trunk = {name: tensor for name, tensor in encoder.state_dict().items() if before(name, depth)}
+        dataset = trainer.datamodule.train_set
+        facts = {
+            "weights": combine_hashes(hash_tensors(trunk)),
+            "data": dataset.fingerprint(),
+            "augmentation": vars(dataset.transform),
+            "seed": torch.initial_seed(),
+            "precision": trainer.precision,
+        }
+        facts |= {"views": self.views, "depth": depth, "img_size": module.hparams.img_size}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def before(name: str, depth: int) -> bool:
+    """Whether an encoder's tensor is used before block `depth`."""
+    parts = name.removeprefix("backbone.").split(".")
+    return parts[0] != "norm" and (parts[0] != "blocks" or int(parts[1]) < depth)
+
+
+def cached_blocks(module: MaskClassificationSemantic) -> int:
+    """How many blocks run before anything that trains, the queries included.
+
+    Raises:
+        ValueError: none, or their output is not always the same.
+    """
+    encoder = module.network.encoder
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    depth = len(encoder.blocks) - module.network.num_blocks
+    while depth and any(before(name, depth) for name in trained):
+        depth -= 1
+    if not depth:
+        first = next((name for name in sorted(trained) if before(name, 1)), "the queries")
+        raise ValueError(
+            f"trunk_cache: {first.removeprefix('backbone.')} trains, so that no block's output stays the same; adapt "
+            "the last blocks alone (use_lora=true lora_blocks=4, say) or freeze the backbone"
+        )
+    if module.network.masked_attn_enabled:
+        raise ValueError(
+            "trunk_cache with masked_attn_enabled=true: it is for networks that are trained already and predict once, "
+            "at the end; set model.masked_attn_enabled=false"
+        )
+    random = {key for key, value in (module.hparams.backbone_kwargs or {}).items() if "drop" in key and value}
+    if random:
+        raise ValueError(f"trunk_cache with {random.pop()}: frozen blocks must always give the same; set it to 0")
+    return depth
+
+
+def check_space(needed: int, folder: Path) -> None:
+    """Raises ValueError where the disk has no room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > 0.95 * free:
+        raise ValueError(
+            f"trunk_cache needs {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free: take fewer "
+            "views, smaller crops, or another disk (EOMT_CACHE)"
+        )
+
+
+class CachedViews(Dataset):
+    """Stands in for a training set: item `(index, seed)` is a view of an image, chosen by the seed.
+
+    A view is tokens bf16 [P + N, C] (prefix, patches) and label map uint8 [H, W].
+    """
+
+    def __init__(
+        self, images: SegmentationDataset, views: int, folder: Path, module: MaskClassificationSemantic, depth: int
+    ) -> None:
+        self.images, self.views, self.folder, self.depth = images, views, folder, depth
+        self.classes, self.samples, self.fingerprint = images.classes, images.samples, images.fingerprint
+        encoder = module.network.encoder
+        tokens = encoder.num_prefix_tokens + encoder.grid_size[0] * encoder.grid_size[1]
+        rows = len(images) * views
+        self.shapes = {"tokens": (rows, tokens, encoder.embed_dim), "labels": (rows, *encoder.img_size)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, seed = item
+        row = index * self.views + seed % self.views
+        tokens, labels = (open_tensor(self.folder / name, shape) for name, shape in self.shapes.items())
+        return tokens[row].clone(), labels[row].clone()
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+        tokens, labels = (torch.Size(shape).numel() for shape in self.shapes.values())
+        return 2 * tokens + labels
+
+    def fill(self, trainer: lightning.Trainer, module: MaskClassificationSemantic) -> None:
+        """Runs the frozen blocks over all views. An interrupted run leaves nothing half-done."""
+        rows = self.shapes["tokens"][0]
+        seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(torch.initial_seed() % 2**62))
+        loader = DataLoader(
+            self.images,
+            batch_size=trainer.datamodule.batch_size,
+            sampler=[(row // self.views, seed) for row, seed in enumerate(seeds.tolist())],
+            num_workers=trainer.datamodule.num_workers,
+            generator=torch.Generator(),
+        )
+        draft = Path(tempfile.mkdtemp(prefix=".draft_", dir=self.folder.parent))
+        try:
+            files = [open_tensor(draft / name, shape, write=True) for name, shape in self.shapes.items()]
+            done = 0
+            with evaluating(module.network), torch.no_grad(), trainer.precision_plugin.forward_context():
+                for images, labels in track(loader, "Frozen blocks", transient=True):
+                    tokens, _ = module.network.trunk(images.to(module.device) / 255, self.depth)
+                    for file, batch in zip(files, (tokens, labels), strict=True):
+                        file[done : done + len(batch)] = batch.to("cpu", file.dtype)
+                    done += len(images)
+            draft.rename(self.folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@lru_cache(maxsize=8)
+def open_tensor(path: Path, shape: tuple[int, ...], write: bool = False) -> Tensor:
+    """A file on disk as a tensor: `tokens` in bf16, `labels` in uint8."""
+    dtype = torch.bfloat16 if path.name == "tokens" else torch.uint8
+    return torch.from_file(str(path), shared=write, size=torch.Size(shape).numel(), dtype=dtype).view(shape)

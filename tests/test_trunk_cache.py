@@ -1,0 +1,141 @@
+"""Training from the output of frozen blocks: the same loss, seeded views, and what it refuses."""
+
+import lightning
+import pytest
+import torch
+from conftest import TINY
+
+from eomt.data.toy_streets import toy_streets
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from eomt.training.trunk_cache import TrunkCache, check_space
+
+LAST = {"use_lora": True, "lora_blocks": 1, "lora_dropout": 0.0, "masked_attn_enabled": False, "lr": 1e-3}
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    return MaskClassificationSemantic(**{**TINY, **LAST, **settings})
+
+
+@pytest.fixture
+def data(toy_cache):
+    def streets():
+        return toy_streets(
+            str(toy_cache), num_train=8, num_val=3, size=(64, 128), img_size=[64, 128], batch_size=2, num_workers=0
+        )
+
+    return streets
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return TrunkCache(views=3, folder=str(tmp_path / "cache"))
+
+
+def fit(module, data, callbacks=(), epochs=2, seed=5, precision="32-true"):
+    """The losses, and the batches that gave them."""
+    losses, batches = [], []
+
+    class Keep(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].item())
+            batches.append(batch)
+
+    lightning.seed_everything(seed, verbose=False)
+    lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        precision=precision,
+        callbacks=[*callbacks, Keep()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    ).fit(module, data)
+    return torch.tensor(losses), batches
+
+
+class SameViews(torch.utils.data.Dataset):
+    """The views behind a cache, as pixels."""
+
+    def __init__(self, cache):
+        self.images, self.views = cache.images, cache.views
+        rows = len(cache) * cache.views
+        self.seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(5)).tolist()
+        self.classes, self.samples, self.fingerprint = cache.classes, cache.samples, cache.fingerprint
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, item):
+        index, seed = item
+        return self.images[index, self.seeds[index * self.views + seed % self.views]]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_the_loss_is_that_of_training_from_pixels_to_bf16_rounding(data, cache, name):
+    from_tokens, batches = fit(build(backbone_name=name), data(), [cache])
+    assert batches[0][0].dtype == torch.bfloat16
+    pixels = data()
+    pixels.train_set = SameViews(cache.cache)
+    from_pixels, batches = fit(build(backbone_name=name), pixels)
+    assert batches[0][0].dtype == torch.uint8
+    torch.testing.assert_close(from_tokens, from_pixels, rtol=5e-3, atol=0)
+    assert len(from_tokens) == 8 and from_tokens.std() > 0
+
+
+def test_views_are_seeded_and_the_cache_is_used_again(data, cache, tmp_path):
+    losses, _ = fit(build(), data(), [cache])
+    (folder,) = (tmp_path / "cache").iterdir()
+    written = (folder / "tokens").stat().st_mtime_ns
+    again, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert torch.equal(losses, again) and (folder / "tokens").stat().st_mtime_ns == written
+    fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))], seed=6)
+    fit(build(), data(), [TrunkCache(2, str(tmp_path / "cache"))])
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_other_weights_do_not_meet_an_old_cache(data, cache, tmp_path):
+    fit(build(), data(), [cache])
+    other = build()
+    with torch.no_grad():
+        other.network.encoder.backbone.blocks[0].mlp.fc1.weight[0, 0] += 1
+    fit(other, data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_interrupted_fill_leaves_nothing_behind(data, cache, tmp_path, monkeypatch):
+    module = build()
+    monkeypatch.setattr(module.network, "trunk", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, data(), [cache])
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_heads_alone_can_train_from_a_cache_too(data, cache):
+    module = build(use_lora=False, freeze=["backbone"])
+    fit(module, data(), [cache])
+    assert module.cached_blocks == len(module.network.encoder.blocks) - module.network.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora_blocks": "all"}, "blocks.0.attn.* trains"),
+        ({"use_lora": False}, "trains, so that no block's output stays the same"),
+        ({"masked_attn_enabled": True}, "masked_attn_enabled=false"),
+        ({"backbone_kwargs": TINY["backbone_kwargs"] | {"drop_path_rate": 0.1}}, "drop_path_rate"),
+    ],
+)
+def test_what_would_not_stay_the_same_is_refused(data, cache, settings, words):
+    with pytest.raises(ValueError, match=words):
+        fit(build(**settings), data(), [cache])
+
+
+def test_a_full_disk_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="GiB are free: take fewer views"):
+        check_space(2**60, tmp_path)
+    with pytest.raises(ValueError, match="views 0"):
+        TrunkCache(views=0)
