@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from eomt.reporting.flops import flop_counter
 
 ROOT = Path(__file__).resolve().parents[1]
 Work = Callable[[], Any]  # one round of a side's work; what it returns is compared with the other side's
@@ -38,9 +39,10 @@ class Case:
         flops_target: the ratio of counted FLOPs that is aimed at.
         rounds: how often each side is timed.
         bytes_moved: bytes that the work cannot avoid to read and write, where they rule and not the FLOPs.
-        memory_from: what peak memory is counted from: "imports" (libraries loaded, nothing built) or "built"
-            (networks and inputs there, so that what remains is activations, gradients and optimiser state).
+        memory_from: what is taken off peak memory: "imports" (libraries), or "state" (weights, gradients and
+            optimiser state, too, so that activations remain).
         devices: where it can run.
+        absolute_seconds: a target for ours alone.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Case:
     bytes_moved: int | None = None
     memory_from: str = "imports"
     devices: Sequence[str] = ("cpu", "cuda")
+    absolute_seconds: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,7 +84,7 @@ def run_case(case: Case, device: str) -> list[Row]:
     flops, results = {}, {}
     for side, work in works.items():
         torch.manual_seed(0)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             results[side] = work()
         flops[side] = counter.get_total_flops()
     agreed = case.check(results["peer"], results["ours"])
@@ -97,9 +100,8 @@ def run_case(case: Case, device: str) -> list[Row]:
         "sides": {"peer": case.peer, "ours": case.ours},
         **case.facts,
     }
-    floor = floor_of(case, flops["ours"], device)
-    facts["floor_seconds"] = floor
-    rows = [time_row(case, median, floor, facts)]
+    facts["floor_seconds"] = {side: floor_of(case, flops[side], device) for side in flops}
+    rows = [time_row(case, median, facts)]
     if case.flops_target or flops["peer"] != flops["ours"]:
         rows.append(flops_row(case, flops))
     if case.memory_target:
@@ -122,16 +124,18 @@ def time_in_turns(works: dict[str, Work], rounds: int, device: str) -> dict[str,
     return seconds
 
 
-def time_row(case: Case, median: dict[str, float], floor: float | None, facts: dict[str, Any]) -> Row:
+def time_row(case: Case, median: dict[str, float], facts: dict[str, Any]) -> Row:
     ratio = median["ours"] / median["peer"]
-    floor_text = "" if floor is None else f"{floor:.3g} s"
+    floors = [f"{floor:.3g} s" for floor in facts["floor_seconds"].values() if floor is not None]
     shown = [f"{median[side]:.3g} s" for side in ("peer", "ours")]
     if case.speed_target:
         met, target = 1 / ratio >= case.speed_target, f">= {case.speed_target:g}x"
-        return Row(f"{case.what}: speed", *shown, 1 / ratio, target, met, floor_text, facts)
+        return Row(f"{case.what}: speed", *shown, 1 / ratio, target, met, " / ".join(floors), facts)
     met = None if case.time_target is None else ratio <= case.time_target
     target = "" if case.time_target is None else f"<= {case.time_target:.2f}"
-    return Row(f"{case.what}: time", *shown, ratio, target, met, floor_text, facts)
+    if case.absolute_seconds:
+        met, target = median["ours"] <= case.absolute_seconds, f"<= {case.absolute_seconds:g} s"
+    return Row(f"{case.what}: time", *shown, ratio, target, met, " / ".join(floors), facts)
 
 
 def flops_row(case: Case, flops: dict[str, int]) -> Row:
@@ -148,8 +152,9 @@ def memory_row(case: Case, device: str) -> Row:
     ratio = used["ours"] / max(1, used["peer"])
     shown = [f"{used[side] / 2**20:,.0f} MiB" for side in ("peer", "ours")]
     facts = {"case": case.name, "bytes": weights, "counted_from": case.memory_from}
+    kind = "peak memory" if case.memory_from == "imports" else "peak activation memory"
     target = f"<= {case.memory_target:.2f}"
-    return Row(f"{case.what}: peak memory", *shown, ratio, target, ratio <= case.memory_target, facts=facts)
+    return Row(f"{case.what}: {kind}", *shown, ratio, target, ratio <= case.memory_target, facts=facts)
 
 
 def weigh_in_child(case: Case, side: str, device: str) -> dict[str, int]:
@@ -162,15 +167,15 @@ def weigh_in_child(case: Case, side: str, device: str) -> dict[str, int]:
 
 
 def weigh(case: Case, side: str, device: str) -> dict[str, int]:
-    """What `weigh_in_child` runs there."""
+    """What `weigh_in_child` runs there: bytes with libraries imported, with weights and state, at the peak."""
     with PeakMemory(device) as memory:
-        before = memory.now()
+        imports = memory.now()
         work = (case.build_peer if side == "peer" else case.build_ours)(device)
         built = memory.now()
         for _ in range(3):  # the optimiser's state comes with the first step
             work()
         peak = memory.peak()
-    return {"imports": before, "built": built, "peak": peak}
+    return {"imports": imports, "state": built + getattr(work, "state_bytes", int)(), "peak": peak}
 
 
 class PeakMemory:

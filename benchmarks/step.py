@@ -4,7 +4,7 @@ A step is the forward pass with masked attention, the loss of all predictions, t
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.bench import Case, Work
+from benchmarks.bench import Case, Row
 from benchmarks.peer import SIZES, dense_masks, normalized, our_names, peer_network
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -75,69 +75,182 @@ def module_of(task: Task, **settings: Any) -> MaskClassificationSemantic:
         ).train()
 
 
-def peer_step(task: Task, device: str) -> Work:
-    """The plain recipe: dense masks, float attention masks, the whole mask maps, a parameter group for each tensor."""
-    network = theirs(task).to(device).train()
-    groups = [{"params": [p], "lr": 1e-5} for p in network.parameters()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
-    images, labels = batch_of(task, device)
+class Step:
+    """One training step a call; returns the loss that it started with."""
 
-    def step() -> Tensor:
+    def __init__(self, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: str) -> None:
+        self.loss, self.optimizer, self.device = loss, optimizer, device
+
+    def __call__(self) -> Tensor:
         torch.manual_seed(0)
-        masks, classes = dense_masks(labels)
-        with autocast(device):
-            loss = network(normalized(images / 255), mask_labels=masks, class_labels=classes).loss
+        with autocast(self.device):
+            loss = self.loss()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.detach()
 
-    return step
+    def state_bytes(self) -> int:
+        """Of gradients and of what the optimiser keeps."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = [t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in (*params, *state))
 
 
-def our_step(task: Task, device: str, **settings: Any) -> Work:
+def peer_step(task: Task, device: str) -> Step:
+    """The plain recipe: dense masks, float attention masks, whole mask maps, a parameter group for each tensor."""
+    network = theirs(task).to(device).train()
+    groups = [{"params": [p], "lr": 1e-5} for p in network.parameters()]
+    images, labels = batch_of(task, device)
+
+    def loss() -> Tensor:
+        masks, classes = dense_masks(labels)
+        return network(normalized(images / 255), mask_labels=masks, class_labels=classes).loss
+
+    return Step(loss, torch.optim.AdamW(groups, weight_decay=0.05), device)
+
+
+def our_step(task: Task, device: str, **settings: Any) -> Step:
     """What the LightningModule does in a step."""
     module = module_of(task, **settings).to(device)
+    batch = batch_of(task, device)
     optimizer = module.optimizer()
     for group in optimizer.param_groups:
         group["lr"] = 1e-5
+    return Step(lambda: loss_of(module, *batch), optimizer, device)
+
+
+def loss_of(module: MaskClassificationSemantic, images: Tensor, labels: Tensor) -> Tensor:
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    return module.training_step((images, labels), 0)
+
+
+def cached_step(task: Task, device: str) -> Step:
+    """LoRA in the last blocks, from tokens that came out of the frozen ones in bf16."""
+    module = module_of(task, **LAST, masked_attn_enabled=False).to(device)
     images, labels = batch_of(task, device)
-
-    def step() -> Tensor:
-        torch.manual_seed(0)
-        with autocast(device):
-            terms = module.criterion(module.network.predictions(images / 255), labels)
-            loss = sum(term.sum() for term in terms.values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+    depth = len(module.network.encoder.blocks) - module.network.num_blocks
+    with torch.no_grad(), autocast(device):
+        tokens = module.network.trunk(images / 255, depth)[0].bfloat16()
+    module.train_from(depth)
+    optimizer = module.optimizer()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-5
+    return Step(lambda: loss_of(module, tokens, labels), optimizer, device)
 
 
-def same_loss(tolerance: float, theirs: Tensor, ours: Tensor) -> str:
-    """Points are drawn differently, so that the losses agree as two draws of one loss do."""
-    apart = abs(theirs - ours) / abs(theirs)
-    if not apart < tolerance:
-        raise AssertionError(f"losses {theirs:.5f} and {ours:.5f} differ by {100 * apart:.2f} %")
-    return f"first loss {theirs:.5f} and {ours:.5f}, {100 * apart:.3f} % apart (other random points)"
+LORA = {"use_lora": True, "lora_rank": 16}
+LAST = LORA | {"lora_blocks": 4}
 
 
-def cases() -> list[Case]:
+def same_loss(tolerance: float, note: str, theirs: Tensor, ours: Tensor) -> str:
+    apart = (abs(theirs - ours) / abs(theirs)).item()
+    if not apart <= tolerance:
+        raise AssertionError(f"losses {theirs:.6f} and {ours:.6f} differ by {100 * apart:.2g} %")
+    return f"first loss {theirs:.6f} and {ours:.6f}, {100 * apart:.2g} % apart{note}"
+
+
+def same_as_from_pixels(device: str, full: Tensor, cached: Tensor) -> str:
+    """The cached step against the same step without the cache; its loss is of one prediction, the full step's of 5."""
+    pixels = our_step(task_for(device), device, **LAST, masked_attn_enabled=False)()
+    return same_loss(5e-3, ", with and without the cache", pixels, cached)
+
+
+def cases(device: str) -> list[Case]:
+    task = task_for(device)
+
+    def ours(**settings: Any) -> Callable[[str], Step]:
+        return lambda device: our_step(task, device, **settings)
+
+    equal = partial(same_loss, 1e-5, "")  # fresh adapters change nothing
     return [
         Case(
             name="step.full",
-            what="full step, " + "{task}",
-            peer="transformers",
-            build_peer=lambda device: peer_step(task_for(device), device),
-            build_ours=lambda device: our_step(task_for(device), device),
-            check=partial(same_loss, 0.01),
+            what=f"full step, {task}",
+            peer="transformers' EomtForUniversalSegmentation",
+            build_peer=lambda device: peer_step(task, device),
+            build_ours=ours(),
+            check=partial(same_loss, 0.01, ", at other random points"),
             time_target=0.70,
             memory_target=0.70,
-        )
+        ),
+        Case(
+            name="step.lora",
+            what="LoRA step, qkv and proj in all blocks",
+            peer="our full step",
+            build_peer=ours(),
+            build_ours=ours(**LORA),
+            check=equal,
+            time_target=0.88,
+        ),
+        Case(
+            name="step.last",
+            what="LoRA step, last 4 blocks",
+            peer="our full step",
+            build_peer=ours(),
+            build_ours=ours(**LAST),
+            check=equal,
+            time_target=0.70,
+            memory_target=0.70,
+        ),
+        Case(
+            name="step.checkpoint",
+            what="LoRA step, last 4 blocks, checkpoint_predictions",
+            peer="the same without",
+            build_peer=ours(**LAST),
+            build_ours=ours(**LAST, checkpoint_predictions=True),
+            check=equal,
+            time_target=1.15,
+        ),
+        Case(
+            name="step.activations",
+            what="LoRA step, last 4 blocks, checkpoint_predictions",
+            peer="our full step",
+            build_peer=ours(),
+            build_ours=ours(**LAST, checkpoint_predictions=True),
+            check=equal,
+            memory_target=0.50,
+            memory_from="state",
+        ),
+        Case(
+            name="step.cached",
+            what="LoRA step, last 4 blocks, trunk_cache",
+            peer="our full step",
+            build_peer=ours(),
+            build_ours=lambda device: cached_step(task, device),
+            check=partial(same_as_from_pixels, device),
+            time_target=0.30,
+        ),
     ]
 
 
-def options(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in settings.items())
+def rows(device: str) -> list[Row]:
+    """What is counted and not timed."""
+    task = task_for(device)
+    state = {}
+    for side, settings in (("peer", {}), ("ours", LORA)):
+        step = our_step(task, device, **settings)
+        step()
+        state[side] = step.state_bytes()
+    ratio = state["ours"] / state["peer"]
+    shown = [f"{state[side] / 2**20:.1f} MiB" for side in ("peer", "ours")]
+    what = "LoRA step, qkv and proj in all blocks: gradients and optimiser"
+    return [Row(what, *shown, ratio, "<= 0.10", ratio <= 0.10, facts={"bytes": state}), large_flops()]
+
+
+def large_flops() -> Row:
+    """ViT-L/16 at 1024x1024, counted without computing."""
+    from eomt.reporting.cost import training_cost
+
+    network = {
+        "img_size": (1024, 1024),
+        "num_classes": CLASSES,
+        "backbone_name": SIZES["large"][3],
+        "pretrained": False,
+    }
+    full, last = (training_cost(network | settings, 1, "bf16-mixed") for settings in ({}, LAST))
+    flops = {"peer": full.forward_flops + full.backward_flops, "ours": last.forward_flops + last.backward_flops}
+    ratio = flops["ours"] / flops["peer"]
+    shown = [f"{flops[side] / 1e12:.2f} TFLOP" for side in ("peer", "ours")]
+    what = "LoRA step, last 4 blocks, ViT-L/16, 1024x1024: counted FLOPs"
+    return Row(what, *shown, ratio, "<= 0.52", ratio <= 0.52, facts={"flops": flops})

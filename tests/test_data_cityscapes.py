@@ -130,6 +130,16 @@ def test_a_damaged_member_of_a_zip_is_an_error_that_names_it(zips):
         read(zips).train_set[0]
 
 
+def test_opening_the_zips_decodes_no_picture(zips):
+    for part in ("leftImg8bit", "gtFine"):
+        with ZipFile(zips / f"{part}_trainvaltest.zip") as archive:
+            members = archive.namelist()
+        with ZipFile(zips / f"{part}_trainvaltest.zip", "w") as archive:
+            for member in members:
+                archive.writestr(member, "no picture")
+    assert len(read(zips).train_set) == 2
+
+
 def test_an_empty_root_is_an_error_that_says_where_to_download(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"leftImg8bit_trainvaltest\.zip .*cityscapes-dataset\.com"):
         read(tmp_path)

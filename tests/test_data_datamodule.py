@@ -11,6 +11,7 @@ from PIL import Image
 from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
 from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
 from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.sampler import SeededSampler
 from eomt.data.statistics import ClassCounts, class_weights, count_classes
 
 CLASSES = LabelSet(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
@@ -95,6 +96,22 @@ def test_an_epoch_is_the_same_whether_others_came_before_it_or_not(make_set):
     resumed.sampler.set_epoch(2)
     assert torch.equal(torch.cat([images for images, _ in resumed]), epochs[2])
     assert not torch.equal(epochs[1], epochs[2])
+
+
+@pytest.mark.parametrize(("one", "other"), [((0, 1), (1, 0)), ((5, 0), (5 + 4096, 0)), ((5, 0), (5 + 2**32, 0))])
+def test_no_epoch_of_a_seed_is_an_epoch_of_another_seed(one, other):
+    """torch adds epoch and seed, and its generator heeds 32 bits of them."""
+
+    def epoch(seed, number):
+        sampler = SeededSampler(range(100), seed)
+        sampler.set_epoch(number)
+        return tuple(zip(*sampler, strict=True))
+
+    (order, seeds), (other_order, other_seeds) = epoch(*one), epoch(*other)
+    assert sorted(order) == sorted(other_order) == list(range(100))
+    assert order != other_order
+    assert not set(seeds) & set(other_seeds)
+    assert epoch(*one) == (order, seeds)
 
 
 def test_processes_share_an_epoch_and_no_image_is_seen_twice(make_set):

@@ -42,6 +42,15 @@ def test_many_ids_become_one_class_and_ignored_ones_become_255(sample):
     assert labels.tolist() == [[0, 0, 1], [IGNORE, 1, 0]]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])
+def test_images_of_every_mode_become_rgb_and_stay_as_decoded_in_memory(tmp_path, sample, mode):
+    picture = Image.open(sample.image.path).convert(mode)
+    picture.save(sample.image.path)
+    image = SegmentationDataset([sample], CLASSES, DECODER).image(0).permute(1, 2, 0)
+    assert torch.equal(image, torch.tensor(np.asarray(picture.convert("RGB"))))
+    assert image.is_contiguous()  # resizing is quickest so
+
+
 def test_an_unlisted_value_is_an_error_that_names_file_and_value(tmp_path):
     dataset = SegmentationDataset([write_pair(tmp_path, "a", [[7, 99]])], CLASSES, DECODER)
     with pytest.raises(ValueError, match=r"a_labels\.png has the value 99.*mend the file"):
@@ -63,10 +72,11 @@ def test_an_image_that_is_stored_turned_is_refused_for_its_labels_may_not_be(tmp
         SegmentationDataset([sample], CLASSES, DECODER)[0]
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", "half"])
+@pytest.mark.parametrize("content", [b"", b"no picture", "half", "flipped"])
 def test_a_damaged_picture_is_an_error_that_names_it(tmp_path, sample, content):
     whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    flipped = whole[:50] + bytes([whole[50] ^ 0xFF]) + whole[51:]
+    (tmp_path / "a.png").write_bytes({"half": whole[: len(whole) // 2], "flipped": flipped}.get(content, content))
     with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
         SegmentationDataset([sample], CLASSES, DECODER)[0]
 

@@ -401,7 +401,7 @@ def test_a_base_in_bf16_gives_the_results_of_float32_bit_for_bit(base, data, tmp
 
 
 def test_a_base_in_bf16_is_refused_where_it_would_change_results(base, data, tmp_path):
-    with pytest.raises(ValueError, match="precision=bf16-mixed or model.base_dtype=float32"):
+    with pytest.raises(ValueError, match=r"precision=bf16-mixed or model\.base_dtype=float32"):
         fit(build(use_lora=True, ckpt_path=base, base_dtype="bfloat16"), data, tmp_path)
     for settings, words in (
         ({"ckpt_path": base}, "without use_lora"),

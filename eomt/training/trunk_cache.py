@@ -122,8 +122,8 @@ def check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > 0.95 * free:
         raise ValueError(
-            f"trunk_cache needs {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free: take fewer "
-            "views, smaller crops, or another disk (EOMT_CACHE)"
+            f"trunk_cache needs {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB are free: take "
+            "fewer views, smaller crops, or another disk (EOMT_CACHE)"
         )
 
 
