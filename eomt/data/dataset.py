@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from eomt.data.labels import LabelSet
 
@@ -114,7 +115,7 @@ class IndexDecoder:
             if values.max() > 255:
                 raise ValueError(f"{source} has the value {values.max()}, label values are 0..255; {self.remedy}")
             values = values.astype(np.uint8)
-        labels = self.table[values]
+        labels = self.table.take(values)
         if (unknown := labels == UNKNOWN).any():
             raise ValueError(f"{source} has the value {values[unknown][0]}, which no class lists; {self.remedy}")
         return labels
@@ -193,7 +194,7 @@ class SegmentationDataset(Dataset):
         return [sample.name for sample in self.samples]
 
     def image(self, index: int) -> Tensor:
-        """The image alone, uint8 [3, H, W].
+        """The image alone, uint8 [3, H, W], in memory pixel by pixel (channels last) as it was decoded.
 
         Raises:
             ValueError: it cannot be decoded, or is stored turned: its labels may have been drawn on either view.
@@ -205,8 +206,7 @@ class SegmentationDataset(Dataset):
                 f"{source} is stored turned (EXIF orientation {picture.getexif()[ORIENTATION]}), and its labels may "
                 "belong to either view; save it upright, without the tag."
             )
-        pixels = np.array(picture.convert("RGB"))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return pil_to_tensor(picture.convert("RGB"))
 
     def labels(self, index: int) -> Tensor:
         """The label map alone, uint8 [H, W]; the image is not read."""

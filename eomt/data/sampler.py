@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-import torch
+import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
 
@@ -20,9 +20,11 @@ class SeededSampler(DistributedSampler):
     """
 
     def __init__(self, dataset: Dataset, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed % 2**32, drop_last=True)
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed % 2**64, drop_last=True)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        seeds = torch.randint(2**62, (len(self.dataset),), generator=generator).tolist()
-        return ((index, seeds[index]) for index in super().__iter__())
+        # Not seed + epoch, as in torch: epoch 1 of seed 0 would be epoch 0 of seed 1.
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.dataset))[self.rank : self.total_size : self.num_replicas]
+        seeds = generator.integers(2**32, size=len(self.dataset))  # torch's generator heeds 32 bits
+        return zip(order.tolist(), seeds[order].tolist(), strict=True)

@@ -4,7 +4,8 @@ Source: Kerssies et al., "Your ViT is Secretly an Image Segmentation Model", CVP
 Every draw comes from torch's random generator, so that a seed fixes a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from eomt.data.labels import IGNORE
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, 0.5, 0.5, 18 / 360  # largest deviations; hue in turns
 MAX_TRIES = 10  # crops drawn in search of a labelled pixel
 
+Adjustment = tuple[Callable[..., Tensor], float]  # a change of colours, and how strong
+
 
 class TrainTransform:
-    """Colour jitter, flip, scale jitter, padding and a random crop that shows at least one class.
+    """Flip, scale jitter, a random crop that shows at least one class, colour jitter and padding.
 
-    Takes image uint8 [3, H, W] and labels uint8 [H, W]; returns uint8 [3, h, w] and [h, w], contiguous.
+    Takes image uint8 [3, H, W] and labels uint8 [H, W]; returns uint8 [3, h, w] and [h, w], contiguous. Quickest for
+    images that lie in memory pixel by pixel, as they are decoded: torch resizes those in integers.
 
     Args:
         img_size: (height, width) of the crop.
@@ -46,62 +50,128 @@ class TrainTransform:
         self.flip = flip
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.flip and _coin():
-            image, labels = F.horizontal_flip(image), F.horizontal_flip(labels)
-        image, labels = self.resize(image, labels)
-        if self.color_jitter:  # after resizing: the same colours from fewer pixels
-            image = jitter_colors(image)
-        image, labels = self.pad(image, labels)
-        top, left = choose_crop(labels, self.img_size)
-        window = (..., slice(top, top + self.img_size[0]), slice(left, left + self.img_size[1]))
-        return image[window].contiguous(), labels[window].contiguous()
+        flip = self.flip and _coin()
+        height, width = self.draw_size(*labels.shape)
+        adjustments = draw_adjustments() if self.color_jitter else []
 
-    def resize(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at a random scale in `scale_range`, relative to fitting the image into the crop."""
-        height, width = labels.shape
+        rows, columns = nearest(labels.shape[0], height), nearest(labels.shape[1], width)
+        if flip:
+            columns = labels.shape[1] - 1 - columns
+        top, left, labels = draw_crop(labels, rows, columns, self.img_size)
+
+        image = F.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=True)
+        crop = (image.flip(-1) if flip else image)[:, top : top + labels.shape[0], left : left + labels.shape[1]]
+        crop = adjust_colors(crop.contiguous(), adjustments, whole=image)
+        return self.pad(crop, 0), self.pad(labels, IGNORE)
+
+    def draw_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size at a random scale in `scale_range`, relative to fitting the image into the crop."""
         fit = min(self.img_size[0] / height, self.img_size[1] / width)
         scale = fit * _uniform(*self.scale_range)
-        size = [max(1, int(height * scale)), max(1, int(width * scale))]
-        image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
-        labels = F.resize(labels[None], size, InterpolationMode.NEAREST)[0]
-        return image, labels
+        return max(1, int(height * scale)), max(1, int(width * scale))
 
-    def pad(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pads at the bottom and on the right up to the crop size: image 0, labels IGNORE."""
-        bottom, right = (max(0, side - have) for side, have in zip(self.img_size, labels.shape, strict=True))
-        return F.pad(image, [0, 0, right, bottom]), F.pad(labels[None], [0, 0, right, bottom], fill=IGNORE)[0]
+    def pad(self, crop: Tensor, value: int) -> Tensor:
+        """Pads [..., h, w] at the bottom and on the right up to the crop size."""
+        bottom, right = (side - have for side, have in zip(self.img_size, crop.shape[-2:], strict=True))
+        return torch.nn.functional.pad(crop, (0, right, 0, bottom), value=value)
 
 
-def choose_crop(labels: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """Top and left of a random crop with a labelled pixel in it, if the labels [H, W] have one at all."""
-    (height, width), (h, w) = labels.shape, size
+def nearest(old: int, new: int) -> Tensor:
+    """Which of `old` positions each of `new` shows, int64 [new]: resizing by nearest neighbours, as torch does it."""
+    positions = torch.arange(old, dtype=torch.float32)  # as precise as torch places pixels
+    return torch.nn.functional.interpolate(positions[None, None], size=new, mode="nearest")[0, 0].long()
+
+
+def draw_crop(labels: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> tuple[int, int, Tensor]:
+    """Top, left and labels of a random crop of the resized map `labels[rows][:, columns]`, which is not built.
+
+    There is a labelled pixel in it if the map has one at all. The crop [h, w] is smaller than `size` where the map is.
+    """
+    (h, w), height, width = size, max(size[0], len(rows)), max(size[1], len(columns))
+
+    def resized(rows: Tensor, columns: Tensor) -> Tensor:
+        return labels.index_select(0, rows).index_select(1, columns)
+
     for _ in range(MAX_TRIES):
         top, left = _randint(0, height - h), _randint(0, width - w)
-        if (labels[top : top + h, left : left + w] != IGNORE).any():
-            return top, left
-    labelled = (labels != IGNORE).nonzero()
+        crop = resized(rows[top : top + h], columns[left : left + w])
+        if (crop != IGNORE).any():
+            return top, left, crop
+    labelled = (resized(rows, columns) != IGNORE).nonzero()
     if len(labelled):  # few labelled pixels: a crop around one of them
         y, x = labelled[_randint(0, len(labelled) - 1)].tolist()
         top = _randint(max(0, y - h + 1), min(y, height - h))
         left = _randint(max(0, x - w + 1), min(x, width - w))
-    return top, left
+    return top, left, resized(rows[top : top + h], columns[left : left + w])
 
 
-def jitter_colors(image: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, each with probability 0.5, on uint8 [3, H, W]."""
-    image = _maybe(F.adjust_brightness, image, 1 - BRIGHTNESS, 1 + BRIGHTNESS)
-    contrast_first = _coin()
-    if contrast_first:
-        image = _maybe(F.adjust_contrast, image, 1 - CONTRAST, 1 + CONTRAST)
-    image = _maybe(F.adjust_saturation, image, 1 - SATURATION, 1 + SATURATION)
-    image = _maybe(F.adjust_hue, image, -HUE, HUE)
-    if not contrast_first:
-        image = _maybe(F.adjust_contrast, image, 1 - CONTRAST, 1 + CONTRAST)
+def draw_adjustments() -> list[Adjustment]:
+    """Brightness, contrast, saturation and hue, each with probability 0.5; contrast comes second or last."""
+    adjustments = _maybe(F.adjust_brightness, 1 - BRIGHTNESS, 1 + BRIGHTNESS)
+    contrast_second = _coin()
+    if contrast_second:
+        adjustments += _maybe(F.adjust_contrast, 1 - CONTRAST, 1 + CONTRAST)
+    adjustments += _maybe(F.adjust_saturation, 1 - SATURATION, 1 + SATURATION)
+    adjustments += _maybe(adjust_hue, -HUE, HUE)
+    if not contrast_second:
+        adjustments += _maybe(F.adjust_contrast, 1 - CONTRAST, 1 + CONTRAST)
+    return adjustments
+
+
+def adjust_colors(crop: Tensor, adjustments: Sequence[Adjustment], whole: Tensor) -> Tensor:
+    """The crop, uint8 [3, h, w], with the colours that it has in the adjusted whole image, uint8 [3, H, W].
+
+    Contrast is a distance from the whole image's mean gray. A grid of its pixels that goes through the same steps
+    stands for it, at least 128 x 128 where there are as many.
+    """
+    spacing = max(1, min(whole.shape[1:]) // 128)
+    grid = whole[:, ::spacing, ::spacing]
+    steps = []
+    for adjust, factor in adjustments:
+        step = (_spread, factor, _mean_gray(grid)) if adjust is F.adjust_contrast else (adjust, factor)
+        grid = _apply([step], grid)
+        steps.append(step)
+    return _apply(steps, crop)
+
+
+def adjust_hue(image: Tensor, turns: float) -> Tensor:
+    """Turns the hue of uint8 [3, H, W] by -0.5..0.5 turns, saturation and value kept.
+
+    torchvision's `adjust_hue` to within 1 level, in integers: the colour circle is measured in units that make it 6
+    times as long as the pixel's chroma, and each channel rises with the distance from its complementary colour.
+    """
+    red, green, blue = image.to(torch.int16)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - low
+    green_or_blue = torch.where(high == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    hue = torch.where(high == red, green - blue, green_or_blue)  # red at 0, green at 2, blue at 4 times chroma
+    hue += (chroma * (6 * turns)).round_().to(torch.int16)
+    turned = torch.empty_like(image)
+    for channel, complement in zip(turned, (3, 5, 1), strict=True):  # cyan, magenta, yellow
+        distance = (hue - complement * chroma).abs_()
+        distance = torch.minimum(distance, (6 * chroma - distance).abs_())  # the shorter way round
+        channel.copy_(low + torch.minimum((distance - chroma).clamp_(min=0), chroma))
+    return turned
+
+
+def _apply(steps: Sequence[tuple[Any, ...]], image: Tensor) -> Tensor:
+    for adjust, *arguments in steps:
+        image = adjust(image, *arguments)
     return image
 
 
-def _maybe(adjust, image: Tensor, low: float, high: float) -> Tensor:  # noqa: ANN001
-    return adjust(image, _uniform(low, high)) if _coin() else image
+def _mean_gray(image: Tensor) -> float:
+    return F.rgb_to_grayscale(image).float().mean().item()
+
+
+def _spread(image: Tensor, factor: float, center: float) -> Tensor:
+    """Distances from `center` times `factor`."""
+    return (image * factor).add_((1 - factor) * center).clamp_(0, 255).to(torch.uint8)
+
+
+def _maybe(adjust: Callable[..., Tensor], low: float, high: float) -> list[Adjustment]:
+    return [(adjust, _uniform(low, high))] if _coin() else []
 
 
 def _coin() -> bool:

@@ -19,7 +19,6 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eomt.data.dataset import SegmentationDataset
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.prediction import evaluating
 from lora_config import combine_hashes, hash_tensors
@@ -128,13 +127,13 @@ def check_space(needed: int, folder: Path) -> None:
 
 
 class CachedViews(Dataset):
-    """Stands in for a training set: item `(index, seed)` is a view of an image, chosen by the seed.
+    """Stands in for a `SegmentationDataset` in training: item `(index, seed)` is a view of an image, as the seed says.
 
     A view is tokens bf16 [P + N, C] (prefix, patches) and label map uint8 [H, W].
     """
 
     def __init__(
-        self, images: SegmentationDataset, views: int, folder: Path, module: MaskClassificationSemantic, depth: int
+        self, images: Dataset, views: int, folder: Path, module: MaskClassificationSemantic, depth: int
     ) -> None:
         self.images, self.views, self.folder, self.depth = images, views, folder, depth
         self.classes, self.samples, self.fingerprint = images.classes, images.samples, images.fingerprint
