@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PARTS = ("step", "loss", "data", "val", "infer", "startup", "memory", "scaling")
+PARTS = ("step", "loss", "data", "val", "infer", "startup", "equality", "memory", "scaling")
 EXAMPLES = """examples:
   python benchmarks/run.py                                  # everything, about half an hour on two cores
   python benchmarks/run.py --only step,loss

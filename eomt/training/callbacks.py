@@ -129,14 +129,14 @@ class SamplePictures(Callback):
     def draw(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         """Predicts for images spread over the validation set, and writes and logs the picture."""
         from eomt.reporting.pictures import prediction_picture
-        from eomt.training.semantic_inference import segment
+        from eomt.training.semantic_inference import classify
 
         dataset = trainer.datamodule.val_set
         rows = []
         for i in torch.linspace(0, len(dataset) - 1, min(self.num_images, len(dataset))).round().int().tolist():
             image, labels = dataset[i]
             with trainer.precision_plugin.forward_context():
-                prediction = segment(module.network, image.to(module.device)).argmax(0).byte().cpu()
+                prediction = classify(module.network, image.to(module.device)).cpu()
             rows.append((image, labels, prediction))
         path = self.directory / f"epoch_{trainer.current_epoch:04d}_step_{trainer.global_step:06d}.png"
         prediction_picture(rows, dataset.classes, path, title=f"step {trainer.global_step}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eomt.data.labels import LabelSet
 from eomt.models.eomt import EoMT
-from eomt.training.semantic_inference import segment_images
+from eomt.training.semantic_inference import classify_images
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -29,7 +29,7 @@ def predict(network: EoMT, image: ImageLike) -> Tensor:
 def predict_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
     """Class maps uint8 [H, W], on the CPU, of images uint8 [3, H, W] that may differ in size, in one forward."""
     with evaluating(network):
-        return [scores.argmax(0).byte().cpu() for scores in segment_images(network, images)]
+        return [labels.cpu() for labels in classify_images(network, images)]
 
 
 @contextmanager

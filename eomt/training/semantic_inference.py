@@ -1,7 +1,7 @@
 """From images of any size to class scores per pixel, by sliding windows as in the published evaluation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from eomt.models.eomt import EoMT
+
+STRIP_CELLS = 2**22  # queries x pixels that are scored at a time: 16 MiB in float32
 
 
 def resized_size(image_size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
@@ -43,54 +45,136 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).to(image.device)
 
 
-def class_scores(mask_logits: Tensor, class_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scores per pixel: each query votes for its classes, "no object" left out, within its mask.
+def interpolate_rows(
+    source: Callable[[range], Tensor], source_height: int, size: tuple[int, int], rows: range
+) -> Tensor:
+    """Some rows of `F.interpolate(maps, size, mode="bilinear")`, from those rows of `maps` that they need.
 
     Args:
-        mask_logits: [n, Q, h, w]. class_logits: [n, Q, K + 1]. size: (H, W) of the result.
+        source: gives rows [C, rows, w] of `maps`. source_height: how many there are.
+        size: (H, W) to interpolate to. rows: which of the H rows.
 
     Returns:
-        [n, K, H, W], not normalised over classes.
+        [C, rows, W].
     """
-    masks = F.interpolate(mask_logits.float(), size, mode="bilinear").sigmoid()
-    return torch.einsum("nqhw,nqk->nkhw", masks, class_logits.float().softmax(-1)[..., :-1])
+    y = torch.arange(rows.start, rows.stop, dtype=torch.float64)
+    y = ((y + 0.5) * (source_height / size[0]) - 0.5).clamp(min=0)  # pixels' centres, as interpolate sees them
+    above, below = y.long(), y.ceil().long().clamp(max=source_height - 1)
+    first = above[0].item()
+    maps = source(range(first, below[-1].item() + 1))
+    strip = torch.lerp(maps[:, above - first], maps[:, below - first], (y - above).to(maps)[:, None])
+    # Every row a row of one picture: as channels, which a GPU takes one after the other, they would be slow.
+    flat = strip.flatten(0, 1)[None, None]
+    return F.interpolate(flat, (flat.shape[2], size[1]), mode="bilinear")[0, 0].unflatten(0, strip.shape[:2])
 
 
-def merge_windows(scores: Tensor, origins: list[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
-    """Window scores [n, K, h, w] -> [K, H, W] at the image's own resolution: summed, divided by the count, resized."""
-    window = tuple(scores.shape[-2:])
-    total = scores.new_zeros(scores.shape[1], *resized_size(image_size, window))
+def window_scores(mask_logits: Tensor, votes: Tensor, window: tuple[int, int], rows: range) -> Tensor:
+    """Class scores of some rows of one window: within its mask, each query votes for its classes.
+
+    Args:
+        mask_logits: [Q, h, w]. votes: [Q, K], probabilities. window: (H, W). rows: which of the H rows.
+
+    Returns:
+        [K, rows, W], not normalised over classes.
+    """
+    masks = interpolate_rows(lambda r: mask_logits[:, r.start : r.stop], mask_logits.shape[1], window, rows)
+    with torch.autocast(masks.device.type, enabled=False):  # scores in 16 bits tie, and ties are decided arbitrarily
+        return torch.einsum("qhw,qk->khw", masks.sigmoid_(), votes)
+
+
+def merged_scores(
+    mask_logits: Tensor,
+    votes: Tensor,
+    origins: list[tuple[int, int]],
+    window: tuple[int, int],
+    width: int,
+    rows: range,
+) -> Tensor:
+    """Class scores [K, rows, width] of some rows of the resized image, the mean of the windows that see a pixel.
+
+    Args:
+        mask_logits: [n, Q, h, w]. votes: [n, Q, K]. origins: (top, left) of the n windows.
+    """
+    total = votes.new_zeros(votes.shape[2], len(rows), width)
     count = torch.zeros_like(total[0])
-    for window_scores, (y, x) in zip(scores, origins, strict=True):
-        total[:, y : y + window[0], x : x + window[1]] += window_scores
-        count[y : y + window[0], x : x + window[1]] += 1
-    return F.interpolate((total / count)[None], image_size, mode="bilinear")[0]
+    for masks, of_window, (y, x) in zip(mask_logits, votes, origins, strict=True):
+        seen = range(max(rows.start - y, 0), min(rows.stop - y, window[0]))
+        if seen:
+            top = seen.start + y - rows.start
+            here = slice(top, top + len(seen)), slice(x, x + window[1])
+            total[(slice(None), *here)] += window_scores(masks, of_window, window, seen)
+            count[here] += 1
+    return total / count
 
 
-@torch.no_grad()
-def segment_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
-    """Class scores of images from the deployed network (masked attention off), all windows in one forward.
+def score_strips(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    origins: list[tuple[int, int]],
+    window: tuple[int, int],
+    image_size: tuple[int, int],
+) -> Iterator[Tensor]:
+    """Class scores of one image at its own resolution, in strips [K, rows, W] from its top to its bottom.
+
+    A row needs few rows of the mask logits, so masks and scores of the whole image never exist at once.
+
+    Args:
+        mask_logits: [n, Q, h, w]. class_logits: [n, Q, K + 1], "no object" last, which nothing votes for.
+        origins: (top, left) of the n windows. image_size: (H, W).
+    """
+    votes = class_logits.softmax(-1)[..., :-1]
+    height, width = resized_size(image_size, window)
+    resized_rows = max(1, STRIP_CELLS // (mask_logits.shape[1] * window[1]))
+    step = max(1, resized_rows * image_size[0] // height)
+    for top in range(0, image_size[0], step):
+        rows = range(top, min(top + step, image_size[0]))
+        yield interpolate_rows(
+            lambda r: merged_scores(mask_logits, votes, origins, window, width, r), height, image_size, rows
+        )
+
+
+def score_images(network: EoMT, images: Sequence[Tensor]) -> list[Iterator[Tensor]]:
+    """For each image, its `score_strips`, from the deployed network (masked attention off), all windows in one forward.
 
     Args:
         images: at least one, uint8 [3, H, W], each of its own size, on any device.
-
-    Returns:
-        [K, H, W] for each image, on the network's device, not normalised over classes.
     """
     window, device = network.encoder.img_size, network.q.weight.device
     windows, origins = zip(*(to_windows(image, window) for image in images), strict=True)
     counts = [len(of_image) for of_image in windows]
     with network.deployed():
         (mask_logits,), (class_logits,) = network(torch.cat(windows).to(device) / 255)
-    with torch.autocast(device.type, enabled=False):  # scores in 16 bits tie, and ties are decided arbitrarily
-        return [
-            merge_windows(class_scores(masks, classes, window), of_image, tuple(image.shape[-2:]))
-            for masks, classes, of_image, image in zip(
-                mask_logits.split(counts), class_logits.split(counts), origins, images, strict=True
-            )
-        ]
+    parts = zip(mask_logits.float().split(counts), class_logits.float().split(counts), origins, images, strict=True)
+    return [
+        score_strips(masks, classes, of_image, window, tuple(image.shape[-2:]))
+        for masks, classes, of_image, image in parts
+    ]
+
+
+@torch.no_grad()
+def segment_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
+    """Class scores [K, H, W] of each image, on the network's device, not normalised over classes.
+
+    Args:
+        images: at least one, uint8 [3, H, W], each of its own size, on any device; see `score_images`.
+    """
+    return [torch.cat(list(strips), dim=1) for strips in score_images(network, images)]
 
 
 def segment(network: EoMT, image: Tensor) -> Tensor:
     """Class scores [K, H, W] of one image, uint8 [3, H, W]; see `segment_images`."""
     return segment_images(network, [image])[0]
+
+
+@torch.no_grad()
+def classify_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
+    """The class of the highest of these scores, uint8 [H, W], for each pixel of each image, in far less memory."""
+    return [
+        torch.cat([strip.max(0).indices.byte() for strip in strips])  # argmax is 20 times as slow on a CPU
+        for strips in score_images(network, images)
+    ]
+
+
+def classify(network: EoMT, image: Tensor) -> Tensor:
+    """Class map uint8 [H, W] of one image, uint8 [3, H, W]; see `classify_images`."""
+    return classify_images(network, [image])[0]
