@@ -18,7 +18,7 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from eomt.reporting.run_report import finish_run, print_start, validate_last_step
+    from eomt.reporting.run_report import estimate_cost, finish_run, print_start, validate_last_step
     from lora_config import fingerprint
 
     cfg = choose_lora(cfg)
@@ -49,13 +49,14 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     )
 
     print_start(module, datamodule, trains=trainer.max_steps != 0)
+    cost = estimate_cost(trainer, module, datamodule.batch_size)
     start = fingerprint(module.network)  # of the weights it starts from, fresh adapters left out
     try:
         if trainer.max_steps != 0:
             trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
         validate_last_step(trainer, module, datamodule)
     finally:  # a run that fails leaves its summary, too
-        finish_run(trainer, module, datamodule, callbacks, output_dir, seed=cfg.seed, start_fingerprint=start)
+        finish_run(trainer, module, datamodule, callbacks, output_dir, cfg.seed, start_fingerprint=start, cost=cost)
 
 
 def choose_lora(cfg) -> Any:  # noqa: ANN001

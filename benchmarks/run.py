@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PARTS = ("step", "loss", "data", "val", "infer", "startup", "equality", "memory", "scaling")
+PARTS = ("step", "loss", "ways", "data", "val", "infer", "startup", "equality", "memory", "scaling")
 EXAMPLES = """examples:
   python benchmarks/run.py                                  # everything, about half an hour on two cores
   python benchmarks/run.py --only step,loss
@@ -104,7 +104,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
         met = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[row["met"]]
         table.add_row(row["what"], row["peer"], row["ours"], ratio, row["target"], met, row["floor"])
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 200 if not console.is_terminal else 0)  # a file has room
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from eomt.training.mask_classification_loss import (
     match,
     matching_cost,
     sample_all_classes,
-    sample_features,
     sample_maps,
+    values_at,
 )
 
 
@@ -165,8 +165,7 @@ def random_predictions():
 def test_features_at_points_make_the_same_masks_as_whole_maps(random_predictions):
     points = torch.rand(2, 200, 2, dtype=torch.float64) * 1.2 - 0.1
     for one in random_predictions:
-        values = one.embeddings @ sample_features(one.features, points).mT
-        torch.testing.assert_close(values, sample_maps(one.mask_logits(), points), rtol=0, atol=1e-12)
+        torch.testing.assert_close(values_at(one, points), sample_maps(one.mask_logits(), points), rtol=0, atol=1e-12)
 
 
 def test_masks_of_chosen_queries_are_those_of_the_whole_product(random_predictions):

@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from eomt.reporting.cost import Cost, training_cost
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from eomt.training.trunk_cache import TrunkCache, cached_blocks
 from lora_config import trainable_report
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,32 @@ def print_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
     facts = datamodule.fingerprint()
     logger.info("%d training images, %d validation images", facts["train_images"], facts["val_images"])
     logger.info("%s", trainable_report(module, title) if trains else "nothing trains: the start network is evaluated")
+
+
+def estimate_cost(trainer: Trainer, module: MaskClassificationSemantic, batch_size: int) -> Cost | None:
+    """Logs what training will take on each device, and returns it; None, with a warning, where it cannot be told."""
+    if rank_zero_only.rank or trainer.max_steps == 0:
+        return None
+    cached = any(isinstance(callback, TrunkCache) for callback in trainer.callbacks)
+    try:
+        cost = training_cost(
+            module.hparams,
+            batch_size,
+            precision=trainer.precision,
+            accumulate=trainer.accumulate_grad_batches,
+            device=trainer.strategy.root_device.type,
+            cached_blocks=cached_blocks(module) if cached else 0,
+        )
+    except Exception as error:  # whatever it is, the run itself may well be right
+        logger.warning("the cost of training cannot be estimated: %s: %s", type(error).__name__, error)
+        return None
+    logger.info(
+        "estimated: %.2f GiB at the peak (weights %.2f, gradients and optimizer %.2f, activations %.2f), "
+        "%.3g TFLOP a step",
+        *(size / 2**30 for size in (cost.peak, cost.weights, cost.gradients + cost.optimizer, cost.activations)),
+        cost.flops / 1e12,
+    )
+    return cost
 
 
 def validate_last_step(trainer: Trainer, module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
@@ -43,6 +71,7 @@ def finish_run(
     output_dir: Path,
     seed: int,
     start_fingerprint: str,
+    cost: Cost | None = None,
 ) -> dict[str, Any]:
     """Writes `summary.json` and prints the result; returns the summary."""
     error = sys.exc_info()[1]
@@ -66,7 +95,8 @@ def finish_run(
             for part in (folder, output_dir / "checkpoints")
             for name, size in file_sizes(part).items()
         },
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(callbacks["clock"].memory_before),
+        "estimated_memory": memory_of(cost) if cost else None,
         "seconds_per_step": callbacks["clock"].summary(),
         "flops_per_step": callbacks["flops"].flops if "flops" in callbacks else None,
         "wall_seconds": callbacks["clock"].elapsed(),
@@ -82,6 +112,12 @@ def finish_run(
     if error is None:
         print_result(summary, output_dir)
     return summary
+
+
+def memory_of(cost: Cost) -> dict[str, int]:
+    """Estimated bytes: the most at once, and what they are."""
+    parts = ("weights", "gradients", "optimizer", "activations")
+    return {"bytes": cost.peak} | {part: getattr(cost, part) for part in parts}
 
 
 def status_of(error: BaseException | None) -> str:
@@ -107,5 +143,16 @@ def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
     step, memory = summary["seconds_per_step"], summary["peak_memory"]
     if summary["steps"]:
         print(f"{step['total']:.3f} s per step, {step['data']:.3f} s of it waiting for data")
-    print(f"peak memory {memory['bytes'] / 2**30:.2f} GiB ({memory['of']})")
+    print(f"peak memory {memory['bytes'] / 2**30:.2f} GiB ({memory['of']}){beside_estimate(summary)}")
     print(f"{output_dir / artefact} {size / 2**20:.2f} MiB")
+
+
+def beside_estimate(summary: Mapping[str, Any]) -> str:
+    """What was estimated of the peak: on a GPU all of it, of a process what training added to weights and libraries."""
+    memory, estimate = summary["peak_memory"], summary["estimated_memory"]
+    if estimate is None:
+        return ""
+    if "before_training" not in memory:
+        return f", estimated {estimate['bytes'] / 2**30:.2f} GiB"
+    added, expected = memory["bytes"] - memory["before_training"], estimate["bytes"] - estimate["weights"]
+    return f", {added / 2**30:.2f} GiB of it added by training, estimated {expected / 2**30:.2f} GiB"

@@ -17,6 +17,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
+from eomt.reporting.flops import flop_counter
+
 SCHEMA_VERSION = 1
 RECENT = 1000  # steps that a median is taken of
 LIBRARIES = ("torch", "torchvision", "lightning", "timm", "peft", "hydra-core", "torchmetrics", "safetensors", "numpy")
@@ -31,10 +33,12 @@ class StepClock(Callback):
         self.mark: float | None = None
         self.step = [0.0, 0.0]  # of this optimiser step so far: waiting, computing
         self.steps_done = 0
+        self.memory_before = resident_set()  # bytes, with everything there but what training adds
         self.started = time.time()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.steps_done = trainer.global_step
+        self.memory_before = resident_set()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -90,7 +94,7 @@ class CountFlops(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         if self.flops is None and not module.hparams.compile:
-            self.counter = FlopCounterMode(display=False)
+            self.counter = flop_counter()
             self.counter.__enter__()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -137,12 +141,31 @@ class HashBatches(Callback):
         self.seen, self.hash = state["seen"], state["hash"]
 
 
-def peak_memory() -> dict[str, Any]:
-    """The most memory used so far: what torch allocated on the GPU, otherwise this process's resident set."""
+def peak_memory(before_training: int) -> dict[str, Any]:
+    """The most memory used so far: what torch allocated on the GPU, otherwise this process's resident set.
+
+    Args:
+        before_training: the resident set then, in bytes; libraries are most of it.
+    """
     if torch.cuda.is_available():
         return {"bytes": torch.cuda.max_memory_allocated(), "of": "torch allocations on the GPU"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "resident set of the process"}
+    return {
+        "bytes": peak_resident_set(),
+        "of": "resident set of the process",
+        "before_training": before_training,
+    }
+
+
+def resident_set() -> int:
+    """Bytes of this process in memory; where the system has no /proc to ask, the most there have been so far."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_resident_set()
+
+
+def peak_resident_set() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def library_versions() -> dict[str, str]:

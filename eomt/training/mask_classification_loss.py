@@ -61,6 +61,11 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
     return values.unflatten(0, points.shape[:2])
 
 
+def values_at(prediction: Prediction, points: Tensor) -> Tensor:
+    """Mask logits [B, Q, P] at points [B, P, 2], without the masks."""
+    return prediction.embeddings @ sample_features(prediction.features, points).mT
+
+
 def sample_all_classes(labels: Tensor, points: Tensor, num_classes: int) -> Tensor:
     """The mask of every class at each point: labels [B, H, W], points [B, P, 2] -> [B, K, P] in [0, 1]."""
     values = points.new_zeros(len(labels), num_classes + 1, points.shape[1])
@@ -262,13 +267,17 @@ class MaskClassificationLoss(nn.Module):
         targets = sample_all_classes(labels, points, self.num_classes)
         costs = []
         for prediction in predictions:
-            values = prediction.embeddings @ sample_features(prediction.features, points).mT  # [B, Q, P]
+            values = values_at(prediction, points)
             with torch.autocast(labels.device.type, enabled=False):
                 logits = prediction.class_logits.float()
                 costs.append(matching_cost(values.float(), targets, logits, *self.coefficients))
         cost = torch.stack(costs)
         both = torch.cat((cost.flatten(), classes_seen(labels).flatten().to(cost.dtype))).cpu()
         cost, seen = both[: cost.numel()].view(cost.shape), both[cost.numel() :].view(len(labels), -1).bool()
+        return self.assign(cost, seen)
+
+    def assign(self, cost: Tensor, seen: Tensor) -> Matches:
+        """The part that reads values: costs [L, B, Q, K] and values seen [B, 256], both on the CPU."""
         return match(cost, classes_present(seen, self.num_classes))
 
 
