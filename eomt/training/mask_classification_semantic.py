@@ -245,8 +245,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         if self.hparams.base_dtype == "bfloat16" and self.trainer.training:
             if self.trainer.precision != "bf16-mixed":
                 raise ValueError(
-                    f"base_dtype bfloat16 with trainer.precision {self.trainer.precision}: a base in bf16 gives the same "
-                    "results under bf16-mixed only; set trainer.precision=bf16-mixed or model.base_dtype=float32"
+                    f"base_dtype bfloat16 with trainer.precision {self.trainer.precision}: a base in bf16 gives the "
+                    "same results under bf16-mixed only; set trainer.precision=bf16-mixed or model.base_dtype=float32"
                 )
             cast_base(self.backbone, torch.bfloat16)
 
@@ -270,7 +270,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         """Training batches hold the output of the first `depth` blocks from now on; see `TrunkCache`."""
         self.cached_blocks = depth
         height, width = self.hparams.img_size
-        self.rope = self.network.encoder.embed(torch.zeros(1, 3, height, width, device=self.device))[1]
+        device = self.network.q.weight.device
+        self.rope = self.network.encoder.embed(torch.zeros(1, 3, height, width, device=device))[1]
 
     def on_fit_start(self) -> None:
         self.seed = torch.initial_seed()

@@ -29,7 +29,8 @@ CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "base.safetensors",
 )
 BACKBONE = "network.encoder.backbone."
-ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_dtype": "float32"}  # not what rebuilding is about
+# What rebuilding is not about.
+ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_dtype": "float32"}
 ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size")  # what adapters of one network share
 
 

@@ -34,7 +34,7 @@ def check_values(hp: Mapping[str, Any]) -> None:
         raise ValueError(f"oversample_ratio {hp['oversample_ratio']}: candidates per point, at least 1")
     if hp["base_dtype"] != "float32" and not hp["use_lora"]:
         raise ValueError(
-            f"base_dtype {hp['base_dtype']} without use_lora: weights that train stay in float32; set base_dtype=float32"
+            f"base_dtype {hp['base_dtype']} without use_lora: weights that train stay in float32; leave it out"
         )
     if hp["base_dtype"] != "float32" and not (hp["pretrained"] or hp["ckpt_path"]):
         raise ValueError(f"base_dtype {hp['base_dtype']} with a random base: the adapter folder would have to hold it")
