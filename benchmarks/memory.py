@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.bench import ROOT, PeakMemory, Row, Row
+from benchmarks.bench import ROOT, PeakMemory, Row
 from benchmarks.step import Task, autocast, batch_of
 from eomt.reporting.cost import training_cost
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -57,17 +57,6 @@ def rows(device: str) -> list[Row]:
         sizes = [row["without_gaps"], row["estimated"]]
         shown = [f"{size / 2**20:,.0f} MiB {word}" for size, word in zip(sizes, ("measured", "estimated"), strict=True)]
         table.append(Row(f"memory that training adds, {row['what']}", *shown, sizes[1] / sizes[0], "", None, facts=row))
-    return table
-
-
-def rows(device: str) -> list[Row]:
-    """Lines of the common table: estimate and measurement."""
-    table = []
-    for row in measure(device):
-        shown = [f"{row[name] / 2**20:,.0f} MiB" for name in ("estimated", "measured")]
-        table.append(
-            Row(f"estimate / measured: {row['what']}", *shown, row["estimated"] / row["measured"], "", None, facts=row)
-        )
     return table
 
 
