@@ -56,7 +56,7 @@ class Case:
     memory_target: float | None = None
     speed_target: float | None = None
     flops_target: float | None = None
-    rounds: int = 7
+    rounds: int = 5
     bytes_moved: int | None = None
     memory_from: str = "imports"
     devices: Sequence[str] = ("cpu", "cuda")
