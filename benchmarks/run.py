@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,14 @@ def measure(part: str, device: str) -> list[dict[str, Any]]:
     from benchmarks.bench import run_case
 
     module = import_module(f"benchmarks.{part}")
+    cases = [case for case in getattr(module, "cases", lambda device: [])(device) if device in case.devices]
     rows = []
-    for case in module.cases(device) if hasattr(module, "cases") else []:
-        if device in case.devices:
-            rows += run_case(case, device)
-    if hasattr(module, "rows"):
-        rows += module.rows(device)
-    return [asdict(row) for row in rows]
+    for work in (*(partial(run_case, case) for case in cases), getattr(module, "rows", lambda device: [])):
+        for row in work(device):
+            ratio = "" if row.ratio is None else f", ratio {row.ratio:.3g} {row.target}"
+            print(f"  {row.what}: {row.peer} / {row.ours}{ratio}", file=sys.stderr, flush=True)
+            rows.append(asdict(row))
+    return rows
 
 
 def weigh_case(name: str, side: str, device: str) -> dict[str, int]:

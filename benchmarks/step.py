@@ -248,7 +248,7 @@ def large_flops() -> Row:
         "backbone_name": SIZES["large"][3],
         "pretrained": False,
     }
-    full, last = (training_cost(network | settings, 1, "bf16-mixed") for settings in ({}, LAST))
+    full, last = (training_cost(network | settings, 1, precision="bf16-mixed") for settings in ({}, LAST))
     flops = {"peer": full.forward_flops + full.backward_flops, "ours": last.forward_flops + last.backward_flops}
     ratio = flops["ours"] / flops["peer"]
     shown = [f"{flops[side] / 1e12:.2f} TFLOP" for side in ("peer", "ours")]

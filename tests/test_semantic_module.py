@@ -421,6 +421,28 @@ def test_few_parameter_groups_and_one_fused_optimiser(data, tmp_path):
     assert sorted(params) == sorted(id(p) for p in module.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_for_the_fused_optimiser_in_every_precision(data, tmp_path, precision):
+    norms = []
+
+    class Norm(lightning.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+            norms.append(torch.stack(gradients).norm().item() if gradients else 0)
+
+    fit(
+        build(),
+        data,
+        tmp_path,
+        steps=2,
+        callbacks=[Norm()],
+        limit_val_batches=0,
+        precision=precision,
+        gradient_clip_val=0.01,
+    )
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
 def test_compile_takes_the_blocks_and_the_upscaling():
     network = build(compile=True).network
     parts = (*network.encoder.blocks, network.upscale)

@@ -113,7 +113,7 @@ def rehearsal(
         for p in module.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         gradients = live.bytes - weights
-        optimizer = module.optimizer(fused=dtype is not torch.float16)
+        optimizer = module.optimizer()
         optimizer.step()  # makes its state
         state = live.bytes - weights - gradients
 

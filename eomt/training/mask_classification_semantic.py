@@ -315,20 +315,21 @@ class MaskClassificationSemantic(lightning.LightningModule):
         def schedule(start: int, warmup: int):
             return lambda step: lr_factor(step, total_steps, start, warmup, hp.lr_schedule, hp.poly_power)
 
-        scales = self.trainer.precision == "16-mixed"  # whose gradient scaler cannot clip for a fused optimiser
-        optimizer = self.optimizer(fused=not scales)
+        optimizer = self.optimizer()
         waits = {"backbone": schedule(heads, backbone), "heads": schedule(0, heads), "lora": schedule(0, heads)}
         scheduler = LambdaLR(optimizer, [waits[group["kind"]] for group in optimizer.param_groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def optimizer(self, fused: bool = True) -> torch.optim.AdamW:
-        """For the trainable parameters, in few groups: with `fused` a kernel call each, not several a tensor."""
+    def optimizer(self) -> torch.optim.AdamW:
+        """For the trainable parameters, in few groups: a kernel call each, and not several a tensor."""
         hp = self.hparams
         lora_lr = hp.lora_lr or hp.lr
         groups = param_groups(
             self.network, self.adapter_parameters(), hp.lr, lora_lr, hp.llrd, hp.llrd_masked_blocks, hp.weight_decay
         )
-        return torch.optim.AdamW(groups, fused=fused)
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        optimizer._step_supports_amp_scaling = False  # else Lightning clips no gradients under autocast
+        return optimizer
 
     # Evaluation
 
