@@ -7,9 +7,10 @@ import timm
 import torch
 from conftest import prediction
 from safetensors.torch import save_file
+from torch import nn
 
 from eomt.models.eomt import EoMT, Prediction
-from eomt.models.scale_block import ScaleBlock
+from eomt.models.scale_block import ScaleBlock, as_map
 from eomt.models.vit import QueryMask, ViT, attend
 from lora_audit import LoRAAudit
 from lora_config import LoRASettings, apply_lora
@@ -253,8 +254,40 @@ def test_blocks_compile_without_graph_breaks_masked_or_not(name, adapted):
 def test_the_linear_form_of_the_upscaling_equals_the_transposed_convolution():
     block = ScaleBlock(8).double()
     x = torch.randn(2, 8, 5, 3, dtype=torch.float64)
-    torch.testing.assert_close(block.double_size(x), block.conv1(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(as_map(block.double_size(x)), block.conv1(x), rtol=0, atol=1e-12)
     assert block(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_upscaling_that_computes_its_maps_again_has_the_outputs_and_gradients_of_the_plain_formula():
+    block = ScaleBlock(8).double()
+    nn.init.normal_(block.norm.weight)
+    x = torch.randn(2, 8, 5, 3, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *block.parameters())
+    ours, plain = block(x), block.norm(block.conv2(block.act(block.conv1(x))))
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    grad = torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, grad) for out in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_upscaling_has_the_types_of_the_plain_formula(autocast):
+    block = ScaleBlock(8)
+    x = torch.randn(2, 8, 5, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, plain = block(x), block.norm(block.conv2(block.act(block.conv1(x))))
+    assert ours.dtype == plain.dtype
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0.05 if autocast else 1e-5)
+    a, b = (torch.autograd.grad(out.square().sum(), (x, *block.parameters())) for out in (ours, plain))
+    assert [t.dtype for t in a] == [t.dtype for t in b]
+
+
+def test_the_upscaling_keeps_one_map_for_the_backward_pass():
+    block, kept = ScaleBlock(8), {}
+    x = torch.randn(2, 8, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+        out = block(x)
+    assert sum(t.numel() for t in kept.values() if t.numel() >= out.numel()) == out.numel()
 
 
 def test_with_probability_a_half_about_half_of_the_queries_are_free():
