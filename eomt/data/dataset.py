@@ -206,7 +206,7 @@ class SegmentationDataset(Dataset):
                 f"{source} is stored turned (EXIF orientation {picture.getexif()[ORIENTATION]}), and its labels may "
                 "belong to either view; save it upright, without the tag."
             )
-        return pil_to_tensor(picture.convert("RGB"))
+        return pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))  # which would copy
 
     def labels(self, index: int) -> Tensor:
         """The label map alone, uint8 [H, W]; the image is not read."""
