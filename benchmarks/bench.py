@@ -39,6 +39,7 @@ class Case:
         flops_target: the ratio of counted FLOPs that is aimed at.
         rounds: how often each side is timed.
         bytes_moved: bytes that the work cannot avoid to read and write, where they rule and not the FLOPs.
+        floor: seconds that this work cannot avoid, asked for after it was timed, where neither FLOPs nor bytes rule.
         memory_from: what is taken off peak memory: "imports" (libraries), or "state" (weights, gradients and
             optimiser state, too, so that activations remain).
         devices: where it can run.
@@ -58,6 +59,7 @@ class Case:
     flops_target: float | None = None
     rounds: int = 5
     bytes_moved: int | None = None
+    floor: Callable[[], float] | None = None
     memory_from: str = "imports"
     devices: Sequence[str] = ("cpu", "cuda")
     absolute_seconds: float | None = None
@@ -160,7 +162,8 @@ def memory_row(case: Case, device: str) -> Row:
 def weigh_in_child(case: Case, side: str, device: str) -> dict[str, int]:
     """Bytes in a fresh process that runs this side alone: with libraries imported, with the work built, at the peak."""
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--weigh", case.name, side, "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    returned_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps what is freed, and it would count as used
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | returned_at_once)
     if done.returncode:
         raise RuntimeError(f"{case.name}, {side}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -200,22 +203,29 @@ class PeakMemory:
 
     def watch(self) -> None:
         while not self.done.wait(0.002):
-            self.highest = max(self.highest, self.now())
+            self.highest = max(self.highest, resident())
 
     def now(self) -> int:
         """Bytes in use; the peak is counted from here on."""
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
-        self.highest = 0
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        self.highest = resident()
+        return self.highest
 
     def peak(self) -> int:
         return self.highest if self.device == "cpu" else torch.cuda.max_memory_allocated()
 
 
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def floor_of(case: Case, flops: int, device: str) -> float | None:
     """Seconds that no implementation of this work can go below on this machine."""
+    if case.floor is not None:
+        return case.floor()
     if case.bytes_moved is not None:
         return case.bytes_moved / bandwidth(device)
     return flops / matrix_rate(device) if flops else None

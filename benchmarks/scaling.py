@@ -98,7 +98,8 @@ def plot(grown: dict[str, Any], path: Path) -> None:
             panel.plot(
                 curve["values"], [point[quantity] / first[quantity] for point in curve["points"]], style, label=name
             )
-        panel.set(xlabel=axis, xticks=curve["values"], ylim=(0, None))
+        panel.set(xlabel=axis, xticks=curve["values"])
+        panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
         panel.tick_params(axis="x", labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("multiple of the first point")

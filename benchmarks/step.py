@@ -112,17 +112,15 @@ def peer_step(task: Task, device: str) -> Step:
 
 def our_step(task: Task, device: str, **settings: Any) -> Step:
     """What the LightningModule does in a step."""
-    module = module_of(task, **settings).to(device)
-    batch = batch_of(task, device)
+    return step_of(module_of(task, **settings).to(device), batch_of(task, device), device)
+
+
+def step_of(module: MaskClassificationSemantic, batch: tuple[Tensor, Tensor], device: str) -> Step:
+    module.log = module.log_dict = lambda *args, **kwargs: None
     optimizer = module.optimizer()
     for group in optimizer.param_groups:
         group["lr"] = 1e-5
-    return Step(lambda: loss_of(module, *batch), optimizer, device)
-
-
-def loss_of(module: MaskClassificationSemantic, images: Tensor, labels: Tensor) -> Tensor:
-    module.log = module.log_dict = lambda *args, **kwargs: None
-    return module.training_step((images, labels), 0)
+    return Step(lambda: module.training_step(batch, 0), optimizer, device)
 
 
 def cached_step(task: Task, device: str) -> Step:
@@ -133,10 +131,7 @@ def cached_step(task: Task, device: str) -> Step:
     with torch.no_grad(), autocast(device):
         tokens = module.network.trunk(images / 255, depth)[0].bfloat16()
     module.train_from(depth)
-    optimizer = module.optimizer()
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-5
-    return Step(lambda: loss_of(module, tokens, labels), optimizer, device)
+    return step_of(module, (tokens, labels), device)
 
 
 LORA = {"use_lora": True, "lora_rank": 16}

@@ -132,13 +132,14 @@ TOY = [
         ),
         (["model.pretrained=true"], "ckpt_path=FILE pretrained=false"),
         (["data.batch_size=16"], "batch_size 16"),
+        (["trunk_cache=true"], "trunk_cache: .* trains"),
     ],
 )
 def test_a_mistake_that_shows_only_with_data_is_one_sentence_too(tmp_path, toy_cache, arguments, sentence):
     result = run(*TOY, f"data.root={toy_cache}", "model.img_size=[64,64]", *arguments, f"output_dir={tmp_path}")
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 1 and len(errors) == 1 and re.search(sentence, errors[0]), result.stderr
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr and errors[0].removeprefix("error: ") not in result.stdout  # said once
 
 
 def test_the_traceback_is_there_for_who_asks(tmp_path):

@@ -89,7 +89,8 @@ def test_the_summary_says_what_the_run_was_and_cost(source):
     assert 0 < summary["miou"] < 1 and set(summary["class_iou"]) >= {"road", "sky", "car"}
     assert summary["trainable_parameters"] == summary["total_parameters"] > 1e5
     assert summary["files"]["model/model.safetensors"] > 4 * summary["total_parameters"]
-    assert summary["peak_memory"]["bytes"] > 1e8 and summary["lora_audit"] is None
+    assert summary["peak_memory"]["bytes"] > 1e8 and summary["estimated_memory"]["bytes"] > 1e6
+    assert "estimated: " in source[1].stdout and summary["lora_audit"] is None
     step = summary["seconds_per_step"]
     assert step["total"] == pytest.approx(step["data"] + step["compute"]) and step["data"] > 0
     assert {"torch", "peft", "timm"} <= set(summary["versions"]) and summary["seed"] == 0

@@ -1,5 +1,8 @@
 """Training from the output of frozen blocks: the same loss, seeded views, and what it refuses."""
 
+import shutil
+from pathlib import Path
+
 import lightning
 import pytest
 import torch
@@ -104,6 +107,25 @@ def test_other_weights_do_not_meet_an_old_cache(data, cache, tmp_path):
         other.network.encoder.backbone.blocks[0].mlp.fc1.weight[0, 0] += 1
     fit(other, data(), [TrunkCache(3, str(tmp_path / "cache"))])
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_same_images_in_another_order_do_not_meet_an_old_cache(data, cache, tmp_path):
+    fit(build(), data(), [cache])
+    turned = data()
+    turned.train_set.samples = turned.train_set.samples[::-1]
+    fit(build(), turned, [TrunkCache(3, str(tmp_path / "cache"))])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_of_two_runs_that_fill_a_cache_the_slower_takes_that_of_the_quicker(data, cache, tmp_path, monkeypatch):
+    def late(draft, target):
+        shutil.copytree(draft, target)  # the other run
+        return rename(draft, target)
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", late)
+    losses, _ = fit(build(), data(), [cache])
+    assert len(losses) == 8 and [path.name for path in (tmp_path / "cache").iterdir()] == [cache.cache.folder.name]
 
 
 def test_an_interrupted_fill_leaves_nothing_behind(data, cache, tmp_path, monkeypatch):

@@ -32,10 +32,15 @@ def print_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
 
 
 def estimate_cost(trainer: Trainer, module: MaskClassificationSemantic, batch_size: int) -> Cost | None:
-    """Logs what training will take on each device, and returns it; None, with a warning, where it cannot be told."""
+    """Logs what training will take on each device, and returns it; None, with a warning, where it cannot be told.
+
+    Raises:
+        ValueError: a `TrunkCache` that cannot be; see `cached_blocks`.
+    """
     if rank_zero_only.rank or trainer.max_steps == 0:
         return None
     cached = any(isinstance(callback, TrunkCache) for callback in trainer.callbacks)
+    depth = cached_blocks(module) if cached else 0
     try:
         cost = training_cost(
             module.hparams,
@@ -43,7 +48,7 @@ def estimate_cost(trainer: Trainer, module: MaskClassificationSemantic, batch_si
             precision=trainer.precision,
             accumulate=trainer.accumulate_grad_batches,
             device=trainer.strategy.root_device.type,
-            cached_blocks=cached_blocks(module) if cached else 0,
+            cached_blocks=depth,
         )
     except Exception as error:  # whatever it is, the run itself may well be right
         logger.warning("the cost of training cannot be estimated: %s: %s", type(error).__name__, error)

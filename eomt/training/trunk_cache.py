@@ -73,6 +73,7 @@ class TrunkCache(lightning.Callback):
         facts = {
             "weights": combine_hashes(hash_tensors(trunk)),
             "data": dataset.fingerprint(),
+            "order": dataset.names,
             "augmentation": vars(dataset.transform),
             "seed": torch.initial_seed(),
             "precision": trainer.precision,
@@ -179,6 +180,9 @@ class CachedViews(Dataset):
                         file[done : done + len(batch)] = batch.to("cpu", file.dtype)
                     done += len(images)
             draft.rename(self.folder)
+        except OSError:
+            if not self.folder.is_dir():  # else another run was quicker
+                raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
