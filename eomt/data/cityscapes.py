@@ -7,7 +7,7 @@ from typing_extensions import Unpack
 
 from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
 from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source, open_archive
-from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.labels import IGNORE, OUTLIER, LabelSet
 
 # Official table (cityscapesScripts, helpers/labels.py): name, label id, colour; the train id is the position.
 _CLASSES = (
@@ -37,10 +37,10 @@ TRAIN_ID_OF_ID: dict[int, int] = dict.fromkeys(range(34), IGNORE) | {
 }
 
 _REMEDY = "make the label files again with cityscapesScripts"
-# In the order of preference; 255 is how either kind stores pixels without a class.
+# In the order of preference; 255 is how either kind stores pixels without a class, 254 how we store outliers.
 _DECODERS = {
-    "labelTrainIds": IndexDecoder({index: index for index in range(19)} | {IGNORE: IGNORE}, _REMEDY),
-    "labelIds": IndexDecoder(TRAIN_ID_OF_ID | {IGNORE: IGNORE}, _REMEDY),
+    "labelTrainIds": IndexDecoder({index: index for index in (*range(19), OUTLIER, IGNORE)}, _REMEDY),
+    "labelIds": IndexDecoder(TRAIN_ID_OF_ID | {OUTLIER: OUTLIER, IGNORE: IGNORE}, _REMEDY),
 }
 _DOWNLOAD = "download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com"
 

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from eomt.data.labels import LabelSet
 
 ORIENTATION = 0x0112  # EXIF tag
-UNKNOWN = 254  # in lookup tables only: a value that no class lists
+UNKNOWN = -1  # in lookup tables only: a value that no class lists
 
 LabelDecoder = Callable[[Image.Image, str], np.ndarray]
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -100,7 +100,7 @@ class IndexDecoder:
     """
 
     def __init__(self, train_index: Mapping[int, int], remedy: str) -> None:
-        self.table = np.full(256, UNKNOWN, dtype=np.uint8)
+        self.table = np.full(256, UNKNOWN, dtype=np.int16)
         for value, index in train_index.items():
             self.table[value] = index
         self.remedy = remedy
@@ -118,7 +118,7 @@ class IndexDecoder:
         labels = self.table.take(values)
         if (unknown := labels == UNKNOWN).any():
             raise ValueError(f"{source} has the value {values[unknown][0]}, which no class lists; {self.remedy}")
-        return labels
+        return labels.astype(np.uint8)
 
 
 class ColorDecoder:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 IGNORE = 255  # pixels that neither train nor count
-MAX_CLASSES = 254  # 254 and 255 are left for "unknown" and IGNORE in a uint8 label map
+OUTLIER = 254  # pixels of an object that belongs to no class; they train outlier losses, and nothing else
+MAX_CLASSES = 254  # the last two values of a uint8 label map are OUTLIER and IGNORE
 
 
 @dataclass(frozen=True)

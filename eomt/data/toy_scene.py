@@ -4,7 +4,7 @@ World coordinates are metres: x to the right, y up from the ground, z away from 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -118,8 +118,22 @@ class Street:
     sun: int  # -1 or 1: the side whose facades lie in the shade
 
 
-def draw_scene(rng: Generator, size: tuple[int, int], domain: Domain) -> tuple[np.ndarray, np.ndarray]:
-    """One scene: image uint8 [H, W, 3] and Cityscapes label ids uint8 [H, W]."""
+@dataclass(frozen=True)
+class Stranger:
+    """Something on the road that belongs to no class: what paints it at (x, z), where across (-1..1), how far away."""
+
+    draw: Callable[[Canvas, float, float], None]
+    place: float
+    distance: float
+
+
+def draw_scene(
+    rng: Generator, size: tuple[int, int], domain: Domain, strangers: Sequence[Stranger] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """One scene: image uint8 [H, W, 3] and Cityscapes label ids uint8 [H, W].
+
+    `strangers` are drawn among the objects, and change nothing else in the scene.
+    """
     height, width = (side * OVERSAMPLING for side in size)
     camera = Camera(
         width,
@@ -138,7 +152,7 @@ def draw_scene(rng: Generator, size: tuple[int, int], domain: Domain) -> tuple[n
     draw_backdrop(canvas, rng)
     for side in (-1, 1):
         draw_roadside(canvas, rng, street, side)
-    draw_objects(canvas, rng, street)
+    draw_objects(canvas, rng, street, strangers)
     image, labels, depth, glow = planes_at_size(canvas, size)
     image = add_texture(image, labels, rng)
     if domain == "night_fog":
@@ -329,8 +343,8 @@ def draw_tree(canvas: Canvas, rng: Generator, x: float, z: float, bushy: bool = 
 # --- objects ------------------------------------------------------------------------------------------------------
 
 
-def draw_objects(canvas: Canvas, rng: Generator, street: Street) -> None:
-    """Everything that stands or moves, from far to near, without two things in one place."""
+def draw_objects(canvas: Canvas, rng: Generator, street: Street, strangers: Sequence[Stranger] = ()) -> None:
+    """Everything that stands or moves, from far to near, without two things in one place (but for strangers)."""
     middle, curb = street.road / 2, (street.road + street.sidewalk) / 2
     planned = []
     for side in (-1, 1):
@@ -353,6 +367,9 @@ def draw_objects(canvas: Canvas, rng: Generator, street: Street) -> None:
             planned += [(z, draw_cyclist, (parked,)) for z in _spots(rng, 1, 7, 22)]
     if rng.random() < 0.35:
         planned.append((rng.uniform(7, 16), draw_person, (street.shift + rng.uniform(-1, 1) * street.road,)))
+    for stranger in strangers:
+        x = street.shift + stranger.place * street.road
+        planned.append((stranger.distance, lambda canvas, _, x, z, draw=stranger.draw: draw(canvas, x, z), (x,)))
     for z, draw, where in sorted(planned, key=lambda entry: -entry[0]):
         x, *rest = where
         draw(canvas, rng, x, float(z), *rest)

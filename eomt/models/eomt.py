@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from eomt.models.cosine_head import CosineHead
 from eomt.models.scale_block import ScaleBlock
 from eomt.models.vit import QueryMask, ViT, attend
 
@@ -58,6 +59,7 @@ class EoMT(nn.Module):
         masked_attn_enabled: predict before each of these blocks and let a query attend to its own mask only.
         checkpoint_predictions: keep little of the predictions for the backward pass and compute them again there: they
             hold most of the activations.
+        cosine_scale: class logits are cosines times this (`CosineHead`); None: a linear layer, as published.
 
     `attn_mask_probs` [L] holds, per block, the probability that a query is masked: 1 at the start of training,
     annealed to 0, so that the deployed network needs no masks (section 3.2).
@@ -71,6 +73,7 @@ class EoMT(nn.Module):
         num_blocks: int = 4,
         masked_attn_enabled: bool = True,
         checkpoint_predictions: bool = False,
+        cosine_scale: float | None = None,
     ) -> None:
         super().__init__()
         depth, dim = len(encoder.blocks), encoder.embed_dim
@@ -90,7 +93,8 @@ class EoMT(nn.Module):
 
         self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
         self.q = nn.Embedding(num_q, dim)
-        self.class_head = nn.Linear(dim, num_classes + 1)
+        linear = cosine_scale is None
+        self.class_head = nn.Linear(dim, num_classes + 1) if linear else CosineHead(dim, num_classes + 1, cosine_scale)
         self.mask_head = nn.Sequential(
             nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
         )

@@ -5,6 +5,7 @@ map itself: the mask of class c at a point is the bilinear weight of the neighbo
 are never built.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from eomt.data.labels import IGNORE
+from eomt.data.labels import IGNORE, OUTLIER
 from eomt.models.eomt import Prediction
 
 
@@ -105,13 +106,18 @@ def classes_seen(labels: Tensor) -> Tensor:
     return seen.scatter_(1, labels.flatten(1).long(), True)
 
 
-def classes_present(seen: Tensor, num_classes: int) -> Tensor:
-    """Which classes [B, K] there are, of all values seen [B, 256].
+def classes_present(seen: Tensor, num_classes: int, outliers: bool = False) -> Tensor:
+    """Which classes [B, K] there are, of all values seen [B, 256]; 254 may be among them if there are outliers.
 
     Raises:
         ValueError: a label that is neither a class nor 255. It would collide with "no object" (index K) or beyond.
     """
-    strange = seen[:, num_classes:IGNORE].any(0).nonzero().flatten() + num_classes
+    strange = seen[:, num_classes : OUTLIER if outliers else IGNORE].any(0).nonzero().flatten() + num_classes
+    if OUTLIER in strange.tolist():
+        raise ValueError(
+            f"label {OUTLIER} in a target marks outliers, which only an outlier loss can train on: set "
+            "model.outlier_loss=rba, or leave data.cut_paste out"
+        )
     if len(strange):
         raise ValueError(
             f"label {strange[0].item()} in a target, but the classes are 0..{num_classes - 1} and {IGNORE} is ignored: "
@@ -162,6 +168,23 @@ def mask_losses(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return bce, 1 - overlap
 
 
+def add_margin(class_logits: Tensor, target: Tensor, scale: float, margin: float) -> Tensor:
+    """s cos(theta + m) in place of the target's s cos(theta), where the target is a known class.
+
+    Deng et al., CVPR 2019, section 2.1. Beyond theta = pi - m the cosine would rise again: there it goes on falling,
+    as s (cos(theta) - m sin(m)), like the published code.
+
+    Args:
+        class_logits: [..., K + 1], scaled cosines. target: [...], K is "no object", which has no margin.
+    """
+    cosine = class_logits.gather(-1, target[..., None]) / scale
+    sine = (1 - cosine.square()).clamp(min=1e-12).sqrt()
+    wider = cosine * math.cos(margin) - sine * math.sin(margin)
+    wider = wider.where(cosine > -math.cos(margin), cosine - margin * math.sin(margin))
+    known = target[..., None] < class_logits.shape[-1] - 1
+    return class_logits.scatter(-1, target[..., None], scale * wider.where(known, cosine))
+
+
 def class_loss(class_logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean cross-entropy [L] over K + 1 classes: logits [L, B, Q, K + 1], targets [L, B, Q]."""
     loss = F.cross_entropy(class_logits.flatten(0, 2), target.flatten(), weight, reduction="none")
@@ -198,6 +221,8 @@ class MaskClassificationLoss(nn.Module):
         mask_coefficient, dice_coefficient, class_coefficient: weights of the terms, in matching and loss alike.
         no_object_coefficient: weight of "no object" in the class loss.
         class_weights: weight of each class in the class loss, K numbers; None: all 1.
+        scale, margin: of a cosine head, whose logits get the angular margin after matching, see `add_margin`.
+        outliers: labels may be 254: such pixels are judged by no mask, in matching and loss alike.
     """
 
     def __init__(
@@ -211,6 +236,9 @@ class MaskClassificationLoss(nn.Module):
         class_coefficient: float = 2.0,
         no_object_coefficient: float = 0.1,
         class_weights: Sequence[float] | None = None,
+        scale: float = 1.0,
+        margin: float = 0.0,
+        outliers: bool = False,
     ) -> None:
         super().__init__()
         if class_weights is not None and len(class_weights) != num_classes:
@@ -220,6 +248,7 @@ class MaskClassificationLoss(nn.Module):
         self.num_candidates = int(num_points * oversample_ratio)
         self.num_uncertain = int(num_points * importance_sample_ratio)
         self.coefficients = (mask_coefficient, dice_coefficient, class_coefficient)
+        self.scale, self.margin, self.outliers = scale, margin, outliers
         weight = torch.tensor([*(class_weights or [1.0] * num_classes), no_object_coefficient])
         self.register_buffer("class_weight", weight, persistent=False)
 
@@ -236,6 +265,8 @@ class MaskClassificationLoss(nn.Module):
         masks = torch.stack([p.masks_of(chosen) for p, chosen in zip(predictions, queries, strict=True)], 1)
         class_logits = torch.stack([p.class_logits for p in predictions])
         with torch.autocast(labels.device.type, enabled=False):
+            if self.margin:
+                class_logits = add_margin(class_logits.float(), target, self.scale, self.margin)
             bce, dice = self.mask_terms(masks.float(), classes.transpose(0, 1), labels)
             entropy = class_loss(class_logits.float(), target, self.class_weight)
         num_masks = mean_over_processes(int((matches.classes[0] >= 0).sum()), labels.device)
@@ -246,7 +277,7 @@ class MaskClassificationLoss(nn.Module):
         """Mask and dice loss [L], summed over masks: logits [B, L, M, h, w], classes [B, L, M], -1 for no mask."""
         shape, masks, classes = classes.shape, masks.flatten(1, 2), classes.flatten(1)
         num_drawn = self.num_candidates + self.num_points - self.num_uncertain
-        drawn = torch.rand(len(masks), num_drawn, 2, device=masks.device)
+        drawn = self.draw(labels, num_drawn)
         index = choose_points(masks, drawn, self.num_candidates, self.num_uncertain)  # [B, L * M, P]
 
         image = torch.arange(len(masks), device=masks.device)[:, None, None]
@@ -263,7 +294,7 @@ class MaskClassificationLoss(nn.Module):
         All predictions are judged at the same points, and reach the CPU in one transfer.
         """
         if points is None:
-            points = torch.rand(len(labels), self.num_points, 2, device=labels.device)
+            points = self.draw(labels, self.num_points)
         targets = sample_all_classes(labels, points, self.num_classes)
         costs = []
         for prediction in predictions:
@@ -278,7 +309,25 @@ class MaskClassificationLoss(nn.Module):
 
     def assign(self, cost: Tensor, seen: Tensor) -> Matches:
         """The part that reads values: costs [L, B, Q, K] and values seen [B, 256], both on the CPU."""
-        return match(cost, classes_present(seen, self.num_classes))
+        return match(cost, classes_present(seen, self.num_classes, self.outliers))
+
+    def draw(self, labels: Tensor, number: int) -> Tensor:
+        """Uniform points [B, number, 2] of each image, none of them on an outlier."""
+        points = torch.rand(len(labels), number, 2, device=labels.device)
+        return off_outliers(points, labels) if self.outliers else points
+
+
+def off_outliers(points: Tensor, labels: Tensor) -> Tensor:
+    """Points [B, P, 2], those whose value an outlier pixel would weigh in replaced by others, in turns.
+
+    Where everything is an outlier there is nothing to learn, and the points stay.
+    """
+    touched = sum(labels.flatten(1).gather(1, places) == OUTLIER for places, _ in corners(points, labels.shape[1:])) > 0
+    order = touched.byte().argsort(dim=1, stable=True)  # the free ones first
+    free = (~touched).sum(1, keepdim=True)
+    free = torch.where(free > 0, free, points.shape[1])
+    turns = torch.arange(points.shape[1], device=points.device) % free
+    return points.gather(1, order.gather(1, turns)[..., None].expand(-1, -1, 2))
 
 
 def mean_over_processes(num_masks: int, device: torch.device) -> float:

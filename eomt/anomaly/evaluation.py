@@ -1,0 +1,166 @@
+"""Anomaly scores of a network on a benchmark: one forward pass, then every score and temperature from its logits."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eomt.anomaly.components import Components, components, together
+from eomt.anomaly.datasets import AnomalyDataset
+from eomt.anomaly.metrics import PixelMetrics, PixelScores
+from eomt.anomaly.scores import SCORES, class_temperature
+from eomt.models.eomt import EoMT
+from eomt.training.prediction import evaluating
+from eomt.training.semantic_inference import WindowLogits, window_logits
+
+Variant = tuple[str, float]  # a score and its temperature
+Progress = Callable[[Iterable[int], str], Iterable[int]]
+SCHEMA_VERSION = 1
+
+
+class LogitCache:
+    """Mask and class logits of each frame of a data set, float16 files in a folder.
+
+    Args:
+        folder: where they are, or are to be.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def file(self, frame: str) -> Path:
+        return self.folder / f"{frame}.safetensors"
+
+    def fill(self, network: EoMT, dataset: AnomalyDataset, device: str, precision: str, progress: Progress) -> None:
+        """Runs the network over the frames that are not there yet.
+
+        Raises:
+            ValueError: logits that float16 cannot hold, or no room on the disk.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i, frame in enumerate(dataset.frames) if not self.file(frame).is_file()]
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        network.to(device)
+        with evaluating(network), torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
+            for index in progress(missing, f"{dataset.benchmark.title}: network"):
+                (logits,) = window_logits(network, [dataset[index][0]])
+                self.write(dataset.frames[index], logits)
+
+    def write(self, frame: str, logits: WindowLogits) -> None:
+        """Keeps the logits of a frame."""
+        tensors = {"masks": logits.mask_logits.half().cpu().contiguous(), "classes": logits.class_logits.half().cpu()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(
+                f"{frame}: a logit is not finite, or beyond float16: look at the network that it comes from"
+            )
+        needed = sum(tensor.numel() * 2 for tensor in tensors.values())
+        if shutil.disk_usage(self.folder).free < 2 * needed:
+            raise ValueError(f"{self.folder} has no room for {needed / 2**20:,.0f} MiB more: give another --cache")
+        sizes = {"origins": logits.origins, "window": logits.window, "image_size": logits.image_size}
+        draft = self.file(frame).with_suffix(".part")
+        save_file(tensors, draft, {"sizes": json.dumps(sizes)})
+        draft.rename(self.file(frame))
+
+    def read(self, frame: str, device: str = "cpu") -> WindowLogits:
+        """The logits of a frame, float32."""
+        with safe_open(self.file(frame), "pt") as file:
+            sizes = json.loads(file.metadata()["sizes"])
+            masks, classes = (file.get_tensor(name).to(device).float() for name in ("masks", "classes"))
+        origins = [tuple(origin) for origin in sizes["origins"]]
+        return WindowLogits(masks, classes, origins, tuple(sizes["window"]), tuple(sizes["image_size"]))
+
+
+def score_maps(logits: WindowLogits, variants: Sequence[Variant]) -> dict[Variant, Tensor]:
+    """Anomaly scores float32 [H, W] of one image, all of them in one pass over its class scores a class temperature."""
+    maps: dict[Variant, Tensor] = {}
+    for temperature in dict.fromkeys(class_temperature(*variant) for variant in variants):
+        here = [variant for variant in variants if class_temperature(*variant) == temperature]
+        rows: dict[Variant, list[Tensor]] = {variant: [] for variant in here}
+        for strip in logits.strips(temperature):
+            for name, t in here:
+                rows[name, t].append(SCORES[name](strip, t))
+        maps |= {variant: torch.cat(parts) for variant, parts in rows.items()}
+    return maps
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one score is worth on one data set; `components` is None where they were not asked for."""
+
+    score: str
+    temperature: float
+    pixels: PixelScores
+    components: Components | None
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {"score": self.score, "temperature": self.temperature, **asdict(self.pixels)}
+        if self.components is not None:
+            parts = self.components
+            found |= {"siou": parts.mean_siou, "ppv": parts.mean_ppv, "component_f1": parts.f1}
+        return {key: None if value != value else value for key, value in found.items()}
+
+
+def evaluate(
+    cache: LogitCache,
+    dataset: AnomalyDataset,
+    variants: Sequence[Variant],
+    progress: Progress,
+    with_components: bool = True,
+    device: str = "cpu",
+) -> list[Result]:
+    """All metrics of all scores on a data set whose logits are cached.
+
+    The first pass ranks pixels; the second one judges components at each score's own threshold of the best pixel F1.
+
+    Raises:
+        ValueError: labels that are not the data set's, or nothing to rank.
+    """
+
+    def frames(what: str) -> Iterator[tuple[dict[Variant, np.ndarray], np.ndarray]]:
+        for index in progress(range(len(dataset)), f"{dataset.benchmark.title}: {what}"):
+            maps = score_maps(cache.read(dataset.frames[index], device), variants)
+            labels = dataset.read_labels(dataset.files[index][1]).numpy()
+            yield {variant: scores.cpu().numpy() for variant, scores in maps.items()}, labels
+
+    metrics = {variant: PixelMetrics() for variant in variants}
+    for maps, labels in frames("pixels"):
+        for variant, scores in maps.items():
+            metrics[variant].update(scores, labels)
+    pixels = {variant: metric.compute() for variant, metric in metrics.items()}
+    metrics.clear()
+    judged: dict[Variant, list[Components]] = {variant: [] for variant in variants}
+    if with_components:
+        for maps, labels in frames("components"):
+            for variant, scores in maps.items():
+                threshold = pixels[variant].threshold
+                judged[variant].append(components(scores, labels, threshold, dataset.benchmark.track))
+    return [
+        Result(*variant, pixels[variant], together(judged[variant]) if with_components else None)
+        for variant in variants
+    ]
+
+
+def export(maps: Iterable[tuple[str, np.ndarray]], folder: str | Path, method: str, dataset: str) -> Path:
+    """Writes score maps as the SegmentMeIfYouCan benchmark reads them: `anomaly_p/METHOD/DATASET/FRAME.hdf5`.
+
+    Each file holds one array, float16 [H, W], higher is more anomalous, under the key `value`.
+
+    Args:
+        maps: (frame, scores [H, W]) of each image.
+    """
+    import h5py
+
+    place = Path(folder) / "anomaly_p" / method / dataset
+    place.mkdir(parents=True, exist_ok=True)
+    for frame, scores in maps:
+        with h5py.File(place / f"{frame}.hdf5", "w") as file:
+            file.create_dataset("value", data=scores.astype(np.float16), compression="gzip", compression_opts=9)
+    return place
