@@ -38,14 +38,14 @@ class Benchmark:
 
 BENCHMARKS = {
     "road_anomaly_21": Benchmark(
-        "RoadAnomaly21", ("RoadAnomaly21", "dataset_AnomalyTrack"), STANDARD, ANOMALY_TRACK, "AnomalyTrack-validation"
+        "RoadAnomaly21", ("RoadAnomaly21", "dataset_AnomalyTrack"), STANDARD, ANOMALY_TRACK, "AnomalyTrack-all"
     ),
     "road_obstacle_21": Benchmark(
         "RoadObstacle21",
         ("RoadObsticle21", "RoadObstacle21", "dataset_ObstacleTrack"),
         STANDARD,
         OBSTACLE_TRACK,
-        "ObstacleTrack-validation",
+        "ObstacleTrack-all",
     ),
     "fs_lost_and_found": Benchmark(
         "FS L&F", ("FS_LostFound_full", "dataset_FishyLAF"), STANDARD, ANOMALY_TRACK, "FishyLAFAnomaly-val"

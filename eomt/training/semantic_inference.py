@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -133,8 +134,27 @@ def score_strips(
         )
 
 
-def score_images(network: EoMT, images: Sequence[Tensor]) -> list[Iterator[Tensor]]:
-    """For each image, its `score_strips`, from the deployed network (masked attention off), all windows in one forward.
+class WindowLogits(NamedTuple):
+    """What the network says of the n windows of an image: all that its scores are made of.
+
+    mask_logits: [n, Q, h, w]. class_logits: [n, Q, K + 1]. origins: (top, left) of the windows.
+    window: (height, width) of each. image_size: (H, W) of the image before it was resized.
+    """
+
+    mask_logits: Tensor
+    class_logits: Tensor
+    origins: list[tuple[int, int]]
+    window: tuple[int, int]
+    image_size: tuple[int, int]
+
+    def strips(self, class_temperature: float = 1.0) -> Iterator[Tensor]:
+        """Class scores, see `score_strips`; the temperature divides the class logits."""
+        logits = self.class_logits / class_temperature
+        return score_strips(self.mask_logits, logits, self.origins, self.window, self.image_size)
+
+
+def window_logits(network: EoMT, images: Sequence[Tensor]) -> list[WindowLogits]:
+    """Of each image, from the deployed network (masked attention off), all windows in one forward.
 
     Args:
         images: at least one, uint8 [3, H, W], each of its own size, on any device.
@@ -146,9 +166,14 @@ def score_images(network: EoMT, images: Sequence[Tensor]) -> list[Iterator[Tenso
         (mask_logits,), (class_logits,) = network(torch.cat(windows).to(device) / 255)
     parts = zip(mask_logits.float().split(counts), class_logits.float().split(counts), origins, images, strict=True)
     return [
-        score_strips(masks, classes, of_image, window, tuple(image.shape[-2:]))
+        WindowLogits(masks, classes, of_image, window, tuple(image.shape[-2:]))
         for masks, classes, of_image, image in parts
     ]
+
+
+def score_images(network: EoMT, images: Sequence[Tensor]) -> list[Iterator[Tensor]]:
+    """For each image, its `score_strips`; see `window_logits`."""
+    return [logits.strips() for logits in window_logits(network, images)]
 
 
 @torch.no_grad()
