@@ -37,12 +37,15 @@ OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
     "trainer.fast_dev_run": "runs must be whole",
     "trainer.limit_val_batches": "runs are scored on all images",
 }
+TOYS = "toy_anomalies"  # the benchmark that is drawn where it is needed
 EXAMPLES = f"""examples:
   python scripts/compare.py run experiment=toy_night "variants=[none,head,lora_r8,full]" "seeds=[0,1,2]"
   python scripts/compare.py run experiment=camvid_dusk "variants=[none,lora_r8,full]" "seeds=[0,1,2]" \\
       data.root=/data/camvid source="experiment=camvid_day data.root=/data/camvid" output_dir=outputs/compare/dusk
   python scripts/compare.py run --config-name cityscapes data.root=/data/cityscapes "devices=[0,1,2,3]" \\
       "variants=[lora_r16,full]" "seeds=[0,1,2]" hydra/launcher=joblib        # one run on each of four GPUs
+  python scripts/compare.py run experiment=toy_arcface_rba "variants=[baseline,rba,arcface,arcface_rba]" \\
+      "anomaly=[toy_anomalies]"
   python scripts/compare.py report outputs/compare/dusk --baseline full
 
 variants: {", ".join(VARIANTS)} (configs/variant/)"""
@@ -50,6 +53,8 @@ RUN_HELP = """variants=[...]   what trains (default: none, head, lora_r8, lora_r
 seeds=[...]      default: 0
 source="..."     the data that the start weights come from, to measure what is forgotten:
                  "experiment=NAME data.root=..." or "data=NAME data.key=value ..."
+anomaly=[...]    anomaly benchmarks to score every network on: toy_anomalies, road_anomaly_21, ...
+anomaly_root=... folder that holds those benchmarks; toy_anomalies need none
 devices=[...]    GPUs to share out; with hydra/launcher=joblib one run on each at a time
 output_dir=...   the matrix's folder (default: outputs/compare/EXPERIMENT); it holds VARIANT/seed_N/
 hydra/launcher=  joblib or submitit_slurm (extra: launchers); default: one run after another
@@ -66,7 +71,8 @@ def main() -> int:
     run.add_argument("--config-name", default="cityscapes", help="of train_with_lora.py (default: %(default)s)")
     report = commands.add_parser("report", help="one table, plots and pictures: HTML, Markdown, CSV, LaTeX")
     report.add_argument("runs", nargs="+", type=Path, help="matrix folders, or folders of single runs")
-    report.add_argument("--baseline", help="the variant that others are compared to (default: full)")
+    report.add_argument("--baseline", help="the variant that others are compared to (default: full or baseline)")
+    report.add_argument("--score", help="of anomalies, one for the whole table (default: rba)")
     report.add_argument("--output", type=Path, help="default: report/ in the first folder")
     report.add_argument("--allow-different", action="store_true", help="mark runs that differ instead of stopping")
     evaluate = commands.add_parser("evaluate", help="evaluate a run for the report (run and report do it as needed)")
@@ -151,6 +157,8 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
         "variants": ["none", "head", "lora_r8", "lora_r16", "full"],
         "seeds": [0],
         "source": shlex.split(sources[-1].removeprefix("source=")) if sources else [],
+        "anomaly": [],
+        "anomaly_root": None,
         "devices": [],
         "config_name": config_name,
         "overrides": [],
@@ -158,12 +166,14 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
     launcher, folder = [], None
     for word, override in zip(overrides, parsed, strict=True):
         key = override.key_or_group
-        if key in ("variants", "seeds", "devices"):
+        if key in ("variants", "seeds", "devices", "anomaly"):
             value = override.value()
             value = getattr(value, "list", value)  # 0,1,2 is a sweep to Hydra
             facts[key] = list(dict.fromkeys(value if isinstance(value, (list, tuple)) else [value]))
         elif key == "output_dir":
             folder = override.value()
+        elif key == "anomaly_root":
+            facts[key] = os.path.abspath(os.path.expanduser(override.value()))
         elif key.startswith("hydra"):
             launcher.append(word)
         elif key in OWN_KEYS:
@@ -176,7 +186,7 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
 
 
 def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """A matrix goes on in its folder, with further variants and seeds if asked for, but with nothing else changed."""
+    """A matrix goes on in its folder, with further variants, seeds and benchmarks, but with nothing else changed."""
     if not (folder / "matrix.json").is_file():
         return facts
     before = json.loads((folder / "matrix.json").read_text())
@@ -187,8 +197,10 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
                 f"{folder} holds a matrix with {key} {before[key]}, now it is {facts[key]}: its runs would not be "
                 "comparable; give the same, or another output_dir="
             )
-    for key in ("variants", "seeds"):
+    before = {"anomaly": [], "anomaly_root": None} | before
+    for key in ("variants", "seeds", "anomaly"):
         facts[key] = [*before[key], *(value for value in facts[key] if value not in before[key])]
+    facts["anomaly_root"] = facts["anomaly_root"] or before["anomaly_root"]  # which may have moved
     return facts
 
 
@@ -218,8 +230,22 @@ def check_matrix(facts: dict[str, Any]) -> None:
         build_data(config, "see --help").check_files()
         if facts["source"]:
             open_data(facts["source"], config.model.img_size, batch_size=1)
+        check_benchmarks(facts["anomaly"], facts["anomaly_root"])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_sentence(error)) from error
+
+
+def check_benchmarks(names: Sequence[str], root: str | None) -> None:
+    """Raises ValueError or FileNotFoundError where a benchmark is unknown, or not there."""
+    from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
+
+    for name in names:
+        if name not in BENCHMARKS:
+            raise ValueError(f"anomaly={name} is no benchmark; choose from {', '.join(BENCHMARKS)}")
+        if name != TOYS and root is None:
+            raise ValueError(f"anomaly={name} needs anomaly_root=FOLDER, the folder that holds {name}'s own")
+        if name != TOYS:
+            AnomalyDataset(root, name)
 
 
 def check_variant(variant: str, config: Any) -> None:
@@ -229,11 +255,12 @@ def check_variant(variant: str, config: Any) -> None:
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         wanted = OmegaConf.merge(config, compose(overrides=[f"+variant={variant}"]))
-    for part in ("model", "trainer"):
+    for part in ("model", "trainer", "data"):
+        found = OmegaConf.to_container(config[part], resolve=True)
         for key, value in OmegaConf.to_container(wanted[part], resolve=True).items():
-            if value != config[part].get(key):
+            if value != found.get(key):
                 raise ValueError(
-                    f"{part}.{key}={config[part].get(key)} makes of variant {variant}, which has {value}, something "
+                    f"{part}.{key}={found.get(key)} makes of variant {variant}, which has {value}, something "
                     "else than its name says: write it as a variant of its own in configs/variant/"
                 )
 
@@ -272,7 +299,7 @@ def run_cell(cell: Cell) -> None:
     title = f"[{HydraConfig.get().job.num + 1}/{count}] {cell.variant}, seed {cell.seed}"
     try:
         with FileLock(matrix / f".{cell.variant}_{cell.seed}.lock", timeout=0):
-            if finished(folder, facts["source"]):
+            if finished(folder, facts):
                 print(f"== {title}: finished before, kept", flush=True)
             else:
                 train_and_evaluate(cell, title, matrix, facts, folder)
@@ -291,6 +318,7 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
     with one_device(matrix, facts["devices"]) as environment:
         error = None if status(folder) == "finished" else run_logged(train, folder / "run.log", environment)
         error = error or run_logged(evaluate, folder / "run.log", environment)
+        error = error or score_anomalies(folder, facts, environment)
     cell_facts = {"variant": cell.variant, "seed": cell.seed, "status": "failed" if error else "finished"}
     cell_facts |= {"error": error, "command": ["python", "train_with_lora.py", *train[2:]]}
     write_json(folder / "cell.json", cell_facts)
@@ -317,9 +345,15 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
     draft.replace(path)
 
 
-def finished(folder: Path, source: Sequence[str]) -> bool:
-    evaluated = not source or (folder / "evaluation" / "source.json").is_file()
-    return evaluated and read_json(folder / "cell.json").get("status") == "finished"
+def finished(folder: Path, facts: dict[str, Any]) -> bool:
+    evaluated = not facts["source"] or (folder / "evaluation" / "source.json").is_file()
+    ended = evaluated and read_json(folder / "cell.json").get("status") == "finished"
+    return ended and not without_scores(folder, facts["anomaly"])
+
+
+def without_scores(run: Path, benchmarks: Sequence[str]) -> list[str]:
+    """The anomaly benchmarks that the run has no results on, or went on after them; the picture comes last."""
+    return [name for name in benchmarks if outdated(run, run / "anomaly" / f"{name}.png")]
 
 
 def status(folder: Path) -> str | None:
@@ -382,7 +416,7 @@ def one_device(matrix: Path, devices: Sequence[int]) -> Iterator[dict[str, str]]
 def summarise(folder: Path, facts: dict[str, Any]) -> int:
     """Says what became of the cells, and what to do next."""
     cells = [(variant, seed) for seed in facts["seeds"] for variant in facts["variants"]]
-    failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}", facts["source"])]
+    failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}", facts)]
     for variant, seed in failed:
         error = read_json(folder / variant / f"seed_{seed}" / "cell.json").get("error", "did not end")
         print(f"failed: {variant}, seed {seed}: {error}")
@@ -426,10 +460,21 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
         evaluate(module, data, description=name, **options).save(run / "evaluation", "source")
 
 
-def outdated(run: Path) -> bool:
-    """Whether the run has no evaluation, or went on after it."""
-    scores, summary = run / "evaluation" / "target.json", run / "summary.json"
-    return not scores.is_file() or scores.stat().st_mtime < summary.stat().st_mtime
+def score_anomalies(run: Path, facts: dict[str, Any], environment: dict[str, str]) -> str | None:
+    """Scores the run's artefact on the benchmarks it has no results on; returns the error of the first that failed."""
+    for name in without_scores(run, facts["anomaly"]):
+        artefact = run / read_json(run / "summary.json")["artefact"]
+        command = [sys.executable, str(ROOT / "scripts" / "evaluate_anomaly.py"), str(artefact), f"data={name}"]
+        command += [] if name == TOYS else [f"data.root={facts['anomaly_root']}"]
+        if error := run_logged(command, run / "run.log", environment):
+            return error
+        shutil.rmtree(run / "anomaly" / "logits", ignore_errors=True)  # gigabytes, of every cell
+    return None
+
+
+def outdated(run: Path, scores: Path) -> bool:
+    """Whether the run has no such scores, or went on after them."""
+    return not scores.is_file() or scores.stat().st_mtime < (run / "summary.json").stat().st_mtime
 
 
 def report_runs(args: argparse.Namespace) -> int:
@@ -438,11 +483,20 @@ def report_runs(args: argparse.Namespace) -> int:
     from eomt.reporting.comparison.runs import load_runs
 
     for run in load_runs(args.runs):
-        if run.error is None and outdated(run.path):
+        matrix = {"source": [], "anomaly": []} | read_json(run.path.resolve().parents[1] / "matrix.json")
+        if run.error is None and outdated(run.path, run.path / "evaluation" / "target.json"):
             print(f"evaluating {run.path}")
-            evaluate_run(run.path, read_json(run.path.parents[1] / "matrix.json").get("source", ()))
+            evaluate_run(run.path, matrix["source"])
+        if run.error is None and (error := score_anomalies(run.path, matrix, dict(os.environ))):
+            raise ValueError(error)
+        old = [name for name in run.anomalies if outdated(run.path, run.path / "anomaly" / f"{name}.json")]
+        if run.error is None and old:
+            raise ValueError(
+                f"{run.path}/anomaly/{old[0]}.json is older than the run's end: score again with "
+                f"scripts/evaluate_anomaly.py {run.path} data={old[0]}, or delete it"
+            )
     output = args.output or args.runs[0] / "report"
-    write_report(load_runs(args.runs), output, args.baseline, args.allow_different, predictions)
+    write_report(load_runs(args.runs), output, args.baseline, args.allow_different, predictions, args.score)
     print(f"{output}/report.html, report.md, report.csv, report.tex")
     return 0
 

@@ -62,7 +62,7 @@ def examine(split: str, dataset: "SegmentationDataset", num_workers: int) -> dic
     from rich.progress import track
     from torch.utils.data import DataLoader
 
-    from eomt.data.labels import IGNORE
+    from eomt.data.labels import IGNORE, OUTLIER
     from eomt.data.statistics import class_weights, counts_from_histograms
 
     loader = DataLoader(Readings(dataset), batch_size=None, num_workers=num_workers)
@@ -72,12 +72,14 @@ def examine(split: str, dataset: "SegmentationDataset", num_workers: int) -> dic
     counts = counts_from_histograms(histograms, len(dataset.classes))
     labelled = max(1, int(counts.pixels.sum()))
     ignored = sum(int(histogram[IGNORE]) for histogram in histograms)
+    outliers = sum(int(histogram[OUTLIER]) for histogram in histograms)
     weights = {kind: class_weights(counts, kind) for kind in ("inverse", "effective_number")}
     sizes = [readings[index]["size"] for index in whole]
     return {
         "images": len(dataset),
         "sizes": {size: sizes.count(size) for size in sorted(set(sizes))},
-        "ignored_share": ignored / max(1, ignored + labelled),
+        "ignored_share": ignored / max(1, ignored + outliers + labelled),
+        "outlier_share": outliers / max(1, ignored + outliers + labelled),
         "classes": [
             {
                 "name": name,
@@ -137,6 +139,7 @@ def summary(report: dict[str, Any]) -> str:
     return (
         f"{report['images']} images, {len(report['broken'])} broken, {len(report['empty'])} without a labelled pixel; "
         f"height x width: {shown or 'none'}; {report['ignored_share']:.2%} of the pixels ignored"
+        + (f", {report['outlier_share']:.2%} outliers" if report["outlier_share"] else "")
     )
 
 

@@ -4,6 +4,7 @@ The network runs once over every image; all scores and temperatures come from it
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterable
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from _data import run_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and what needs it is imported late: --help answers at once
     from eomt.anomaly.datasets import AnomalyDataset
-    from eomt.anomaly.evaluation import Result
+    from eomt.anomaly.evaluation import LogitCache, Result, Variant
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 EXAMPLES = """examples:
@@ -22,111 +23,165 @@ EXAMPLES = """examples:
   python scripts/evaluate_anomaly.py outputs/rba/adapter data.root=/data/anomaly  # every benchmark that lies there
   python scripts/evaluate_anomaly.py outputs/rba/model data=road_anomaly_21 data.root=/data/anomaly \\
       scores=[msp,max_logit,max_entropy,rba] temperatures=[0.5,0.75,1.0,1.1]
-  python scripts/evaluate_anomaly.py outputs/rba/model data=fs_static data.root=/data/anomaly --export rba --method OurRbA"""
-DEFAULTS = {"scores": ["msp", "max_logit", "max_entropy", "rba"], "temperatures": [1.0]}
+  python scripts/evaluate_anomaly.py outputs/rba/model data=fs_static data.root=/data/anomaly --export rba --method Ours
+
+settings:
+  data          road_anomaly_21, road_obstacle_21, fs_lost_and_found, fs_static, road_anomaly or toy_anomalies
+  data.root     folder of the benchmarks' folders
+  data.number, data.size, data.seed   of toy anomalies (60, [128,256], 0)
+  scores        msp, max_logit, max_entropy, rba, msp_class_t (default: the first four)
+  temperatures  of the scores that have one (default: [1.0])"""
+SETTINGS: dict[str, Any] = {
+    "data": None,
+    "data.root": None,
+    "data.number": 60,
+    "data.size": [128, 256],
+    "data.seed": 0,
+    "scores": ["msp", "max_logit", "max_entropy", "rba"],
+    "temperatures": [1.0],
+}
 
 
 def main() -> int:
     """Exit code 0, or 1 with one sentence."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s MODEL [KEY=VALUE ...] [options]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
-    parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="data, data.root, scores, temperatures; see the examples"
-    )
-    parser.add_argument("--precision", help="default: that of the run")
-    parser.add_argument("--ckpt_path", help="the base weights of an adapter, if they have moved")
-    parser.add_argument("--device", default="auto", help="cuda, cpu; default: a GPU if there is one")
-    parser.add_argument("--cache", type=Path, help="folder of the logits; default: anomaly/logits in the run's folder")
-    parser.add_argument("--no_components", action="store_true", help="pixel metrics alone, in half the time")
-    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="images to draw (default 4; 0: none)")
-    parser.add_argument(
-        "--export", metavar="SCORE", help="also write this score's maps as the SMIYC benchmark reads them"
-    )
-    parser.add_argument("--method", default="EoMT-LoRA", help="the method's name in that export")
-    parser.add_argument("--output", type=Path, help="folder for the results; default: anomaly/ in the run's folder")
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="see below")
+    add("--precision", help="default: that of the run")
+    add("--ckpt_path", help="the base weights of an adapter, if they have moved")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
+    add("--cache", type=Path, help="folder of the logits; default: anomaly/logits in the run's folder")
+    add("--no_components", action="store_true", help="pixel metrics alone, in half the time")
+    add("--pictures", type=int, default=4, metavar="N", help="images to draw (default: %(default)s; 0: none)")
+    add("--export", metavar="SCORE", help="also write this score's maps as the SegmentMeIfYouCan benchmark reads them")
+    add("--method", default="EoMT-LoRA", help="the method's name in that export (default: %(default)s)")
+    add("--output", type=Path, help="folder for the results; default: anomaly/ in the run's folder")
     args = parser.parse_intermixed_args()
 
     from eomt.command_line import quiet_libraries
 
-    quiet_libraries()
     try:
-        run_evaluation(args)
-    except (ValueError, OSError, ImportError) as error:
+        settings = parse(args.settings)
+        quiet_libraries()
+        run_evaluation(args, settings)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run_evaluation(args: argparse.Namespace) -> None:
-    """Every data set in turn: logits, metrics, table, pictures, export."""
-    import torch
-
-    from eomt.anomaly.evaluation import LogitCache, evaluate
-    from eomt.anomaly.scores import variants
-    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-
-    settings = parse(args.settings)
-    asked = variants(settings["scores"], settings["temperatures"])
-    if args.export and args.export not in {name for name, _ in asked}:
-        raise ValueError(f"--export {args.export}: choose one of scores={settings['scores']}")
-    datasets = open_datasets(settings)
-    module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path)
-    precision = args.precision or module.trained_precision or "bf16-mixed"
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    output = args.output or run_of(args.model) / "anomaly"
-    for dataset in datasets:
-        cache = LogitCache((args.cache or output / "logits") / identity(module, dataset, precision))
-        cache.fill(module.network, dataset, device, precision, progress)
-        results = evaluate(cache, dataset, asked, progress, not args.no_components, device)
-        show(dataset, results)
-        write(output, dataset, results, precision, module)
-        if args.pictures:
-            draw(output, dataset, cache, asked, args.pictures, len(module.class_names))
-        if args.export:
-            export_maps(output, dataset, cache, next(v for v in asked if v[0] == args.export), args.method)
-
-
 def parse(words: list[str]) -> dict[str, Any]:
-    """`data`, `data.root`, `data.KEY`, `scores` and `temperatures` of the command line."""
+    """All `SETTINGS`, those of the command line with the values that it gives.
+
+    Raises:
+        ValueError: an unknown setting, or one that cannot be read.
+    """
     import yaml
 
     from eomt.command_line import did_you_mean
 
-    settings: dict[str, Any] = dict(DEFAULTS) | {"data": None, "data.root": None}
-    of_toys = ("data.number", "data.size", "data.seed")
+    settings = dict(SETTINGS)
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or key not in (*settings, *of_toys):
-            raise ValueError(f"{word} is no setting{did_you_mean(key, [*settings, *of_toys])}")
-        settings[key] = yaml.safe_load(value)
-    for key in DEFAULTS:
+        if not equals or key not in SETTINGS:
+            raise ValueError(f"{word} is no setting{did_you_mean(key, SETTINGS)}")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{word} cannot be read: a list looks like {key}=[a,b]") from error
+    for key in ("scores", "temperatures"):
         if not isinstance(settings[key], list):
             settings[key] = [settings[key]]
     return settings
 
 
+def run_evaluation(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Every data set in turn: logits, metrics, table, pictures, export."""
+    from eomt.anomaly.evaluation import LogitCache, evaluate
+    from eomt.anomaly.scores import variants
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+    asked = variants(settings["scores"], settings["temperatures"])
+    exported = variant_to_export(args.export, asked)
+    datasets = open_datasets(settings)
+    device = choose_device(args.device)
+    module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path)
+    precision = args.precision or module.trained_precision or "bf16-mixed"
+    output = args.output or run_of(args.model) / "anomaly"
+    for dataset in datasets:
+        cache = LogitCache((args.cache or output / "logits") / identity(module, dataset, precision))
+        wanted = [*dataset.frames, *(dataset.unlabelled if exported else [])]
+        images = [(frame, lambda i=i, of=dataset: of.image(i)) for i, frame in enumerate(wanted)]
+        cache.fill(module.network, progress(images, f"{dataset.benchmark.title}: network"), device, precision)
+        results = evaluate(cache, dataset, asked, title_of(dataset), not args.no_components, device)
+        show(dataset, results)
+        write(output, dataset, results, precision, module)
+        if args.pictures > 0:
+            draw(output, dataset, cache, results, args.pictures, module.hparams.num_classes)
+        if exported:
+            export_maps(output, dataset, cache, wanted, exported, args.method)
+        size = sum(file.stat().st_size for file in cache.folder.iterdir())
+        print(f"{cache.folder}: the logits, {size / 2**20:,.0f} MiB, for further scores; delete them when done")
+
+
+def variant_to_export(name: str | None, asked: "list[Variant]") -> "Variant | None":
+    """The score and temperature that --export means.
+
+    Raises:
+        ValueError: not one of those that are computed, or several, or h5py is missing.
+    """
+    from importlib.util import find_spec
+
+    if name is None:
+        return None
+    chosen = [variant for variant in asked if variant[0] == name]
+    if not chosen:
+        raise ValueError(f"--export {name}: name one of scores={[name for name, _ in asked]}")
+    if len(chosen) > 1:
+        raise ValueError(f"--export {name}: there are {len(chosen)} temperatures, give one with temperatures=[1.0]")
+    if find_spec("h5py") is None:
+        raise ValueError("--export needs h5py: pip install h5py")
+    return chosen[0]
+
+
+def choose_device(name: str) -> str:
+    """cuda or cpu; raises ValueError for a GPU that is not there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; leave it out to compute on the CPU")
+    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
+
+
 def open_datasets(settings: dict[str, Any]) -> "list[AnomalyDataset]":
-    """The data set that was named, or all that lie under the root."""
+    """The data set that was named, or all that lie under the root.
+
+    Raises:
+        ValueError, FileNotFoundError: neither is given, or there is none.
+    """
     from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
     from eomt.anomaly.toy_anomalies import write_toy_anomalies
 
     name, root = settings["data"], settings["data.root"]
-    toys = {key.removeprefix("data."): value for key, value in settings.items() if key in ("data.number", "data.size")}
     if name == "toy_anomalies":
-        folder = write_toy_anomalies(root, **toys, seed=settings.get("data.seed", 0))
+        folder = write_toy_anomalies(root, settings["data.number"], settings["data.size"], settings["data.seed"])
         return [AnomalyDataset(folder, name)]
-    if root is None:
-        raise ValueError(
-            f"give data.root=FOLDER of the benchmarks, or data=toy_anomalies; data={', data='.join(BENCHMARKS)}"
-        )
+    if ignored := [key for key in ("data.number", "data.size", "data.seed") if settings[key] != SETTINGS[key]]:
+        raise ValueError(f"{ignored[0]} is for data=toy_anomalies only; leave it out")
     if name is not None:
-        return [AnomalyDataset(root, name)]
+        return [AnomalyDataset(root or "", name)]
+    if root is None:
+        raise ValueError("give data.root=FOLDER of the benchmarks, or data=toy_anomalies, which are drawn")
     found = [
         AnomalyDataset(root, each)
         for each, benchmark in BENCHMARKS.items()
-        if any((Path(root).expanduser() / folder / "labels_masks").is_dir() for folder in benchmark.folders)
+        if any((Path(root).expanduser() / folder).is_dir() for folder in benchmark.folders)
     ]
     if not found:
         folders = ", ".join(benchmark.folders[0] for benchmark in BENCHMARKS.values())
@@ -135,20 +190,26 @@ def open_datasets(settings: dict[str, Any]) -> "list[AnomalyDataset]":
 
 
 def identity(module: "MaskClassificationSemantic", dataset: "AnomalyDataset", precision: str) -> str:
-    """A folder's name for the logits of these weights on this data."""
-    import hashlib
+    """A folder's name for the logits of these weights, adapters among them, on these images."""
+    from lora_config import combine_hashes, hash_tensors
 
-    from lora_config import fingerprint
-
-    facts = [fingerprint(module.network), module.hparams.img_size, str(dataset.folder.resolve()), precision]
+    weights = combine_hashes(hash_tensors(module.network.state_dict()))
+    facts = [weights, dict(module.hparams), dataset.fingerprint(), precision]
     return f"{dataset.name}_{hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:12]}"
 
 
-def progress(items: Iterable[int], what: str) -> Iterable[int]:
+def progress(items: Iterable[Any], what: str) -> Iterable[Any]:
     """A bar on a terminal."""
+    from rich.console import Console
     from rich.progress import track
 
-    return track(list(items), what, transient=True, disable=not sys.stderr.isatty())
+    console = Console(stderr=True)
+    return track(list(items), what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def title_of(dataset: "AnomalyDataset") -> Any:
+    """`progress` with the data set's name before what is done."""
+    return lambda items, what: progress(items, f"{dataset.benchmark.title}: {what}")
 
 
 def show(dataset: "AnomalyDataset", results: "list[Result]") -> None:
@@ -158,25 +219,19 @@ def show(dataset: "AnomalyDataset", results: "list[Result]") -> None:
 
     table = Table("score", "T", "AuPRC", "FPR95", "sIoU", "PPV", "F1", box=None, padding=(0, 2, 0, 0))
     for result in results:
-        parts = result.components
-        of_parts = ("", "", "") if parts is None else map(percent, (parts.mean_siou, parts.mean_ppv, parts.f1))
+        facts = result.as_dict()
+        shares = [facts[key] for key in ("auprc", "fpr95", "siou", "ppv", "component_f1")]
         table.add_row(
-            result.score,
-            f"{result.temperature:g}",
-            percent(result.pixels.auprc),
-            percent(result.pixels.fpr95),
-            *of_parts,
+            result.score, f"{result.temperature:g}", *("-" if s is None else f"{100 * s:.2f}" for s in shares)
         )
-    pixels = results[0].pixels
-    share = 100 * pixels.chance
-    print(f"{dataset.benchmark.title}: {len(dataset)} images, {pixels.valid:,} pixels, {share:.2f} % of them anomalous")
-    Console().print(table)
+    pixels, benchmark = results[0].pixels, dataset.benchmark
+    print(
+        f"{benchmark.title}: {len(dataset)} images; {pixels.valid:,} pixels ({benchmark.region}), "
+        f"{100 * pixels.chance:.2f} % of them anomalous"
+    )
+    Console(width=120).print(table)
     if error := max(result.pixels.error for result in results):
-        print(f"counted in bins: AuPRC and FPR95 are within {100 * error:.3f} points")
-
-
-def percent(value: float) -> str:
-    return "none" if value != value else f"{100 * value:.2f}"
+        print(f"AuPRC and FPR95 are counted in bins, which makes them wrong by {100 * error:.1g} points at most")
 
 
 def write(
@@ -187,9 +242,11 @@ def write(
     module: "MaskClassificationSemantic",
 ) -> None:
     """All figures as JSON."""
+    from eomt.anomaly.evaluation import SCHEMA_VERSION
+
     output.mkdir(parents=True, exist_ok=True)
     facts = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "benchmark": dataset.name,
         "title": dataset.benchmark.title,
         "images": len(dataset),
@@ -199,6 +256,66 @@ def write(
     }
     (output / f"{dataset.name}.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"{output}/{dataset.name}.json")
+
+
+def draw(
+    output: Path,
+    dataset: "AnomalyDataset",
+    cache: "LogitCache",
+    results: "list[Result]",
+    count: int,
+    num_classes: int,
+) -> None:
+    """Some images that show something unknown, spread over the data set, with each score at its best temperature."""
+    import numpy as np
+
+    from eomt.anomaly.evaluation import score_maps
+    from eomt.anomaly.metrics import ANOMALY
+    from eomt.anomaly.scores import WITH_TEMPERATURE, usual_range
+    from eomt.reporting.anomaly_pictures import HeatMap, Row, anomaly_picture
+
+    best: dict[str, Result] = {}
+    for result in sorted(results, key=lambda result: result.pixels.auprc):
+        best[result.score] = result
+    shown = [result for result in results if best[result.score] is result]
+    columns = [
+        HeatMap(
+            result.score + (f", T = {result.temperature:g}" if result.score in WITH_TEMPERATURE else ""),
+            *usual_range(result.score, result.temperature, num_classes),
+        )
+        for result in shown
+    ]
+    showing = [i for i in range(len(dataset)) if (dataset.labels(i) == ANOMALY).any()]
+    chosen = np.unique(np.linspace(0, len(showing) - 1, count).round().astype(int))
+    rows = []
+    for index in (showing[k] for k in chosen):
+        image, labels = dataset[index]
+        variants = [(result.score, result.temperature) for result in shown]
+        maps = score_maps(cache.read(dataset.frames[index]), variants)
+        pixels = image.permute(1, 2, 0).numpy()
+        rows.append(Row(dataset.frames[index], pixels, labels.numpy(), [maps[variant] for variant in variants]))
+    path = output / f"{dataset.name}.png"
+    anomaly_picture(rows, columns, path, dataset.benchmark.title)
+    print(path)
+
+
+def export_maps(
+    output: Path,
+    dataset: "AnomalyDataset",
+    cache: "LogitCache",
+    frames: list[str],
+    variant: "Variant",
+    method: str,
+) -> None:
+    """One score's maps of all frames, those without labels too, for the SegmentMeIfYouCan benchmark."""
+    from eomt.anomaly.evaluation import export, score_maps
+
+    maps = (
+        (frame, score_maps(cache.read(frame), [variant])[variant])
+        for frame in progress(frames, f"{dataset.benchmark.title}: export")
+    )
+    folder = export(maps, output, method, dataset.benchmark.export_name)
+    print(f"{folder}: {len(frames)} maps of {variant[0]}")
 
 
 if __name__ == "__main__":

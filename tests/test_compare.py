@@ -103,6 +103,57 @@ def test_the_same_command_again_keeps_what_is_finished_and_adds_what_is_new(matr
     assert read(folder / "matrix.json")["variants"] == ["none", "lora_r4", "full", "head"]
 
 
+def anomalies(folder, *variants):
+    return [folder / variant / "seed_3" / "anomaly" / "toy_anomalies.json" for variant in variants]
+
+
+@pytest.fixture(scope="module")
+def scored(matrix, toy_cache, tmp_path_factory):
+    """Two finished cells, which toy anomalies were added to afterwards, and the arguments of their matrix."""
+    folder = tmp_path_factory.mktemp("scored")
+    for variant in ("none", "lora_r4"):
+        shutil.copytree(matrix[0] / variant, folder / variant)
+    facts = read(matrix[0] / "matrix.json") | {"variants": ["none", "lora_r4"]}
+    (folder / "matrix.json").write_text(json.dumps(facts))
+    arguments = [
+        *(word for word in matrix[1] if not word.startswith(("variants", "output_dir"))),
+        f"output_dir={folder}",
+    ]
+    arguments.append("variants=[none,lora_r4]")
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/summary.json")}
+    ENVIRONMENT["EOMT_CACHE"] = str(toy_cache)
+    compare(*arguments, "anomaly=[toy_anomalies]")
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items()), "nothing was trained again"
+    yield folder, arguments
+    del ENVIRONMENT["EOMT_CACHE"]
+
+
+def test_finished_cells_are_scored_on_benchmarks_that_are_added_and_keep_no_logits(scored):
+    for path in anomalies(scored[0], "none", "lora_r4"):
+        assert read(path)["images"] == 60 and path.with_suffix(".png").is_file()
+        assert not (path.parent / "logits").exists()
+    assert "Toy anomalies" in (scored[0] / "none" / "seed_3" / "run.log").read_text()
+
+
+def test_only_what_is_missing_of_the_benchmarks_is_scored_again(scored):
+    folder, arguments = scored
+    lost, kept = anomalies(folder, "lora_r4", "none")
+    before = kept.stat().st_mtime_ns
+    lost.with_suffix(".png").unlink()  # the last that an evaluation writes
+    result = compare(*arguments)
+    assert result.stdout.count("finished before, kept") == 1 and "2 of 2 cells finished" in result.stdout
+    assert lost.with_suffix(".png").is_file() and kept.stat().st_mtime_ns == before
+
+
+def test_the_report_has_anomaly_columns_and_refuses_scores_of_an_earlier_network(scored, tmp_path):
+    shutil.copytree(scored[0] / "lora_r4" / "seed_3", tmp_path / "run")
+    compare("report", tmp_path / "run", "--output", tmp_path / "report", "--score", "msp")
+    assert "Anomaly segmentation, by the score msp." in (tmp_path / "report" / "report.md").read_text()
+    os.utime(tmp_path / "run" / "anomaly" / "toy_anomalies.json", (0, 0))
+    error = compare("report", tmp_path / "run", "--output", tmp_path / "report", code=1).stderr
+    assert "toy_anomalies.json is older than the run's end: score again" in error
+
+
 def test_other_settings_in_the_same_folder_are_refused(matrix):
     result = compare(*matrix[1], "trainer.max_epochs=3", code=1)
     assert "holds a matrix with overrides" in result.stderr and "another output_dir=" in result.stderr
@@ -152,6 +203,14 @@ def test_a_matrix_that_was_killed_goes_on_where_it_stopped(settings, tmp_path):
         (["variants=[head]", "seeds=[a]"], "seeds are integers"),
         (["variants=[head]", "model.lr=-1"], "must be greater than 0"),
         (["variants=[head]", "source=data=camvit"], "data=camvit is not a dataset"),
+        (["variants=[head]", "anomaly=[toys]"], "anomaly=toys is no benchmark; choose from road_anomaly_21"),
+        (["variants=[head]", "anomaly=[fs_static]"], "anomaly=fs_static needs anomaly_root=FOLDER"),
+        (["variants=[head]", "anomaly=[fs_static]", "anomaly_root=/nowhere"], "/nowhere"),
+        (["variants=[rba]", "model.outlier_loss=mask2anomaly"], "model.outlier_loss=mask2anomaly makes of variant rba"),
+        (
+            ["variants=[baseline]", "data.cut_paste={_target_: eomt.anomaly.cut_paste.CutPaste}"],
+            "makes of variant baseline, which has None",
+        ),
         (["variants=[head]", "hydra/launcher=slurmy"], "Could not find 'hydra/launcher/slurmy'"),
     ],
 )
@@ -207,6 +266,26 @@ def test_help_shows_examples_and_variants():
     text = compare("--help").stdout
     assert "examples:" in text and "lora_r16" in text and "report" in text
     assert "seeds=[...]" in compare("run", "--help").stdout
+
+
+def test_anomaly_variants_differ_in_head_loss_and_pasted_objects_and_in_what_trains_for_lora():
+    from hydra import compose, initialize_config_dir
+
+    def settings(variant):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = compose("cityscapes", ["experiment=toy_arcface_rba", f"variant={variant}"])
+        parts = (config.model.head, config.model.load_ckpt_class_head, config.model.outlier_loss)
+        return (*parts, config.data.cut_paste is not None), config.model.use_lora
+
+    wanted = {
+        "baseline": ("linear", True, None, False),
+        "rba": ("linear", True, "rba", True),
+        "arcface": ("arcface", False, None, False),
+        "arcface_rba": ("arcface", False, "rba", True),
+    }
+    for variant, parts in wanted.items():
+        assert settings(variant) == (parts, False)
+        assert settings(f"{variant}_lora") == (parts, True)
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])

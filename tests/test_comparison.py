@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy.stats import ttest_rel
 
+from eomt.anomaly.datasets import BENCHMARKS
 from eomt.reporting.comparison.counts import hits_and_unions, iou, mean_iou
 from eomt.reporting.comparison.differences import differences
 from eomt.reporting.comparison.runs import load_runs
@@ -116,6 +118,29 @@ def write_run(folder, variant, seed=0, counts=None, source=None, evaluation=(), 
     if source is not None:
         write_evaluation(folder, source, "source")
     return folder
+
+
+def write_anomalies(run, benchmark="toy_anomalies", scores=None, anomalous=2000, **changes):
+    """anomaly/`benchmark`.json; `scores` are (AuPRC, FPR95) by score."""
+    results = [
+        {
+            **{"score": score.partition("@")[0], "temperature": float(score.partition("@")[2] or 1)},
+            **{"auprc": auprc, "fpr95": fpr95, "error": 0.0, "threshold": 0.1, "f1": 0.5},
+            **{"anomalous": anomalous, "valid": 100_000, "siou": 0.3, "ppv": 0.3, "component_f1": 0.3},
+        }
+        for score, (auprc, fpr95) in (scores or {"rba": (0.5, 0.2)}).items()
+    ]
+    facts = {
+        "schema_version": 1,
+        "benchmark": benchmark,
+        "title": BENCHMARKS[benchmark].title,
+        "images": 60,
+        "precision": "32-true",
+        "img_size": [64, 128],
+        "results": results,
+    }
+    (run / "anomaly").mkdir(exist_ok=True)
+    (run / "anomaly" / f"{benchmark}.json").write_text(json.dumps(facts | changes))
 
 
 def write_failed(folder, variant, seed, error="CUDA out of memory"):
@@ -488,3 +513,138 @@ def test_few_images_are_warned_of(tmp_path, images, warned):
     notes = " ".join(table(compare(load_runs([tmp_path]))).footnotes)
     assert (f"Only {images} images" in notes) == warned
     assert "Seeds are fixed in the interval; their spread is the standard deviation" in notes
+
+
+# -------------------------------------------------------------------------------------------------------- anomalies
+
+AUPRC = {"full": (0.30, 0.34, 0.29), "lora_r8": (0.41, 0.39, 0.44)}
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Two variants of three seeds with toy anomalies by two scores."""
+    for variant, values in AUPRC.items():
+        for seed, auprc in enumerate(values):
+            run = write_run(tmp_path / "scored" / variant / str(seed), variant, seed)
+            write_anomalies(run, scores={"msp": (0.1, 0.9), "rba": (auprc, 1 - auprc)})
+    return tmp_path / "scored"
+
+
+def test_anomaly_columns_follow_miou_in_the_order_of_the_benchmarks_and_only_those_present(tmp_path):
+    for variant, benchmarks in (
+        ("lora_r8", ["toy_anomalies"]),
+        ("full", ["toy_anomalies", "fs_static", "road_anomaly_21"]),
+    ):
+        run = write_run(tmp_path / variant, variant)
+        for benchmark in benchmarks:
+            write_anomalies(run, benchmark)
+    content = table(compare(load_runs([tmp_path])))
+    ((caption, columns),) = content.parts(("anomalies",))
+    names = [content.columns[k][0] for k in columns]
+    assert names[:2] == ["variant", "mIoU, %"] and "by the score rba" in caption
+    assert names[2:] == [
+        f"{title} {metric}, %"
+        for title in ("RoadAnomaly21", BENCHMARKS["fs_static"].title, "Toy anomalies")
+        for metric in ("AuPRC", "FPR95")
+    ]
+
+
+def test_without_anomaly_results_the_table_has_no_anomaly_columns_and_says_nothing_of_them(matrix):
+    comparison = compare(load_runs([matrix]))
+    content = table(comparison)
+    assert content.parts(("anomalies",), ("differences",)) == []
+    assert not any("AuPRC" in text for text in (*content.footnotes, *(title for title, _ in content.columns)))
+    assert comparison.score is None
+
+
+def test_one_score_serves_the_whole_table_rba_unless_another_is_asked_for(scored):
+    runs = load_runs([scored])
+    assert cells(compare(runs), "full")["Toy anomalies AuPRC, %"] == "31.00 ± 2.65"
+    comparison = compare(runs, score="msp")
+    assert cells(comparison, "full")["Toy anomalies AuPRC, %"] == "10.00 ± 0.00"
+    assert cells(comparison, "full")["Toy anomalies FPR95, %"] == "90.00 ± 0.00"
+    assert "ranked by the score msp in every column" in " ".join(table(comparison).footnotes)
+    with pytest.raises(ValueError, match="score 'energy': no run has anomaly results of it; choose from msp, rba"):
+        compare(runs, score="energy")
+
+
+def test_temperatures_are_scores_of_their_own_and_the_first_score_stands_in_for_rba(tmp_path):
+    run = write_run(tmp_path / "run", "full")
+    write_anomalies(run, scores={"msp": (0.1, 0.9), "msp@0.5": (0.2, 0.8)})
+    runs = load_runs([run])
+    assert compare(runs).score == "msp"
+    assert cells(compare(runs, score="msp@0.5"), "full")["Toy anomalies AuPRC, %"] == f"20.00 ± {NONE}"
+
+
+def test_differences_in_anomalies_have_students_interval_over_the_common_seeds(scored):
+    (row,) = (row for row in table(compare(load_runs([scored]))).rows if row[0].text == "lora_r8")
+    values = {key: value for cell in row for key, value in cell.values.items()}
+    ours, theirs = AUPRC["lora_r8"], AUPRC["full"]
+    interval = ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert values["toy_anomalies_auprc_difference_points"] == pytest.approx(100 * (np.mean(ours) - np.mean(theirs)))
+    assert values["toy_anomalies_auprc_low_points"] == pytest.approx(100 * interval.low, abs=1e-5)
+    assert values["toy_anomalies_auprc_high_points"] == pytest.approx(100 * interval.high, abs=1e-5)
+    assert values["toy_anomalies_fpr95_difference_points"] == pytest.approx(100 * (np.mean(theirs) - np.mean(ours)))
+    shutil.rmtree(scored / "full" / "1")
+    shutil.rmtree(scored / "full" / "2")
+    assert cells(compare(load_runs([scored])), "lora_r8")["Toy anomalies AuPRC difference, points"] == (
+        "+11.00 over 1 seed"
+    ), "no interval for one seed"
+
+
+def test_results_that_are_missing_or_undefined_leave_an_empty_cell_and_a_note(scored):
+    (scored / "lora_r8" / "0" / "anomaly" / "toy_anomalies.json").unlink()
+    write_anomalies(scored / "lora_r8" / "1", scores={"msp": (0.1, 0.9), "rba": (None, None)})
+    comparison = compare(load_runs([scored]))
+    assert cells(comparison, "lora_r8")["Toy anomalies AuPRC, %"] == f"44.00 ± {NONE} over 1 seed"
+    assert "No result of rba on Toy anomalies: lora_r8 seeds 0, 1." in table(comparison).footnotes
+    (scored / "lora_r8" / "2" / "anomaly" / "toy_anomalies.json").unlink()
+    assert cells(compare(load_runs([scored])), "lora_r8")["Toy anomalies AuPRC, %"] == NONE
+
+
+ANOMALY_CONDITIONS = {
+    "Toy anomalies: numbers of images": {"images": 59},
+    "Toy anomalies: labels": {"anomalous": 1999},
+    "Toy anomalies: evaluation sizes": {"img_size": [128, 128]},
+    "Toy anomalies: evaluation precisions": {"precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.parametrize("aspect", ANOMALY_CONDITIONS)
+def test_benchmarks_that_were_run_differently_do_not_belong_in_one_table(scored, aspect):
+    assert differences(load_runs([scored])) == []
+    write_anomalies(scored / "lora_r8" / "0", **ANOMALY_CONDITIONS[aspect])
+    (found,) = differences(load_runs([scored]))
+    assert str(found).startswith(f"{aspect} differ: ") and found.variants("full") == {"lora_r8"}
+
+
+def set_up(run, part, **settings):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[part] = config.get(part, {}) | settings
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_another_class_head_starts_from_other_weights_and_pasted_objects_make_other_batches(tmp_path):
+    for name in ("arcface", "arcface_lora"):
+        run = write_run(tmp_path / name, name, start_fingerprint="other head")
+        set_up(run, "model", head="arcface")
+    for name in ("rba", "rba_lora"):
+        run = write_run(tmp_path / name, name, batches="with objects")
+        set_up(run, "data", cut_paste={"probability": 0.5})
+        write_anomalies(run)
+    write_run(tmp_path / "baseline", "baseline")
+    comparison = compare(load_runs([tmp_path]))
+    assert comparison.differences == [] and comparison.baseline == "baseline"
+    notes = table(comparison).footnotes
+    assert "Trained on scenes with pasted objects: rba, rba_lora seed 0." in notes
+    assert "With the class head of ArcFace: arcface, arcface_lora seed 0." in notes
+    rewrite(tmp_path / "arcface" / "summary.json", start_fingerprint="yet another")
+    rewrite(tmp_path / "rba" / "summary.json", batches="with other objects")
+    assert [d.aspect for d in differences(load_runs([tmp_path]))] == ["start weights", "training batches"]
+
+
+def test_an_anomaly_file_without_results_is_named(tmp_path):
+    run = write_run(tmp_path / "run", "full")
+    write_anomalies(run, results=[])
+    with pytest.raises(ValueError, match=r"toy_anomalies\.json holds no results of anomaly scores"):
+        load_runs([run])

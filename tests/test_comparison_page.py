@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_comparison import confusion, write_evaluation, write_failed, write_matrix, write_run
+from test_comparison import confusion, write_anomalies, write_evaluation, write_failed, write_matrix, write_run
 
 from eomt.data.labels import LabelSet
 from eomt.reporting.comparison import plots
@@ -18,7 +18,7 @@ from eomt.reporting.comparison.formats import tex_escape
 from eomt.reporting.comparison.page import audit_words, kept_network, write_report
 from eomt.reporting.comparison.runs import load_runs
 from eomt.reporting.comparison.statistics import compare
-from eomt.reporting.comparison.table import table
+from eomt.reporting.comparison.table import NONE, table
 from eomt.reporting.comparison.words import headline
 
 MINUS = "\N{MINUS SIGN}"
@@ -40,6 +40,19 @@ def matrix(tmp_path):
 
 @pytest.fixture
 def report(matrix, tmp_path):
+    write_report(load_runs([matrix]), tmp_path / "report", predictions=pictures)
+    return tmp_path / "report"
+
+
+@pytest.fixture
+def anomaly_report(matrix, tmp_path):
+    """A report of runs with results on two benchmarks, and pictures of one."""
+    for variant, auprc in (("lora_r8", 0.45), ("full", 0.4)):
+        for seed in (0, 1):
+            run = matrix / variant / f"seed_{seed}"
+            for benchmark in ("toy_anomalies", "fs_lost_and_found"):
+                write_anomalies(run, benchmark, {"rba": (auprc + seed / 10, 0.2 + seed / 10), "msp": (0.1, 0.9)})
+            Image.new("RGB", (2000, 500)).save(run / "anomaly" / "toy_anomalies.png")
     write_report(load_runs([matrix]), tmp_path / "report", predictions=pictures)
     return tmp_path / "report"
 
@@ -79,6 +92,19 @@ def test_times_are_set_against_each_other_only_on_equal_machines(tmp_path):
     assert "computing a step takes 1.00 times as long" in headline(two(tmp_path, 0.7))[-1]
     other = headline(two(tmp_path, 0.7, machine={"gpus": ["H100"]}))[-1]
     assert "times as" not in other
+
+
+def test_lora_variants_with_another_method_say_nothing_about_lora(tmp_path):
+    for name, model in (
+        ("rba_lora", {"outlier_loss": "rba"}),
+        ("baseline_lora", {}),
+        ("arcface_lora", {"head": "arcface"}),
+    ):
+        write_run(tmp_path / name, name, 0, confusion(0.7), model={"use_lora": True, **model})
+    write_run(tmp_path / "baseline", "baseline", 0)
+    assert headline(compare(load_runs([tmp_path])))[0].endswith("in the one seed that was run, with baseline_lora.")
+    shutil.rmtree(tmp_path / "baseline_lora")
+    assert headline(compare(load_runs([tmp_path])))[0].startswith("baseline, the baseline, reaches")
 
 
 def test_one_seed_measures_nothing_but_these_images(tmp_path):
@@ -151,6 +177,44 @@ def test_all_formats_hold_the_numbers_of_one_table(report, matrix):
         assert shown["trainable parameters"][0] == raw["trainable_parameters"]
         assert shown["wall time, min"] == pytest.approx([raw["wall_seconds"] / 60], abs=0.051)
         assert shown["peak memory, MiB"] == pytest.approx([raw["peak_memory_bytes"] / 2**20], abs=0.051)
+
+
+def test_all_formats_hold_the_anomalies_beside_miou(anomaly_report, matrix):
+    content = table(compare(load_runs([matrix])))
+    (_, columns), (_, differing) = content.parts(("anomalies",), ("differences",))
+    rows = [[row[k].text for k in columns] for row in content.rows]
+    assert [row[-2:] for row in rows] == [
+        [NONE, NONE],
+        ["50.00 ± 7.07", "25.00 ± 7.07"],
+        ["45.00 ± 7.07", "25.00 ± 7.07"],
+    ]
+    markdown = (anomaly_report / "report.md").read_text()
+    tex = (anomaly_report / "report.tex").read_text()
+    html = (anomaly_report / "report.html").read_text()
+    assert "| variant | mIoU, % | FS L&F AuPRC, % | FS L&F FPR95, % | Toy anomalies AuPRC, % |" in markdown
+    assert r"variant & mIoU & FS L\&F AuPRC & FS L\&F FPR95 & Toy anomalies AuPRC & Toy anomalies FPR95 \\" in tex
+    assert '<th scope="col">FS L&amp;F AuPRC, %</th>' in html
+    assert "<td>50.00 / 25.00</td><td>10.00 / 90.00</td>" in html, "every score, apart"
+    for row in (*rows, *([row[k].text for k in differing] for row in content.rows)):
+        assert "| " + " | ".join(row) + " |" in markdown
+        assert " & ".join(map(tex_escape, row)) + r" \\" in tex
+        assert all(f"<td>{text}</td>" in html for text in row[1:])
+    assert tex.count(r"\begin{table*}") == tex.count(r"\end{table*}") == 3
+    with (anomaly_report / "report.csv").open(newline="") as file:
+        values = {row["variant"]: row for row in csv.DictReader(file)}
+    assert values["lora_r8"]["toy_anomalies_auprc_percent"] == "50.0"
+    assert values["lora_r8"]["fs_lost_and_found_fpr95_sd"] == "7.071068"
+    assert values["lora_r8"]["toy_anomalies_auprc_difference_points"] == "5.0"
+    assert values["none"]["toy_anomalies_auprc_percent"] == ""
+
+
+def test_the_answer_ends_with_the_anomalies_of_each_benchmark(anomaly_report, matrix):
+    words = headline(compare(load_runs([matrix])))
+    assert words[-1] == (
+        "Toy anomalies: by rba, full has an AuPRC of 45.00 %; the others against it, in points: "
+        "lora_r8 +5.00 (5.00 to 5.00)."
+    )
+    assert words[-2].startswith("FS L&F: by rba, full has")
 
 
 def test_latex_has_no_bare_special_character(report):
@@ -305,15 +369,17 @@ def browser():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_whole_in_a_browser_and_never_scrolls_sideways(report, browser, width, scheme):
+@pytest.mark.parametrize(("kind", "tables"), [("report", 2), ("anomaly_report", 4)])
+def test_the_page_is_whole_in_a_browser_and_never_scrolls_sideways(request, kind, tables, browser, width, scheme):
+    report = request.getfixturevalue(kind)
     requests, problems = [], []
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto((report / "report.html").resolve().as_uri())
-    assert page.locator("table.comparison").count() == 2
-    assert page.locator("table.comparison caption").count() == 2
+    assert page.locator("table.comparison").count() == tables
+    assert page.locator("table.comparison caption").count() == tables
     assert page.locator("table.comparison th:not([scope])").count() == 0
     images = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.alt.length, i.complete])")
     assert len(images) > 10
@@ -322,6 +388,19 @@ def test_the_page_is_whole_in_a_browser_and_never_scrolls_sideways(report, brows
     assert not problems
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     page.close()
+
+
+def test_the_page_shows_the_anomaly_maps_of_one_seed_of_each_variant_that_has_some(anomaly_report):
+    html = (anomaly_report / "report.html").read_text()
+    section = html.split("<h2>Anomaly maps</h2>")[1].split("</section>")[0]
+    assert re.findall(r"<h3>(.+?)</h3>", section) == ["Toy anomalies"]
+    assert re.findall(r"<summary>(.+?)</summary>", section) == ["lora_r8 seed 0", "full seed 0"]
+    for uri in re.findall(r'src="data:image/webp;base64,(.+?)"', section):
+        assert Image.open(io.BytesIO(base64.b64decode(uri))).size == (1600, 400)
+
+
+def test_a_page_without_anomalies_has_no_section_of_them(report):
+    assert "Anomaly" not in (report / "report.html").read_text()
 
 
 def test_dark_pages_get_dark_drawings(report, browser):

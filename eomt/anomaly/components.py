@@ -50,10 +50,10 @@ class Components:
         """F1 of components, averaged over 11 thresholds of sIoU and PPV, 0.25 to 0.75; NaN without any component."""
         if not len(self.siou) + len(self.ppv):
             return float("nan")
-        found = [(self.siou >= t).sum() for t in THRESHOLDS]
-        false = [(self.ppv < t).sum() for t in THRESHOLDS]
-        scores = [2 * tp / (tp + len(self.siou) + fp) for tp, fp in zip(found, false, strict=True)]  # tp + fn: all
-        return float(np.mean(scores))
+        found = np.array([(self.siou >= t).sum() for t in THRESHOLDS])
+        false = np.array([(self.ppv < t).sum() for t in THRESHOLDS])
+        missed = len(self.siou) - found
+        return float((2 * found / (2 * found + missed + false)).mean())
 
 
 def components(scores: np.ndarray, labels: np.ndarray, threshold: float, track: Track) -> Components:
@@ -80,8 +80,8 @@ def is_small(components: np.ndarray, least: int) -> np.ndarray:
 
 def judge(predicted: np.ndarray, target: np.ndarray) -> Components:
     """From the components, int [N] and 0 for none, of N valid pixels."""
-    overlap = np.zeros((target.max(initial=0) + 1, predicted.max(initial=0) + 1), int)
-    np.add.at(overlap, (target, predicted), 1)
+    shape = target.max(initial=0) + 1, predicted.max(initial=0) + 1
+    overlap = np.bincount(target * shape[1] + predicted, minlength=shape[0] * shape[1]).reshape(shape)
     of_target, of_predicted = overlap.sum(1), overlap.sum(0)
     siou = []
     for k in np.flatnonzero(of_target[1:]) + 1:

@@ -1,10 +1,15 @@
-"""Objects to paste: from COCO-style annotations, from a folder of RGBA pictures, or drawn."""
+"""Objects to paste: from COCO-style annotations, from a folder of RGBA pictures, or drawn.
 
+Each kind's `repr` tells its settings and its content, for records and caches.
+"""
+
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,6 +23,7 @@ KNOWN_IN_COCO = (
 )  # fmt: skip
 
 
+@runtime_checkable
 class CutOuts(Protocol):
     """Objects by number: RGBA uint8 [h, w, 4], and a name that says where one comes from."""
 
@@ -28,15 +34,25 @@ class CutOuts(Protocol):
     def name(self, index: int) -> str: ...
 
 
+@dataclass(frozen=True)
 class ToyCutOuts:
     """Drawn objects, all different.
 
     Args:
         number: how many. seed: which.
+
+    Raises:
+        ValueError: impossible values.
     """
 
-    def __init__(self, number: int = 200, seed: int = 0) -> None:
-        self.number, self.seed = number, seed
+    number: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.number < 1 or self.seed < 0:
+            raise ValueError(
+                f"data.cut_paste.cutouts: number {self.number} must be 1 or more, seed {self.seed} 0 or more"
+            )
 
     def __len__(self) -> int:
         return self.number
@@ -52,7 +68,7 @@ class FolderCutOuts:
     """PNG or WebP pictures with an alpha channel, from a folder and those in it.
 
     Raises:
-        FileNotFoundError: the folder has none. ValueError: a picture has no alpha channel (when it is used).
+        FileNotFoundError: the folder has none. ValueError: one is no picture, or has no alpha channel.
     """
 
     def __init__(self, root: str) -> None:
@@ -60,30 +76,59 @@ class FolderCutOuts:
         self.files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in (".png", ".webp"))
         if not self.files:
             raise FileNotFoundError(f"{self.root} has no PNG or WebP picture to paste; give a folder of RGBA cut-outs")
+        for path in self.files:
+            try:
+                with Image.open(path) as picture:  # reads the header; nothing is decoded
+                    has_alpha = picture.has_transparency_data
+            except OSError as error:
+                raise ValueError(f"{path} is no picture ({error}); replace or remove it") from error
+            if not has_alpha:
+                raise ValueError(f"{path} has no alpha channel, so nothing in it is cut out; save it as RGBA")
+
+    def __repr__(self) -> str:
+        content = "\n".join(f"{self.name(k)} {path.stat().st_size}" for k, path in enumerate(self.files))
+        return f"FolderCutOuts({str(self.root)!r}, {len(self)} pictures {digest(content.encode())})"
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        picture = Image.open(self.files[index])
-        if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
-            raise ValueError(f"{self.files[index]} has mode {picture.mode}: a cut-out needs an alpha channel (RGBA)")
-        return trim(np.asarray(picture.convert("RGBA")), self.name(index))
+        pixels = np.asarray(Image.open(self.files[index]).convert("RGBA"))
+        if pixels[..., 3].min() == 255:
+            raise ValueError(
+                f"{self.files[index]} is opaque all over, so nothing in it is cut out; give it a transparent "
+                "background, or a border of one transparent pixel if it is meant to be a rectangle"
+            )
+        return trim(pixels, str(self.files[index]))
 
     def name(self, index: int) -> str:
-        return str(self.files[index].relative_to(self.root))
+        return self.files[index].relative_to(self.root).as_posix()
+
+
+class Instance(NamedTuple):
+    """One object of COCO: its image's file and (width, height), its category and number, its outline."""
+
+    file: str
+    size: tuple[int, int]
+    category: str
+    number: int
+    outline: list[np.ndarray] | np.ndarray
 
 
 class CocoCutOuts:
     """Instances of COCO-style annotations, polygons or run lengths, in images that show nothing of known categories.
 
+    Crowds, and instances that the image's border cuts off, are left out.
+
     Args:
-        annotations: `instances_train2017.json`, say. images: the folder of its images.
-        exclude: categories, by name, whose images are left out.
-        min_area: pixels of an instance; smaller ones are left out, and crowds always are.
+        annotations: `instances_train2017.json`, say.
+        images: the folder of its images.
+        exclude: categories, by name, whose images are left out as a whole.
+        min_area: pixels of an instance; smaller ones are left out.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: an unknown category to exclude, or nothing is left.
+        FileNotFoundError: annotations or images are missing.
+        ValueError: no annotations, an unknown category to exclude, run lengths as text, or nothing is left.
     """
 
     def __init__(
@@ -92,57 +137,113 @@ class CocoCutOuts:
         path, self.images = Path(annotations).expanduser(), Path(images).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of COCO annotations")
-        content = json.loads(path.read_text())
-        self.categories = {entry["id"]: entry["name"] for entry in content["categories"]}
-        if unknown := sorted(set(exclude) - set(self.categories.values())):
-            raise ValueError(f"exclude: {path.name} has no category {unknown[0]!r}; its names are exact")
-        self.files = {entry["id"]: entry["file_name"] for entry in content["images"]}
-        shown = defaultdict(set)
-        for instance in content["annotations"]:
-            shown[instance["image_id"]].add(self.categories[instance["category_id"]])
-        clean = {image for image, names in shown.items() if not names & set(exclude)}
-        self.instances = [
-            instance
-            for instance in content["annotations"]
-            if instance["image_id"] in clean and not instance.get("iscrowd") and instance["area"] >= min_area
-        ]
-        if not self.instances:
-            raise ValueError(
-                f"{path.name}: no instance of {min_area:g} pixels or more is left after exclude={list(exclude)}"
+        data = path.read_bytes()
+        try:
+            self.instances = clean_instances(json.loads(data), exclude, min_area)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no file of COCO annotations: {error!r}") from error
+        except ValueError as error:  # of JSON, or of clean_instances
+            raise ValueError(f"{path}: {error}") from error
+        files = sorted({instance.file for instance in self.instances})
+        if missing := [file for file in files if not (self.images / file).is_file()]:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(files)} images are not in {self.images}, the first is {missing[0]}; "
+                "data.cut_paste.cutouts.images is the folder that belongs to the annotations"
             )
+        self.origin = f"{path.name} {digest(data)}, exclude={list(exclude)}, min_area={min_area:g}"
+
+    def __repr__(self) -> str:
+        return f"CocoCutOuts({self.origin}, {len(self)} instances)"
 
     def __len__(self) -> int:
         return len(self.instances)
 
     def __getitem__(self, index: int) -> np.ndarray:
         instance = self.instances[index]
-        picture = Image.open(self.images / self.files[instance["image_id"]]).convert("RGB")
-        mask = mask_of(instance["segmentation"], picture.size)
-        return trim(np.dstack((np.asarray(picture), 255 * mask)).astype(np.uint8), self.name(index))
+        picture = Image.open(self.images / instance.file).convert("RGB")
+        if picture.size != instance.size:
+            raise ValueError(
+                f"{self.images / instance.file} has {picture.size} (width, height), but was annotated at "
+                f"{instance.size}; use the images that belong to the annotations"
+            )
+        alpha = mask_of(instance.outline, picture.size).astype(np.uint8) * 255
+        return trim(np.dstack((picture, alpha)), self.name(index))
 
     def name(self, index: int) -> str:
         instance = self.instances[index]
-        return f"{self.files[instance['image_id']]} {self.categories[instance['category_id']]} {instance['id']}"
+        return f"{instance.file} {instance.category} {instance.number}"
 
 
-def mask_of(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
-    """Bool [H, W] of a COCO segmentation, polygons or uncompressed run lengths; `size` is (width, height)."""
+def clean_instances(content: dict, exclude: Sequence[str], min_area: float) -> list[Instance]:
+    """What may be cut out; see CocoCutOuts.
+
+    Raises:
+        KeyError: something that COCO's format has is missing. ValueError: nothing is left, and the like.
+    """
+    categories = {entry["id"]: entry["name"] for entry in content["categories"]}
+    if unknown := sorted(set(exclude) - set(categories.values())):
+        raise ValueError(
+            f"exclude has {unknown[0]!r}, which is no category here; correct data.cut_paste.cutouts.exclude"
+        )
+    images = {entry["id"]: entry for entry in content["images"]}
+    shown = defaultdict(set)
+    for entry in content["annotations"]:
+        shown[entry["image_id"]].add(categories[entry["category_id"]])
+    clean = []
+    for entry in content["annotations"]:
+        if shown[entry["image_id"]] & set(exclude) or entry.get("iscrowd") or entry["area"] < min_area:
+            continue
+        image = images[entry["image_id"]]
+        (x, y, w, h), (width, height) = entry["bbox"], (image["width"], image["height"])
+        if x < 1 or y < 1 or x + w > width - 1 or y + h > height - 1:
+            continue
+        outline = compact(entry["segmentation"], width * height)
+        clean.append(
+            Instance(image["file_name"], (width, height), categories[entry["category_id"]], entry["id"], outline)
+        )
+    if not clean:
+        raise ValueError(f"no whole instance of {min_area:g} pixels or more is left after exclude={list(exclude)}")
+    return clean
+
+
+def compact(segmentation: list | dict, pixels: int) -> list[np.ndarray] | np.ndarray:
+    """Polygons, or run lengths that add up to an image of so many pixels, in a tenth of the memory.
+
+    Raises:
+        ValueError: run lengths as text, or of another image size.
+    """
     if isinstance(segmentation, list):
-        mask = Image.new("1", size)
-        for polygon in segmentation:
-            ImageDraw.Draw(mask).polygon(polygon, fill=1)
-        return np.asarray(mask)
-    counts = segmentation["counts"]
-    if not isinstance(counts, list):
-        raise ValueError("compressed run lengths are not read; export polygons, or counts as a list")
-    values = np.arange(len(counts)) % 2  # runs of outside and inside take turns, down the columns
-    return np.repeat(values, counts).reshape(size).T.astype(bool)
+        return [np.asarray(polygon, dtype=np.float32) for polygon in segmentation]
+    if not isinstance(segmentation["counts"], list):
+        raise ValueError("run lengths as text are not read; export polygons, or counts as a list")
+    counts = np.asarray(segmentation["counts"])
+    if counts.sum() != pixels:
+        raise ValueError(
+            f"run lengths add up to {counts.sum()}, but their image has {pixels} pixels; export them again"
+        )
+    return counts
+
+
+def mask_of(outline: list[np.ndarray] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bool [H, W] of polygons (x, y, x, y, ...) or of uncompressed run lengths; `size` is (width, height)."""
+    if isinstance(outline, np.ndarray):
+        values = np.arange(len(outline)) % 2  # runs of outside and inside take turns, down the columns
+        return np.repeat(values, outline).reshape(size).T.astype(bool)
+    mask = Image.new("1", size)
+    for polygon in outline:
+        ImageDraw.Draw(mask).polygon(polygon.tolist(), fill=1)
+    return np.asarray(mask)
 
 
 def trim(pixels: np.ndarray, name: str) -> np.ndarray:
-    """RGBA [H, W, 4] without its transparent border."""
+    """RGBA [H, W, 4] without its transparent border; ValueError if nothing is visible."""
     visible = pixels[..., 3] > 0
     if not visible.any():
-        raise ValueError(f"{name} is transparent all over: take it out")
+        raise ValueError(f"{name} is transparent all over; remove it")
     rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def digest(content: bytes) -> str:
+    """A short hash."""
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -22,8 +22,9 @@ from eomt.training.prediction import evaluating
 from eomt.training.semantic_inference import WindowLogits, window_logits
 
 Variant = tuple[str, float]  # a score and its temperature
-Progress = Callable[[Iterable[int], str], Iterable[int]]
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]  # items and what is done with them -> the same items
 SCHEMA_VERSION = 1
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class LogitCache:
@@ -39,23 +40,35 @@ class LogitCache:
     def file(self, frame: str) -> Path:
         return self.folder / f"{frame}.safetensors"
 
-    def fill(self, network: EoMT, dataset: AnomalyDataset, device: str, precision: str, progress: Progress) -> None:
-        """Runs the network over the frames that are not there yet.
+    def fill(
+        self,
+        network: EoMT,
+        images: Iterable[tuple[str, Callable[[], Tensor]]],
+        device: str = "cpu",
+        precision: str = "32-true",
+    ) -> None:
+        """Runs the network once over each image that is not there yet.
+
+        Args:
+            images: (frame, what reads the image uint8 [3, H, W]).
+            precision: a key of `AUTOCAST`.
 
         Raises:
-            ValueError: logits that float16 cannot hold, or no room on the disk.
+            ValueError: an unknown precision, logits that float16 cannot hold, or no room on the disk.
         """
+        if precision not in AUTOCAST:
+            raise ValueError(f"--precision {precision}: choose from {', '.join(AUTOCAST)}")
+        dtype = AUTOCAST[precision]
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [i for i, frame in enumerate(dataset.frames) if not self.file(frame).is_file()]
-        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         network.to(device)
         with evaluating(network), torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
-            for index in progress(missing, f"{dataset.benchmark.title}: network"):
-                (logits,) = window_logits(network, [dataset[index][0]])
-                self.write(dataset.frames[index], logits)
+            for frame, read in images:
+                if not self.file(frame).is_file():
+                    (logits,) = window_logits(network, [read()])
+                    self.write(frame, logits)
 
     def write(self, frame: str, logits: WindowLogits) -> None:
-        """Keeps the logits of a frame."""
+        """Keeps the logits of a frame; a file is there as a whole or not at all."""
         tensors = {"masks": logits.mask_logits.half().cpu().contiguous(), "classes": logits.class_logits.half().cpu()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(
@@ -65,7 +78,7 @@ class LogitCache:
         if shutil.disk_usage(self.folder).free < 2 * needed:
             raise ValueError(f"{self.folder} has no room for {needed / 2**20:,.0f} MiB more: give another --cache")
         sizes = {"origins": logits.origins, "window": logits.window, "image_size": logits.image_size}
-        draft = self.file(frame).with_suffix(".part")
+        draft = self.folder / f"{frame}.part"
         save_file(tensors, draft, {"sizes": json.dumps(sizes)})
         draft.rename(self.file(frame))
 
@@ -78,17 +91,16 @@ class LogitCache:
         return WindowLogits(masks, classes, origins, tuple(sizes["window"]), tuple(sizes["image_size"]))
 
 
-def score_maps(logits: WindowLogits, variants: Sequence[Variant]) -> dict[Variant, Tensor]:
+@torch.no_grad()
+def score_maps(logits: WindowLogits, variants: Sequence[Variant]) -> dict[Variant, np.ndarray]:
     """Anomaly scores float32 [H, W] of one image, all of them in one pass over its class scores a class temperature."""
-    maps: dict[Variant, Tensor] = {}
+    maps: dict[Variant, list[Tensor]] = {variant: [] for variant in variants}
     for temperature in dict.fromkeys(class_temperature(*variant) for variant in variants):
-        here = [variant for variant in variants if class_temperature(*variant) == temperature]
-        rows: dict[Variant, list[Tensor]] = {variant: [] for variant in here}
         for strip in logits.strips(temperature):
-            for name, t in here:
-                rows[name, t].append(SCORES[name](strip, t))
-        maps |= {variant: torch.cat(parts) for variant, parts in rows.items()}
-    return maps
+            for name, t in variants:
+                if class_temperature(name, t) == temperature:
+                    maps[name, t].append(SCORES[name](strip, t))
+    return {variant: torch.cat(strips).cpu().numpy() for variant, strips in maps.items()}
 
 
 @dataclass(frozen=True)
@@ -101,11 +113,15 @@ class Result:
     components: Components | None
 
     def as_dict(self) -> dict[str, Any]:
-        found = {"score": self.score, "temperature": self.temperature, **asdict(self.pixels)}
-        if self.components is not None:
-            parts = self.components
-            found |= {"siou": parts.mean_siou, "ppv": parts.mean_ppv, "component_f1": parts.f1}
-        return {key: None if value != value else value for key, value in found.items()}
+        """For JSON: shares in [0, 1], None for what is undefined or was not asked for."""
+        parts = self.components or together([])
+        of_parts = {"siou": parts.mean_siou, "ppv": parts.mean_ppv, "component_f1": parts.f1}
+        return {
+            "score": self.score,
+            "temperature": self.temperature,
+            **asdict(self.pixels),
+            **{key: None if np.isnan(value) else value for key, value in of_parts.items()},
+        }
 
 
 def evaluate(
@@ -125,17 +141,14 @@ def evaluate(
     """
 
     def frames(what: str) -> Iterator[tuple[dict[Variant, np.ndarray], np.ndarray]]:
-        for index in progress(range(len(dataset)), f"{dataset.benchmark.title}: {what}"):
-            maps = score_maps(cache.read(dataset.frames[index], device), variants)
-            labels = dataset.read_labels(dataset.files[index][1]).numpy()
-            yield {variant: scores.cpu().numpy() for variant, scores in maps.items()}, labels
+        for index in progress(range(len(dataset)), what):
+            yield score_maps(cache.read(dataset.frames[index], device), variants), dataset.labels(index).numpy()
 
     metrics = {variant: PixelMetrics() for variant in variants}
     for maps, labels in frames("pixels"):
         for variant, scores in maps.items():
             metrics[variant].update(scores, labels)
-    pixels = {variant: metric.compute() for variant, metric in metrics.items()}
-    metrics.clear()
+    pixels = {variant: metrics.pop(variant).compute() for variant in variants}
     judged: dict[Variant, list[Components]] = {variant: [] for variant in variants}
     if with_components:
         for maps, labels in frames("components"):

@@ -4,7 +4,9 @@ Both are computed from the pixel scores S of the final prediction, the one that 
 resolution, [B, K, h, w]; a pixel is an outlier where its label is 254, and counts for nothing where it is 255.
 """
 
-from typing import Literal
+import logging
+import math
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,13 @@ from eomt.data.labels import IGNORE, OUTLIER
 from eomt.models.eomt import Prediction
 
 OutlierLossName = Literal["rba", "mask2anomaly"]
+SURE = -math.tanh(1)  # s of a pixel that one sure query claims: -0.76
+
+logger = logging.getLogger(__name__)
 
 
 def rba_loss(scores: Tensor, labels: Tensor, inlier_margin: float, outlier_margin: float) -> tuple[Tensor, Tensor]:
-    """Squared hinge on s = -sum_k tanh(S) (Nayal et al., ICCV 2023, section 3.3), for inliers and for outliers.
+    """Squared hinge on s = -sum_k tanh(S) (Nayal et al., ICCV 2023), for inliers and for outliers.
 
     Inliers shall have s <= `inlier_margin`, outliers s >= `outlier_margin`; s lies in [-K, 0].
 
@@ -36,7 +41,7 @@ def rba_loss(scores: Tensor, labels: Tensor, inlier_margin: float, outlier_margi
 
 
 def mask2anomaly_loss(scores: Tensor, labels: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """The contrastive loss of Mask2Anomaly (Rai et al., ICCV 2023, section 3.2), on l = 1 - max_k S.
+    """The contrastive loss of Mask2Anomaly (Rai et al., ICCV 2023), on l = 1 - max_k S.
 
     Half of l squared for inliers, half of the squared distance up to `margin` for outliers.
 
@@ -58,6 +63,16 @@ def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
     return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
+class Margins(NamedTuple):
+    """Up to where inliers, and outliers, are pushed; an inlier margin of None: the loss has none."""
+
+    inlier: float | None
+    outlier: float
+
+
+DEFAULT_MARGINS = {"rba": Margins(-0.7, -0.1), "mask2anomaly": Margins(None, 0.75)}
+
+
 class OutlierLoss:
     """The terms `inlier` and `outlier` of one of these losses, weighted.
 
@@ -65,7 +80,8 @@ class OutlierLoss:
         name: "rba" or "mask2anomaly".
         num_classes: K.
         weight: of both terms.
-        inlier_margin, outlier_margin: of "rba", see `rba_loss`; "mask2anomaly" has `outlier_margin` alone.
+        inlier_margin, outlier_margin: see `rba_loss`; "mask2anomaly" has the second alone. None: -0.7 and -0.1 for
+            "rba", whose s is -0.76 where one query is sure; 0.75 for "mask2anomaly".
 
     Raises:
         ValueError: a margin that can never be reached or never be violated.
@@ -76,25 +92,27 @@ class OutlierLoss:
         name: OutlierLossName,
         num_classes: int,
         weight: float = 1.0,
-        inlier_margin: float = -0.7,
-        outlier_margin: float = -0.1,
+        inlier_margin: float | None = None,
+        outlier_margin: float | None = None,
     ) -> None:
-        check_margins(name, num_classes, inlier_margin, outlier_margin)
-        if not weight > 0:
-            raise ValueError(f"outlier_weight {weight}: must be greater than 0; outlier_loss=null trains without")
+        usual = DEFAULT_MARGINS[name]
         self.name, self.weight = name, weight
-        self.inlier_margin, self.outlier_margin = inlier_margin, outlier_margin
+        self.margins = Margins(
+            usual.inlier if inlier_margin is None else inlier_margin,
+            usual.outlier if outlier_margin is None else outlier_margin,
+        )
+        check_margins(name, num_classes, self.margins)
 
     def __call__(self, prediction: Prediction, labels: Tensor) -> dict[str, Tensor]:
         """`inlier` and `outlier`, each [1]: of the prediction of B images with label maps uint8 [B, H, W]."""
+        masks, classes = prediction.mask_logits(), prediction.class_logits
         with torch.autocast(labels.device.type, enabled=False):
-            masks = prediction.mask_logits().float()
-            scores = semantic_scores(masks, prediction.class_logits.float())
+            scores = semantic_scores(masks.float(), classes.float())
             labels = at_size(labels, masks.shape[-2:])
             if self.name == "rba":
-                inlier, outlier = rba_loss(scores, labels, self.inlier_margin, self.outlier_margin)
+                inlier, outlier = rba_loss(scores, labels, *self.margins)
             else:
-                inlier, outlier = mask2anomaly_loss(scores, labels, self.outlier_margin)
+                inlier, outlier = mask2anomaly_loss(scores, labels, self.margins.outlier)
         return {"inlier": self.weight * inlier[None], "outlier": self.weight * outlier[None]}
 
 
@@ -106,19 +124,28 @@ def at_size(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return nearest.masked_fill(mixed, IGNORE)
 
 
-def check_margins(name: str, num_classes: int, inlier_margin: float, outlier_margin: float) -> None:
-    """Raises ValueError with the reachable range where a margin makes no sense."""
+def check_margins(name: OutlierLossName, num_classes: int, margins: Margins) -> None:
+    """Raises ValueError with the reachable range where a margin makes no sense; warns where it hardly does."""
     low, high, what = (-num_classes, 0, "s = -sum tanh(S)") if name == "rba" else (0, 1, "1 - max S")
-    margins = {"inlier_margin": inlier_margin, "outlier_margin": outlier_margin}
-    if name == "mask2anomaly":
-        del margins["inlier_margin"]
-    for key, value in margins.items():
+    for side, value in margins._asdict().items():
+        if value is None:
+            continue
+        if name == "mask2anomaly" and side == "inlier":
+            raise ValueError(f"inlier_margin {value}: outlier_loss mask2anomaly has none; leave it out")
         if not low < value < high:
             raise ValueError(
-                f"{key} {value}: outlier_loss {name} compares it with {what}, which lies between {low} and {high}; it "
-                "would never be reached, or never violated"
+                f"{side}_margin {value}: outlier_loss {name} compares it with {what}, which lies between {low} and "
+                f"{high}: it would never be reached, or never be violated; choose one in between"
             )
-    if name == "rba" and inlier_margin >= outlier_margin:
+    if name != "rba":
+        return
+    if margins.inlier >= margins.outlier:
         raise ValueError(
-            f"inlier_margin {inlier_margin} must be below outlier_margin {outlier_margin}: s rises with doubt"
+            f"inlier_margin {margins.inlier} must be below outlier_margin {margins.outlier}: s rises with doubt"
+        )
+    if margins.inlier < SURE:
+        logger.warning(
+            "inlier_margin %s: s is %.2f where one query is sure of a pixel; only pixels that several queries or "
+            "classes claim at once reach less",
+            *(margins.inlier, SURE),
         )

@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
-from eomt.anomaly.toy_objects import draw_strangers
+from eomt.anomaly.toy_objects import draw_stranger
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
 from eomt.data.labels import IGNORE, OUTLIER
-from eomt.data.toy_scene import draw_scene
+from eomt.data.toy_scene import ROAD, Stranger, draw_scene
 
 VERSION = 1  # of the drawings; part of the folder's name
 STREAM = 2**20  # keeps these scenes apart from those of toy streets
+TRIES = 16  # to find a place for an object
+LEAST = 0.002  # share of the image that an object must cover to be there at all
+ON_ROAD = 0.8  # share of it that must hide road, and nothing else
 
 
 def write_toy_anomalies(
@@ -33,9 +37,11 @@ def write_toy_anomalies(
 
     Returns:
         The folder with `images/` and `labels_masks/`.
+
+    Raises:
+        ValueError: impossible settings.
     """
-    if number < 1 or seed < 0 or len(size) != 2 or min(size) < 32:
-        raise ValueError(f"number {number}, size {list(size)}, seed {seed}: at least 1, 32 pixels a side, and 0")
+    check_settings(number, size, seed)
     cache = Path(os.environ.get("EOMT_CACHE") or Path.home() / ".cache" / "eomt")
     base = Path(root).expanduser() if root else cache / "toy_anomalies"
     folder = base / f"v{VERSION}_{size[0]}x{size[1]}_{number}_seed{seed}" / "toy_anomalies"
@@ -45,6 +51,7 @@ def write_toy_anomalies(
             draft = Path(tempfile.mkdtemp(prefix=".draft_", dir=base))
             try:
                 draw(draft, number, (size[0], size[1]), seed)
+                draft.chmod(0o755)
                 folder.parent.mkdir(exist_ok=True)
                 draft.rename(folder)
             finally:
@@ -52,14 +59,51 @@ def write_toy_anomalies(
     return folder
 
 
+def check_settings(number: int, size: Sequence[int], seed: int) -> None:
+    """Raises ValueError where no images can be made of them."""
+    for name, value, least in (("number", number, 1), ("seed", seed, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"data.{name}={value} must be a whole number from {least} on")
+    sides = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size]
+    if len(sides) != 2 or not all(type(side) is int and side >= 32 for side in sides):
+        raise ValueError(f"data.size={size} must be [height,width] of at least 32 pixels each")
+
+
 def draw(folder: Path, number: int, size: tuple[int, int], seed: int) -> None:
+    """Writes all images and label maps."""
     for part in ("images", "labels_masks"):
         (folder / part).mkdir()
-    for index in track(range(number), description="Drawing toy anomalies", transient=True):
-        strangers = draw_strangers(np.random.default_rng((seed, STREAM, index, 1))) if index >= number // 8 else []
-        image, ids = draw_scene(np.random.default_rng((seed, STREAM, index)), size, "clear", strangers)
+    console = Console(stderr=True)
+    indices = range(number)
+    for index in track(
+        indices, "Drawing toy anomalies", console=console, transient=True, disable=not console.is_terminal
+    ):
+        image, ids = draw_street((seed, STREAM, index), size, with_strangers=index >= number // 8)
         Image.fromarray(image).save(folder / "images" / f"toy_{index:04d}.png")
         Image.fromarray(anomaly_labels(ids)).save(folder / "labels_masks" / f"toy_{index:04d}.png")
+
+
+def draw_street(stream: tuple[int, ...], size: tuple[int, int], with_strangers: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A scene, uint8 [H, W, 3], and its label ids, uint8 [H, W], with one to three unknown objects on its road.
+
+    Each stands where it can be seen: alone, it hides road and hardly anything else.
+    """
+
+    def scene(strangers: Sequence[Stranger]) -> tuple[np.ndarray, np.ndarray]:
+        return draw_scene(np.random.default_rng(stream), size, "clear", strangers)
+
+    rng = np.random.default_rng((*stream, 1))
+    image, ids = scene([])
+    standing: list[Stranger] = []
+    wanted = int(rng.integers(1, 4)) if with_strangers else 0
+    for _ in range(TRIES):
+        if len(standing) == wanted:
+            break
+        stranger = draw_stranger(rng)
+        covered = ids[scene([stranger])[1] == OUTLIER]
+        if len(covered) >= LEAST * ids.size and (covered == ROAD).mean() >= ON_ROAD:
+            standing.append(stranger)
+    return scene(standing) if standing else (image, ids)
 
 
 def anomaly_labels(ids: np.ndarray) -> np.ndarray:

@@ -37,10 +37,11 @@ TRAIN_ID_OF_ID: dict[int, int] = dict.fromkeys(range(34), IGNORE) | {
 }
 
 _REMEDY = "make the label files again with cityscapesScripts"
-# In the order of preference; 255 is how either kind stores pixels without a class, 254 how we store outliers.
+# In the order of preference; 255 is how either kind stores pixels without a class, 254 how a pasted data set stores
+# outliers (scripts/make_cut_paste.py).
 _DECODERS = {
     "labelTrainIds": IndexDecoder({index: index for index in (*range(19), OUTLIER, IGNORE)}, _REMEDY),
-    "labelIds": IndexDecoder(TRAIN_ID_OF_ID | {OUTLIER: OUTLIER, IGNORE: IGNORE}, _REMEDY),
+    "labelIds": IndexDecoder(TRAIN_ID_OF_ID | {IGNORE: IGNORE}, _REMEDY),
 }
 _DOWNLOAD = "download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com"
 

@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Compose
 from typing_extensions import Required, TypedDict
 
 from eomt.data.dataset import SegmentationDataset
@@ -28,6 +29,7 @@ class LoaderOptions(TypedDict, total=False):
     color_jitter: bool
     flip: bool
     class_weights: Literal["inverse", "effective_number"] | None
+    cut_paste: Any | None
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -47,6 +49,7 @@ class SegmentationDataModule(LightningDataModule):
         color_jitter: See TrainTransform.
         flip: See TrainTransform.
         class_weights: How `class_weights` follow from the training labels; None for no weights.
+        cut_paste: An `eomt.anomaly.cut_paste.CutPaste`: objects of no class on training images, before augmentation.
 
     Raises:
         ValueError: A split is empty, the splits' classes differ, or a batch needs more images than there are.
@@ -63,6 +66,7 @@ class SegmentationDataModule(LightningDataModule):
         color_jitter: bool = True,
         flip: bool = True,
         class_weights: Literal["inverse", "effective_number"] | None = None,
+        cut_paste: Any | None = None,
     ) -> None:
         super().__init__()
         for split, dataset in (("training", train), ("validation", val)):
@@ -79,7 +83,11 @@ class SegmentationDataModule(LightningDataModule):
             )
         if class_weights not in (None, "inverse", "effective_number"):
             raise ValueError(f"class_weights must be null, 'inverse' or 'effective_number', got {class_weights!r}.")
-        self.train_set = train.with_transform(TrainTransform(img_size, scale_range, color_jitter, flip))
+        if not (cut_paste is None or hasattr(cut_paste, "for_classes")):
+            raise ValueError(f"data.cut_paste {cut_paste!r}: choose cut-outs with data/cut_paste=toy, coco or folder.")
+        augment = TrainTransform(img_size, scale_range, color_jitter, flip)
+        self.cut_paste = None if cut_paste is None else cut_paste.for_classes(train.classes)
+        self.train_set = train.with_transform(Compose([self.cut_paste, augment]) if self.cut_paste else augment)
         self.val_set = val.with_transform(None)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -108,13 +116,14 @@ class SegmentationDataModule(LightningDataModule):
             sample.label.check_complete()
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Hashes and sizes of both splits, for a run's records."""
-        return {
+        """Hashes and sizes of both splits, and what is pasted, for a run's records."""
+        facts = {
             "train": self.train_set.fingerprint(),
             "train_images": len(self.train_set),
             "val": self.val_set.fingerprint(),
             "val_images": len(self.val_set),
         }
+        return facts | ({"cut_paste": str(self.cut_paste)} if self.cut_paste else {})
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches: the same for a seed, whatever is trained on them and from wherever resumed."""

@@ -95,7 +95,7 @@ class IndexDecoder:
     """Decodes single-channel label pictures through a 256-entry table.
 
     Args:
-        train_index: Maps pixel values 0..255 to train indices or IGNORE; many to one is fine.
+        train_index: Maps pixel values 0..255 to train indices, OUTLIER or IGNORE; many to one is fine.
         remedy: What to do about a value that is not in the table; the end of the error's sentence.
     """
 
@@ -145,7 +145,7 @@ class ColorDecoder:
 class SegmentationDataset(Dataset):
     """Images with label maps: item i is `(image uint8 [3, H, W], labels uint8 [H, W])`.
 
-    Label values are train indices 0..K-1, or 255 for ignored pixels.
+    Label values are train indices 0..K-1, 255 for ignored pixels, or 254 for outliers, which belong to no class.
 
     Args:
         samples: Where each image and its label map are.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 IGNORE = 255  # pixels that neither train nor count
 OUTLIER = 254  # pixels of an object that belongs to no class; they train outlier losses, and nothing else
+OUTLIER_COLOR = (0, 255, 255)
 MAX_CLASSES = 254  # the last two values of a uint8 label map are OUTLIER and IGNORE
 
 
@@ -42,7 +43,8 @@ class LabelSet:
         return len(self.names)
 
     def colorize(self, labels: Tensor) -> Tensor:
-        """Draws train indices [H, W] uint8 as RGB [H, W, 3] uint8; whatever is no class is black."""
+        """Draws train indices [H, W] uint8 as RGB [H, W, 3] uint8; outliers are cyan, other non-classes black."""
         palette = torch.zeros(256, 3, dtype=torch.uint8)
+        palette[OUTLIER] = torch.tensor(OUTLIER_COLOR)
         palette[: len(self)] = torch.tensor(self.colors, dtype=torch.uint8)
         return palette[labels.long().cpu()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from eomt.data.labels import IGNORE
+from eomt.data.labels import IGNORE, OUTLIER
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, 0.5, 0.5, 18 / 360  # largest deviations; hue in turns
 MAX_TRIES = 10  # crops drawn in search of a labelled pixel
@@ -48,6 +48,9 @@ class TrainTransform:
         self.scale_range = (float(scale_range[0]), float(scale_range[1]))
         self.color_jitter = color_jitter
         self.flip = flip
+
+    def __repr__(self) -> str:
+        return f"TrainTransform({vars(self)})"
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         flip = self.flip and _coin()
@@ -85,7 +88,7 @@ def nearest(old: int, new: int) -> Tensor:
 def draw_crop(labels: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> tuple[int, int, Tensor]:
     """Top, left and labels of a random crop of the resized map `labels[rows][:, columns]`, which is not built.
 
-    There is a labelled pixel in it if the map has one at all. The crop [h, w] is smaller than `size` where the map is.
+    It shows a class if the map has one at all. The crop [h, w] is smaller than `size` where the map is.
     """
     (h, w), height, width = size, max(size[0], len(rows)), max(size[1], len(columns))
 
@@ -95,9 +98,9 @@ def draw_crop(labels: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, in
     for _ in range(MAX_TRIES):
         top, left = _randint(0, height - h), _randint(0, width - w)
         crop = resized(rows[top : top + h], columns[left : left + w])
-        if (crop != IGNORE).any():
+        if (crop < OUTLIER).any():
             return top, left, crop
-    labelled = (resized(rows, columns) != IGNORE).nonzero()
+    labelled = (resized(rows, columns) < OUTLIER).nonzero()
     if len(labelled):  # few labelled pixels: a crop around one of them
         y, x = labelled[_randint(0, len(labelled) - 1)].tolist()
         top = _randint(max(0, y - h + 1), min(y, height - h))

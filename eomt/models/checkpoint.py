@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # reading alone needs no timm
     from eomt.models.eomt import EoMT
 
-HEAD_KEYS = ("class_head.weight", "class_head.bias")
+CLASS_HEAD = "class_head."
 OPTIONAL_KEYS = ("encoder.pixel_mean", "encoder.pixel_std")  # else the backbone's own
 POS_EMBED = "encoder.backbone.pos_embed"
 # State of the published training module that is no weight of the network.
@@ -138,7 +138,14 @@ def map_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return mapped
 
 
-def describe(state: Mapping[str, Tensor]) -> dict[str, int]:
+def describe_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Which class head the tensors belong to, and the scale of its cosines."""
+    if "class_head.scale" in state:
+        return {"head": "arcface", "arcface_scale": round(state["class_head.scale"].item(), 6)}
+    return {"head": "linear"} if "class_head.bias" in state else {}
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the tensors say of the network they belong to."""
     blocks = [int(key.split("backbone.blocks.")[1].split(".")[0]) for key in state if "backbone.blocks." in key]
     facts = {
@@ -148,7 +155,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, int]:
         "patch_size": ("encoder.backbone.patch_embed.proj.weight", lambda t: t.shape[-1]),
         "embed_dim": ("q.weight", lambda t: t.shape[1]),
     }
-    found = {name: read(state[key]) for name, (key, read) in facts.items() if key in state}
+    found = {name: read(state[key]) for name, (key, read) in facts.items() if key in state} | describe_head(state)
     return found | ({"depth": max(blocks) + 1} if blocks else {})
 
 
@@ -160,7 +167,7 @@ def load_checkpoint(
     Args:
         network: a plain network: adapters come after the weights.
         path: see `read_checkpoint`.
-        load_class_head: False keeps the fresh class head, the only way to change the number of classes.
+        load_class_head: False keeps the fresh class head, the only way to change its kind or the number of classes.
         delta_weights: the file holds differences to the pretrained backbone, as the published DINOv3 checkpoints do;
             the network must hold that backbone (`pretrained: true`).
 
@@ -169,7 +176,8 @@ def load_checkpoint(
     """
     state, img_size = read_checkpoint(path)
     own = network.state_dict()
-    report = LoadReport(str(path), reinitialised=[] if load_class_head else list(HEAD_KEYS))
+    fresh = [] if load_class_head else [key for key in own if key.startswith(CLASS_HEAD)]
+    report = LoadReport(str(path), reinitialised=fresh)
     same_grid = img_size in (None, network.encoder.img_size)  # 4x8 patches are as many as 8x4
     check_agreement(network, describe(state), path, load_class_head)
 
@@ -197,7 +205,7 @@ def load_checkpoint(
     return report
 
 
-def check_agreement(network: EoMT, found: Mapping[str, int], path: str | Path, load_class_head: bool) -> None:
+def check_agreement(network: EoMT, found: Mapping[str, Any], path: str | Path, load_class_head: bool) -> None:
     """Raises ValueError naming both values where the checkpoint was made for another network."""
     configured = {
         "num_blocks": network.num_blocks,
@@ -207,12 +215,12 @@ def check_agreement(network: EoMT, found: Mapping[str, int], path: str | Path, l
         "depth": len(network.encoder.blocks),
     }
     if load_class_head:
-        configured["num_classes"] = network.num_classes
+        configured = describe_head(network.state_dict()) | configured | {"num_classes": network.num_classes}
     for name, value in configured.items():
         if name not in found or found[name] == value:
             continue
         remedy = f"set {name}={found[name]}"
-        if name == "num_classes":
+        if name in ("head", "arcface_scale", "num_classes"):
             remedy += ", or load_ckpt_class_head=false to train a fresh class head"
         elif name in ("embed_dim", "depth"):
             remedy = "choose the backbone_name (and backbone_kwargs) that the checkpoint was trained with"
@@ -221,7 +229,8 @@ def check_agreement(network: EoMT, found: Mapping[str, int], path: str | Path, l
 
 def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> None:
     """Raises ValueError when a weight of the network is not in the checkpoint, or the reverse."""
-    unknown = [key for key in report.skipped if not key.startswith(NOT_WEIGHTS)]
+    known = (*NOT_WEIGHTS, CLASS_HEAD) if report.reinitialised else NOT_WEIGHTS
+    unknown = [key for key in report.skipped if not key.startswith(known)]
     missing = sorted(own.keys() - state.keys() - set(report.reinitialised) - set(OPTIONAL_KEYS))
     if missing or unknown:
         raise ValueError(

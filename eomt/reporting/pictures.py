@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 from torch import Tensor
 
-from eomt.data.labels import LabelSet
+from eomt.data.labels import OUTLIER, OUTLIER_COLOR, LabelSet
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,6 +42,8 @@ def prediction_picture(
             axis.set_axis_off()
     seen = sorted({int(v) for _, *maps in rows for m in maps for v in m.unique() if v < len(classes)})
     patches = [Patch(color=[c / 255 for c in classes.colors[k]], label=classes.names[k]) for k in seen]
+    if any((m == OUTLIER).any() for _, *maps in rows for m in maps):
+        patches.append(Patch(color=[c / 255 for c in OUTLIER_COLOR], label="outlier"))
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 7), frameon=False)
     if title:
         figure.suptitle(title)

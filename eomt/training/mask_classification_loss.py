@@ -171,14 +171,14 @@ def mask_losses(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def add_margin(class_logits: Tensor, target: Tensor, scale: float, margin: float) -> Tensor:
     """s cos(theta + m) in place of the target's s cos(theta), where the target is a known class.
 
-    Deng et al., CVPR 2019, section 2.1. Beyond theta = pi - m the cosine would rise again: there it goes on falling,
+    Deng et al., CVPR 2019. Beyond theta = pi - m the cosine would rise again: there it goes on falling,
     as s (cos(theta) - m sin(m)), like the published code.
 
     Args:
         class_logits: [..., K + 1], scaled cosines. target: [...], K is "no object", which has no margin.
     """
     cosine = class_logits.gather(-1, target[..., None]) / scale
-    sine = (1 - cosine.square()).clamp(min=1e-12).sqrt()
+    sine = (1 - cosine.square()).clamp(min=1e-7).sqrt()  # whose slope is infinite at 0
     wider = cosine * math.cos(margin) - sine * math.sin(margin)
     wider = wider.where(cosine > -math.cos(margin), cosine - margin * math.sin(margin))
     known = target[..., None] < class_logits.shape[-1] - 1
@@ -257,7 +257,7 @@ class MaskClassificationLoss(nn.Module):
 
         Args:
             predictions: of the same B images.
-            labels: uint8 [B, H, W], 0..K-1 or 255; the sizes of masks and labels may differ.
+            labels: uint8 [B, H, W], 0..K-1 or 255, with `outliers` also 254; the sizes of masks and labels may differ.
         """
         matches = self.match(predictions, labels)
         target = matches.class_targets(predictions[0].class_logits.shape[1], self.num_classes).to(labels.device)
@@ -318,16 +318,16 @@ class MaskClassificationLoss(nn.Module):
 
 
 def off_outliers(points: Tensor, labels: Tensor) -> Tensor:
-    """Points [B, P, 2], those whose value an outlier pixel would weigh in replaced by others, in turns.
+    """Points [B, P, 2] in label maps [B, H, W], those with an outlier pixel beside them replaced by others, in turns.
 
-    Where everything is an outlier there is nothing to learn, and the points stay.
+    Where no point is left they lie outside the image, where all maps are zero and nothing is learned.
     """
     touched = sum(labels.flatten(1).gather(1, places) == OUTLIER for places, _ in corners(points, labels.shape[1:])) > 0
     order = touched.byte().argsort(dim=1, stable=True)  # the free ones first
     free = (~touched).sum(1, keepdim=True)
-    free = torch.where(free > 0, free, points.shape[1])
-    turns = torch.arange(points.shape[1], device=points.device) % free
-    return points.gather(1, order.gather(1, turns)[..., None].expand(-1, -1, 2))
+    turns = torch.arange(points.shape[1], device=points.device) % free.clamp(min=1)
+    chosen = points.gather(1, order.gather(1, turns)[..., None].expand(-1, -1, 2))
+    return chosen.masked_fill(free[..., None] == 0, -1.0)
 
 
 def mean_over_processes(num_masks: int, device: torch.device) -> float:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from eomt.data.labels import IGNORE
+from eomt.anomaly.losses import OutlierLoss, OutlierLossName
+from eomt.data.labels import IGNORE, OUTLIER
 from eomt.models.checkpoint import load_checkpoint
 from eomt.models.eomt import EoMT
 from eomt.models.vit import ViT
+from eomt.training.index_check import check_start
 from eomt.training.mask_classification_loss import MaskClassificationLoss
-from eomt.training.param_groups import param_groups
+from eomt.training.optimizer import build_optimizer, build_scheduler
 from eomt.training.prediction import ImageLike, predict
 from eomt.training.pretrained import (
     Adapter,
@@ -30,14 +31,7 @@ from eomt.training.pretrained import (
     save_pretrained,
     use_adapter,
 )
-from eomt.training.schedules import (
-    LRSchedule,
-    default_annealing,
-    lr_factor,
-    mask_probability,
-    resolve_steps,
-    resolve_warmup,
-)
+from eomt.training.schedules import LRSchedule, mask_probability, resolve_annealing
 from eomt.training.semantic_inference import classify
 from eomt.training.settings import check_same_settings, check_values
 from lora_config import BASE, LoRASettings, apply_lora, cast_base, fingerprint
@@ -48,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
+Head = Literal["linear", "arcface"]
 
 
 class MaskClassificationSemantic(lightning.LightningModule):
@@ -67,7 +62,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         attn_mask_annealing_start, attn_mask_annealing_end: when each masked block's mask starts and ends to fade, in
             steps or fractions of the run; None: evenly, as published.
         ckpt_path: EoMT weights to start from (see `load_checkpoint`).
-        load_ckpt_class_head: False trains a fresh class head, for another set of classes.
+        load_ckpt_class_head: False trains a fresh class head, for another set of classes or another `head`.
         delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints).
         freeze: parts that do not train.
         unfreeze_last_n: of the backbone, train only the last N blocks and the final norm. Adapters take its place
@@ -78,7 +73,13 @@ class MaskClassificationSemantic(lightning.LightningModule):
         lr_schedule, poly_power: decay after warm-up, see `lr_factor`.
         warmup_steps: warm-up of heads and adapters, then of the backbone, which waits for the first; in steps (int) or
             fractions of the run (float).
+        head: "linear" class logits, or "arcface": cosines times `arcface_scale` (see `CosineHead`), with an angular
+            margin for the known classes in the loss (see `add_margin`).
+        arcface_scale, arcface_margin: of that head; the margin in radians.
         num_points .. no_object_coefficient: see `MaskClassificationLoss`.
+        outlier_loss: what pixels labelled 254 train, and inliers beside them; see `OutlierLoss`. None: such labels are
+            an error.
+        outlier_weight, inlier_margin, outlier_margin: of that loss.
         class_weights, class_names, class_colors: K weights for the class loss; K names and RGB colours for reports.
         checkpoint_predictions: a step takes longer and keeps less; see `EoMT`.
         base_dtype: "bfloat16" keeps the frozen base of a LoRA run in half the bytes while it trains. The results are
@@ -115,6 +116,9 @@ class MaskClassificationSemantic(lightning.LightningModule):
         ckpt_path: str | None = None,
         load_ckpt_class_head: bool = True,
         delta_weights: bool = False,
+        head: Head = "linear",
+        arcface_scale: float = 30.0,
+        arcface_margin: float = 0.5,
         freeze: Sequence[Part] = (),
         unfreeze_last_n: int | None = None,
         llrd: float = 0.8,
@@ -130,6 +134,10 @@ class MaskClassificationSemantic(lightning.LightningModule):
         dice_coefficient: float = 5.0,
         class_coefficient: float = 2.0,
         no_object_coefficient: float = 0.1,
+        outlier_loss: OutlierLossName | None = None,
+        outlier_weight: float = 1.0,
+        inlier_margin: float | None = None,
+        outlier_margin: float | None = None,
         class_weights: Sequence[float] | None = None,
         class_names: Sequence[str] | None = None,
         class_colors: Sequence[Sequence[int]] | None = None,
@@ -140,10 +148,16 @@ class MaskClassificationSemantic(lightning.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lora_settings = check_settings(**self.hparams)
+        self.outlier_loss: OutlierLoss | None = None
+        if outlier_loss:
+            self.outlier_loss = OutlierLoss(outlier_loss, num_classes, outlier_weight, inlier_margin, outlier_margin)
+        cosine_scale, margin = (arcface_scale, arcface_margin) if head == "arcface" else (None, 0.0)
 
         from_hub = pretrained and (delta_weights or not ckpt_path)  # a checkpoint replaces every weight
         encoder = ViT(img_size, patch_size, backbone_name, from_hub, backbone_kwargs)
-        self.network = EoMT(encoder, num_classes, num_q, num_blocks, masked_attn_enabled, checkpoint_predictions)
+        self.network = EoMT(
+            encoder, num_classes, num_q, num_blocks, masked_attn_enabled, checkpoint_predictions, cosine_scale
+        )
         if ckpt_path:  # weights before adapters: afterwards the names no longer fit
             report = load_checkpoint(self.network, ckpt_path, load_ckpt_class_head, delta_weights)
             logger.info("%s", report)
@@ -175,6 +189,9 @@ class MaskClassificationSemantic(lightning.LightningModule):
             class_coefficient,
             no_object_coefficient,
             class_weights,
+            cosine_scale or 1.0,
+            margin,
+            outliers=self.outlier_loss is not None,
         )
         self.cached_blocks = 0
         self.total_steps = 0
@@ -261,6 +278,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         else:
             predictions = self.network.predictions(images / 255)
         terms = self.criterion(predictions, labels)
+        if self.outlier_loss:
+            terms |= self.outlier_loss(predictions[-1], labels)
         loss = sum(term.sum() for term in terms.values())
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({f"train/{name}": term[-1].detach() for name, term in terms.items()})
@@ -274,24 +293,16 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.rope = self.network.encoder.embed(torch.zeros(1, 3, height, width, device=device))[1]
 
     def on_fit_start(self) -> None:
+        check_start(self, self.trainer.datamodule)
         self.seed = torch.initial_seed()
         self.total_steps = self.count_steps()
         if self.anneals and self.network.masked_attn_enabled:
-            starts, ends = default_annealing(self.network.num_blocks)
-            self.annealing = [
-                tuple(resolve_steps("attn_mask_annealing", value, self.total_steps) for value in span)
-                for span in zip(
-                    self.hparams.attn_mask_annealing_start or starts,
-                    self.hparams.attn_mask_annealing_end or ends,
-                    strict=True,
-                )
-            ]
-            late = [span for span in self.annealing if span[1] > self.total_steps or span[0] > span[1]]
-            if late:
-                raise ValueError(
-                    f"attn_mask_annealing from step {late[0][0]} to {late[0][1]} does not end within the run of "
-                    f"{self.total_steps} steps: the deployed network has no masks; give fractions of the run"
-                )
+            self.annealing = resolve_annealing(
+                self.hparams.attn_mask_annealing_start,
+                self.hparams.attn_mask_annealing_end,
+                self.network.num_blocks,
+                self.total_steps,
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:  # an epoch's random numbers follow from the seed alone, so that a resumed run draws the same
@@ -309,27 +320,13 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return int(steps)
 
     def configure_optimizers(self) -> dict:
-        hp, total_steps = self.hparams, self.count_steps()
-        heads, backbone = resolve_warmup(hp.warmup_steps, total_steps)
-
-        def schedule(start: int, warmup: int):
-            return lambda step: lr_factor(step, total_steps, start, warmup, hp.lr_schedule, hp.poly_power)
-
         optimizer = self.optimizer()
-        waits = {"backbone": schedule(heads, backbone), "heads": schedule(0, heads), "lora": schedule(0, heads)}
-        scheduler = LambdaLR(optimizer, [waits[group["kind"]] for group in optimizer.param_groups])
+        scheduler = build_scheduler(optimizer, self.hparams, self.count_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer(self) -> torch.optim.AdamW:
-        """For the trainable parameters, in few groups: a kernel call each, and not several a tensor."""
-        hp = self.hparams
-        lora_lr = hp.lora_lr or hp.lr
-        groups = param_groups(
-            self.network, self.adapter_parameters(), hp.lr, lora_lr, hp.llrd, hp.llrd_masked_blocks, hp.weight_decay
-        )
-        optimizer = torch.optim.AdamW(groups, fused=True)
-        optimizer._step_supports_amp_scaling = False  # else Lightning clips no gradients under autocast
-        return optimizer
+        """For the parameters that train; see `build_optimizer`."""
+        return build_optimizer(self.network, self.adapter_parameters(), self.hparams)
 
     # Evaluation
 
@@ -338,8 +335,12 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return predict(self.network, image)
 
     def validation_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> None:
-        """images uint8 [3, H, W] of any size and their label maps uint8 [H, W], judged at their own resolution."""
+        """images uint8 [3, H, W] of any size and their label maps uint8 [H, W], judged at their own resolution.
+
+        Outliers count as little as ignored pixels do.
+        """
         for image, labels in zip(*batch, strict=True):
+            labels = labels.masked_fill(labels == OUTLIER, IGNORE)
             self.confusion.update(classify(self.network, image)[None], labels[None])
 
     def on_validation_epoch_end(self) -> None:

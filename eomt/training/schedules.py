@@ -69,3 +69,24 @@ def default_annealing(num_blocks: int) -> tuple[list[float], list[float]]:
     """
     starts = [(3 * i + 2) / (3 * num_blocks) for i in range(num_blocks)]
     return starts, [min(start + 2 / (3 * num_blocks), 1.0) for start in starts]
+
+
+def resolve_annealing(
+    starts: Sequence[int | float] | None, ends: Sequence[int | float] | None, num_blocks: int, total_steps: int
+) -> list[tuple[int, int]]:
+    """The steps at which each block's mask starts and ends to fade; None: `default_annealing`.
+
+    Raises:
+        ValueError: it does not end within the run.
+    """
+    default_starts, default_ends = default_annealing(num_blocks)
+    spans = [
+        tuple(resolve_steps("attn_mask_annealing", value, total_steps) for value in span)
+        for span in zip(starts or default_starts, ends or default_ends, strict=True)
+    ]
+    if late := [span for span in spans if span[1] > total_steps or span[0] > span[1]]:
+        raise ValueError(
+            f"attn_mask_annealing from step {late[0][0]} to {late[0][1]} does not end within the run of "
+            f"{total_steps} steps: the deployed network has no masks; give fractions of the run"
+        )
+    return spans

@@ -1,6 +1,7 @@
 """Settings of a run that cannot be meant, found before anything is built."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,17 @@ def check_values(hp: Mapping[str, Any]) -> None:
     if hp["ckpt_path"] and not Path(hp["ckpt_path"]).expanduser().exists():
         raise FileNotFoundError(f"ckpt_path {hp['ckpt_path']}: no such file or folder")
     positive = "lr lora_lr llrd poly_power num_points num_q num_blocks num_classes unfreeze_last_n".split()
+    positive += ["arcface_scale", "outlier_weight"]
     for name in positive:
         if hp[name] is not None and not hp[name] > 0:
             raise ValueError(f"{name} {hp[name]}: must be greater than 0")
     if hp["num_classes"] >= IGNORE:
         raise ValueError(f"num_classes {hp['num_classes']}: label maps are uint8 and {IGNORE} is ignored; at most 254")
+    for name, choices in (("head", ("linear", "arcface")), ("outlier_loss", (None, "rba", "mask2anomaly"))):
+        if hp[name] not in choices:
+            raise ValueError(f"{name} {hp[name]!r}: choose from {', '.join(map(str, choices))}")
+    if not 0 <= hp["arcface_margin"] < math.pi / 2:
+        raise ValueError(f"arcface_margin {hp['arcface_margin']}: an angle in radians, from 0 up to pi / 2 (1.57)")
     if hp["llrd"] > 1:
         raise ValueError(f"llrd {hp['llrd']}: a decay per block lies between 0 and 1; 1.0 is none")
     if hp["weight_decay"] < 0:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eomt.reporting.comparison.runs import Evaluation, Run
+from eomt.reporting.comparison.runs import AnomalyEvaluation, Evaluation, Run
 
 UNKNOWN = "unknown"
 
@@ -39,6 +39,7 @@ class Aspect:
     value: Callable[[Run], Any]
     per_seed: bool = False
     of_training: bool = False  # says nothing about a run of 0 steps
+    among: Callable[[Run], Any] = lambda run: None  # only runs that agree in this must share it
 
 
 def short_hash(digest: str | None) -> str | None:
@@ -57,14 +58,37 @@ def _evaluation_aspects(domain: str, prefix: str) -> list[Aspect]:
     ]
 
 
+def _anomaly_aspects(benchmark: str, title: str) -> list[Aspect]:
+    def of(value: Callable[[AnomalyEvaluation], Any]) -> Callable[[Run], Any]:
+        return lambda run: value(run.anomalies[benchmark])
+
+    return [
+        Aspect(f"{title}: numbers of images", of(lambda a: a.images)),
+        Aspect(f"{title}: labels", of(lambda a: f"{a.anomalous:,} of {a.valid:,} pixels anomalous")),
+        Aspect(f"{title}: evaluation sizes", of(lambda a: "x".join(map(str, a.img_size)))),
+        Aspect(f"{title}: evaluation precisions", of(lambda a: a.precision)),
+    ]
+
+
 ASPECTS = [
     Aspect("choices of the evaluated network", lambda run: run.kept, of_training=True),
     Aspect("images per step", lambda run: run.images_per_step, of_training=True),
     Aspect("training data", lambda run: short_hash((run.summary.get("data") or {}).get("train"))),
     Aspect("validation data", lambda run: short_hash((run.summary.get("data") or {}).get("val"))),
     *_evaluation_aspects("target", ""),
-    Aspect("start weights", lambda run: short_hash(run.summary.get("start_fingerprint")), per_seed=True),
-    Aspect("training batches", lambda run: short_hash(run.summary.get("batches")), per_seed=True, of_training=True),
+    Aspect(
+        "start weights",
+        lambda run: short_hash(run.summary.get("start_fingerprint")),
+        per_seed=True,
+        among=lambda run: run.class_head,
+    ),
+    Aspect(
+        "training batches",
+        lambda run: short_hash(run.summary.get("batches")),
+        per_seed=True,
+        of_training=True,
+        among=lambda run: run.pasted,
+    ),
     Aspect("numbers of steps", lambda run: run.steps, of_training=True),
 ]
 
@@ -73,25 +97,29 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     """What keeps these runs out of one table: conditions that are unequal or, in old runs, unknown.
 
     Failed runs are left aside. Start weights and training batches must be equal among the runs of a seed, everything
-    else among all; a run of 0 steps has neither steps nor batches to compare. Evaluations on the source domain are
-    compared among the runs that have one.
+    else among all; a run of 0 steps has neither steps nor batches to compare. Another class head starts from other
+    weights, and objects pasted on the scenes make other batches: each is compared among the runs that agree in that.
+    Evaluations on the source domain, and of an anomaly benchmark, are compared among the runs that have one.
     """
     scored = [run for run in runs if run.error is None]
-    with_source = [run for run in scored if "source" in run.evaluations]
-    found = [d for aspect in ASPECTS for d in _disagreements(aspect, scored)]
-    return found + [
-        d for aspect in _evaluation_aspects("source", "source ") for d in _disagreements(aspect, with_source)
+    titles = {name: found.title for run in scored for name, found in run.anomalies.items()}
+    parts = [
+        (ASPECTS, scored),
+        (_evaluation_aspects("source", "source "), [run for run in scored if "source" in run.evaluations]),
+        *((_anomaly_aspects(name, titles[name]), [run for run in scored if name in run.anomalies]) for name in titles),
     ]
+    return [d for aspects, group in parts for aspect in aspects for d in _disagreements(aspect, group)]
 
 
 def _disagreements(aspect: Aspect, runs: Sequence[Run]) -> Iterator[Difference]:
     if aspect.of_training:
         runs = [run for run in runs if run.steps != 0]
-    for seed in sorted({run.seed for run in runs}, key=str) if aspect.per_seed else [None]:
-        group = [run for run in runs if not aspect.per_seed or run.seed == seed]
-        values = by_value(group, lambda run: aspect.value(run) or UNKNOWN)
-        if len(group) > 1 and (len(values) > 1 or UNKNOWN in values):
-            yield Difference(aspect.name, seed, values)
+    for alike in by_value(runs, aspect.among).values():
+        for seed in sorted({run.seed for run in alike}, key=str) if aspect.per_seed else [None]:
+            group = [run for run in alike if not aspect.per_seed or run.seed == seed]
+            values = by_value(group, lambda run: aspect.value(run) or UNKNOWN)
+            if len(group) > 1 and (len(values) > 1 or UNKNOWN in values):
+                yield Difference(aspect.name, seed, values)
 
 
 def by_value(runs: Sequence[Run], value: Callable[[Run], Any]) -> dict[str, tuple[Run, ...]]:

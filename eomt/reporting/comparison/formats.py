@@ -22,6 +22,7 @@ TEX = {
     "±": r"$\pm$",
     "†": r"$\dagger$",
 }
+TABLES = (("scores", "costs"), ("anomalies",), ("differences",))  # where there is room for wide ones
 
 
 def print_table(content: Table) -> None:
@@ -36,7 +37,7 @@ def print_table(content: Table) -> None:
         if len(pieces[-1]) > 1 and sum(widths[j] + 3 for j in (*pieces[-1], k)) + 1 > console.width:
             pieces.append([0])
         pieces[-1].append(k)
-    console.print(Text(content.caption))
+    console.print(Text(content.captions["scores"]))
     for piece in pieces:
         printed = ConsoleTable()
         for k in piece:
@@ -49,16 +50,17 @@ def print_table(content: Table) -> None:
 
 
 def markdown(comparison: Comparison, content: Table) -> str:
-    """The answer, the table and its footnotes."""
+    """The answer, the table, that of anomalies and their differences apart, and footnotes."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    titles = [title for title, _ in content.columns]
-    lines = ["# Comparison", "", *(f"* {sentence}" for sentence in headline(comparison)), "", content.caption, ""]
-    lines += [line(titles), line(["---"] * len(titles))]
-    lines += [line([cell.text for cell in row]) for row in content.rows]
-    return "\n".join([*lines, "", *(f"* {note}" for note in content.footnotes)]) + "\n"
+    lines = ["# Comparison", "", *(f"* {sentence}" for sentence in headline(comparison)), ""]
+    for caption, columns in content.parts(*TABLES):
+        titles = [content.columns[k][0] for k in columns]
+        lines += [caption, "", line(titles), line(["---"] * len(titles))]
+        lines += [*(line([row[k].text for k in columns]) for row in content.rows), ""]
+    return "\n".join([*lines, *(f"* {note}" for note in content.footnotes)]) + "\n"
 
 
 def write_csv(path: Path, comparison: Comparison, content: Table) -> None:
@@ -79,29 +81,31 @@ def write_csv(path: Path, comparison: Comparison, content: Table) -> None:
 
 
 def latex(content: Table) -> str:
-    """A booktabs table as wide as the page; the units of a column stand in a second line."""
-    titles = [title.partition(", ")[::2] for title, _ in content.columns]
-    body = [[cell.text for cell in row] for row in content.rows]
+    """Booktabs tables as wide as the page, the last one with the footnotes."""
+    tables = [_latex_table(content, *part) for part in content.parts(*TABLES)]
+    notes = [r"\par\footnotesize", *(rf"{tex_escape(note)}\par" for note in content.footnotes)]
+    lines = [line for table in tables[:-1] for line in (*table, r"\end{table*}")]
+    lines += [*tables[-1], *notes, r"\end{table*}"]
+    return "\n".join(["% needs \\usepackage{booktabs,graphicx}", *lines, ""])
+
+
+def _latex_table(content: Table, caption: str, columns: Sequence[int]) -> list[str]:
+    """Without its end; the units of a column stand in a second line."""
+    titles = [content.columns[k][0].partition(", ")[::2] for k in columns]
+    body = [[row[k].text for k in columns] for row in content.rows]
     lines = [" & ".join(map(tex_escape, cells)) + r" \\" for cells in (*zip(*titles, strict=True), *body)]
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs,graphicx}",
-            r"\begin{table*}",
-            rf"\caption{{{tex_escape(content.caption)}}}",
-            r"\resizebox{\textwidth}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
-            r"\toprule",
-            *lines[:2],
-            r"\midrule",
-            *lines[2:],
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\par\footnotesize",
-            *(rf"{tex_escape(note)}\par" for note in content.footnotes),
-            r"\end{table*}",
-            "",
-        ]
-    )
+    return [
+        r"\begin{table*}",
+        rf"\caption{{{tex_escape(caption)}}}",
+        r"\resizebox{\textwidth}{!}{%",
+        rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+        r"\toprule",
+        *lines[:2],
+        r"\midrule",
+        *lines[2:],
+        r"\bottomrule",
+        r"\end{tabular}}",
+    ]
 
 
 def tex_escape(text: str) -> str:

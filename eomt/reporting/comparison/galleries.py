@@ -1,4 +1,4 @@
-"""The images in which a variant gained and lost most against the baseline."""
+"""The images in which a variant gained and lost most against the baseline, and what it finds anomalous."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +50,19 @@ def galleries(comparison: Comparison, predictions: Predictions) -> list[Gallery]
         except (OSError, ValueError) as error:
             failures[path] = str(error)
     return [_gallery(name, plan, comparison, results, failures) for name, plan in plans.items()]
+
+
+def heat_maps(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """By anomaly benchmark, (words, data URI, alt text) of the picture that each variant's first seed left."""
+    found = {}
+    for name, evaluation in comparison.benchmarks.items():
+        for variant in comparison.variants:
+            pictures = {id(run): run.path / "anomaly" / f"{name}.png" for run in variant.runs}
+            run = next((run for run in variant.runs if pictures[id(run)].is_file()), None)
+            if run:
+                alt = f"Images of {evaluation.title}, their anomalies, and how anomalous {run} finds each pixel"
+                found.setdefault(evaluation.title, []).append((str(run), plots.file_uri(pictures[id(run)]), alt))
+    return list(found.items())
 
 
 @dataclass

@@ -7,11 +7,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from eomt.reporting.comparison import plots
+from eomt.reporting.comparison.anomalies import METRICS, spread
 from eomt.reporting.comparison.differences import by_value, machine_name, run_names, short_hash, versions_name
 from eomt.reporting.comparison.formats import latex, markdown, print_table, write_csv
-from eomt.reporting.comparison.galleries import Predictions, galleries
+from eomt.reporting.comparison.galleries import Predictions, galleries, heat_maps
 from eomt.reporting.comparison.runs import Run
-from eomt.reporting.comparison.statistics import Comparison, compare
+from eomt.reporting.comparison.statistics import Comparison, Variant, compare
 from eomt.reporting.comparison.table import NONE, Table, percent, table, warnings_of
 from eomt.reporting.comparison.words import headline
 
@@ -22,6 +23,7 @@ def write_report(
     baseline: str | None = None,
     allow_different: bool = False,
     predictions: Predictions | None = None,
+    score: str | None = None,
 ) -> Comparison:
     """Writes report.html, report.md, report.csv and report.tex, and prints the table.
 
@@ -32,11 +34,12 @@ def write_report(
         allow_different: runs that are not comparable are marked with † instead of refused.
         predictions: from a run folder and image names to (image uint8 [3, H, W], target uint8 [H, W], prediction
             uint8 [H, W]) by name; None, an OSError or a ValueError leave the page without those pictures.
+        score: of anomalies, see `compare`.
 
     Raises:
         ValueError: what `compare` raises, or the runs differ in a condition that they must share.
     """
-    comparison = compare(runs, baseline)
+    comparison = compare(runs, baseline, score)
     if comparison.differences and not allow_different:
         raise ValueError(
             "These runs do not belong in one table: "
@@ -79,10 +82,7 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
         sentences=sentences,
         warnings=warnings_of(comparison) + ([] if same else [note for note in comparison.notes if "Times" in note]),
         table=content,
-        tables=[
-            (caption, [0] + [k for k, (_, its) in enumerate(content.columns) if k and its == group])
-            for group, caption in (("scores", content.caption), ("costs", "What the variants cost."))
-        ],
+        tables=content.parts(("scores",), ("anomalies",), ("differences",), ("costs",)),
         failed=comparison.failed,
         drawings=[plot for plot in drawings if plot],
         opened=next(
@@ -90,6 +90,8 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
         ),
         class_plots=plots.class_plots(comparison),
         galleries=galleries(comparison, predictions) if predictions else None,
+        heat_maps=heat_maps(comparison),
+        score_tables=score_tables(comparison),
         class_colors=[
             (name, "rgb({}, {}, {})".format(*rgb))
             for name, rgb in zip(evaluation.classes, evaluation.colors, strict=False)
@@ -108,9 +110,23 @@ def _longest(comparison: Comparison) -> float:
     return max((run.training_seconds or 0 for v in comparison.variants for run in v.runs), default=0)
 
 
+def score_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Of each benchmark its title, its scores, and a row for each variant: AuPRC / FPR95 by score, means over seeds."""
+
+    def cell(variant: Variant, benchmark: str, score: str) -> str:
+        spreads = [spread(variant, benchmark, metric, score) for metric in METRICS]
+        return " / ".join(percent(found and found.mean) for found in spreads)
+
+    return [
+        (e.title, list(e.auprc), [[v.name, *(cell(v, name, score) for score in e.auprc)] for v in comparison.variants])
+        for name, e in comparison.benchmarks.items()
+    ]
+
+
 def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
     """What was run: each fact with its values, and with the runs of each where there are several."""
     scored = [run for run in comparison.runs if run.error is None]
+    anomalies = [("Class head", class_head), ("Outlier loss", outlier_loss), ("Pasted objects", pasted_objects)]
     facts = []
     for label, value in (
         ("Evaluated", lambda run: f"{run.target.description or NONE} ({len(run.target.images) or '?'} images)"),
@@ -126,6 +142,7 @@ def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]
         ("Machine", lambda run: machine_name(run.summary.get("machine"))),
         ("Libraries", lambda run: versions_name(run.summary.get("versions"))),
         ("Commit", lambda run: run.summary.get("git_commit") or NONE),
+        *(anomalies if comparison.benchmarks else ()),
     ):
         values = by_value(scored, value)
         facts.append((label, [(v, run_names(runs) if len(values) > 1 else "") for v, runs in values.items()]))
@@ -140,6 +157,27 @@ def learning_rates(run: Run) -> str:
     adapters = f", adapters {model.get('lora_lr') or model['lr']:g}" if run.uses_lora else ""
     decay, clip = model.get("weight_decay"), trainer.get("gradient_clip_val")
     return f"{model['lr']:g}{adapters}, {model.get('lr_schedule')}, weight decay {decay}, gradients clipped at {clip}"
+
+
+def class_head(run: Run) -> str:
+    """Its kind; of a cosine, scale and margin."""
+    model = run.config.get("model") or {}
+    angles = f", scale {model.get('arcface_scale')}, margin {model.get('arcface_margin')}"
+    return run.class_head + angles * (run.class_head == "arcface")
+
+
+def outlier_loss(run: Run) -> str:
+    """What teaches it to reject outliers, with its settings."""
+    model = run.config.get("model") or {}
+    if not run.steps or not model.get("outlier_loss"):
+        return "none"
+    settings = ("outlier_weight", "inlier_margin", "outlier_margin")
+    return ", ".join([model["outlier_loss"], *(f"{name.replace('_', ' ')} {model.get(name)}" for name in settings)])
+
+
+def pasted_objects(run: Run) -> str:
+    """What is pasted on training scenes."""
+    return (run.summary.get("data") or {}).get("cut_paste") or ("none" if run.pasted is None else str(run.pasted))
 
 
 def _data(run: Run, split: str) -> str:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -28,6 +29,7 @@ MARKERS = "osD^vPX*<>hp"
 INK, LIGHT_INK = "#212223", "#d9dadb"  # drawn dark, and replaced for readers of a dark page
 WIDTH = 4.6  # inches: three plots beside each other on a desk, one on a telephone
 PICTURE_WIDTH = 480  # pixels
+FILE_WIDTH = 1600  # of a picture with several columns
 
 DISAGREEMENTS = {  # colour-blind safe, see `disagreement_map`
     "only {variant} is right": (0, 114, 178),
@@ -268,9 +270,16 @@ def flat_uri(picture: np.ndarray) -> str:
     return _image_uri(Image.fromarray(picture), Image.Resampling.NEAREST, "WEBP", lossless=True)
 
 
-def _image_uri(image: Image.Image, resampling: Image.Resampling, form: str, **options: int | bool) -> str:
-    if image.width > PICTURE_WIDTH:
-        image = image.resize((PICTURE_WIDTH, round(image.height * PICTURE_WIDTH / image.width)), resampling)
+def file_uri(path: Path) -> str:
+    """A picture with writing in it, from its file, as WebP in a data URI."""
+    return _image_uri(Image.open(path).convert("RGB"), Image.Resampling.LANCZOS, "WEBP", FILE_WIDTH, quality=85)
+
+
+def _image_uri(
+    image: Image.Image, resampling: Image.Resampling, form: str, width: int = PICTURE_WIDTH, **options: int | bool
+) -> str:
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), resampling)
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from eomt.anomaly.datasets import BENCHMARKS
 from eomt.reporting.comparison.counts import hits_and_unions, mean_iou
 
 
@@ -37,9 +38,28 @@ class Evaluation:
         return tuple(self.class_iou)
 
 
+@dataclass(frozen=True)
+class AnomalyEvaluation:
+    """What the anomaly scores of one network are worth on one benchmark.
+
+    `auprc` and `fpr95` are in [0, 1], by score (`rba`, or `msp@0.5` at another temperature than 1), None where they are
+    undefined; `error` is the largest that counting pixels in bins may have made in them.
+    """
+
+    title: str
+    images: int
+    anomalous: int
+    valid: int  # pixels that count
+    img_size: tuple[int, ...]
+    precision: str | None
+    auprc: dict[str, float | None]
+    fpr95: dict[str, float | None]
+    error: float
+
+
 @dataclass
 class Run:
-    """A run folder: what it was meant to be, what it reported, and its evaluations by domain."""
+    """A run folder: what it was meant to be, what it reported, and its evaluations by domain and anomaly benchmark."""
 
     path: Path
     variant: str
@@ -48,6 +68,7 @@ class Run:
     summary: dict[str, Any]
     cell: dict[str, Any]
     evaluations: dict[str, Evaluation]
+    anomalies: dict[str, AnomalyEvaluation]  # by benchmark, in the order of tables
     curve: list[tuple[int, float]]  # (step, mIoU) of every validation
     parts: int  # metrics files: more than one means resumed
 
@@ -87,6 +108,21 @@ class Run:
     def trainable(self) -> int | None:
         """Parameters that were trained: none in a run of 0 steps."""
         return 0 if self.steps == 0 else self.summary.get("trainable_parameters")
+
+    @property
+    def class_head(self) -> str:
+        """What makes its class logits: linear or arcface."""
+        return (self.config.get("model") or {}).get("head") or "linear"
+
+    @property
+    def pasted(self) -> dict[str, Any] | None:
+        """How objects are pasted on its training scenes; None: not at all."""
+        return (self.config.get("data") or {}).get("cut_paste")
+
+    @property
+    def method(self) -> tuple[Any, ...]:
+        """What it does for anomalies: class head, outlier loss, pasted objects."""
+        return self.class_head, (self.config.get("model") or {}).get("outlier_loss"), self.pasted
 
     @property
     def uses_lora(self) -> bool:
@@ -182,6 +218,7 @@ def _load_run(folder: Path) -> Run:
         summary=summary,
         cell=cell,
         evaluations={domain: scores for domain, scores in evaluations.items() if scores},
+        anomalies=_load_anomalies(folder / "anomaly"),
         curve=curve,
         parts=parts,
     )
@@ -229,6 +266,34 @@ def _load_evaluation(path: Path) -> Evaluation | None:
         colors=tuple(map(tuple, facts.get("class_colors") or ())),
         images=tuple(facts["images"]),
         counts=counts,
+    )
+
+
+def _load_anomalies(folder: Path) -> dict[str, AnomalyEvaluation]:
+    """What `scripts/evaluate_anomaly.py` left of each benchmark, in the order of their registry."""
+    files = {name: folder / f"{name}.json" for name in BENCHMARKS}
+    return {name: _load_anomaly(path) for name, path in files.items() if path.is_file()}
+
+
+def _load_anomaly(path: Path) -> AnomalyEvaluation:
+    facts = _read_json(path)
+    if not facts.get("results"):
+        raise ValueError(f"{path} holds no results of anomaly scores: evaluate again or delete it")
+    results = {
+        result["score"] if result["temperature"] == 1 else f"{result['score']}@{result['temperature']:g}": result
+        for result in facts["results"]
+    }
+    first = facts["results"][0]
+    return AnomalyEvaluation(
+        title=facts["title"],
+        images=facts["images"],
+        anomalous=first["anomalous"],
+        valid=first["valid"],
+        img_size=tuple(facts.get("img_size") or ()),
+        precision=facts.get("precision"),
+        auprc={name: result["auprc"] for name, result in results.items()},
+        fpr95={name: result["fpr95"] for name, result in results.items()},
+        error=max(result.get("error") or 0 for result in facts["results"]),
     )
 
 

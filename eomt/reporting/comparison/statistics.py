@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from eomt.anomaly.datasets import BENCHMARKS
 from eomt.reporting.comparison.counts import iou, mean_iou, nanmean
 from eomt.reporting.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
-from eomt.reporting.comparison.runs import Evaluation, Run
+from eomt.reporting.comparison.runs import AnomalyEvaluation, Evaluation, Run
 
 RESAMPLES = 2000
 
@@ -139,6 +140,7 @@ class Comparison:
     differences: list[Difference]
     notes: list[str]
     same_machinery: bool  # machines, libraries and code are equal: times and memory can be compared
+    score: str | None = None  # by which anomalies are ranked, in the whole table
 
     def __getitem__(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)
@@ -152,13 +154,19 @@ class Comparison:
         """That of the baseline's first run."""
         return self[self.baseline].runs[0].target
 
+    @cached_property
+    def benchmarks(self) -> dict[str, AnomalyEvaluation]:
+        """The anomaly benchmarks that were run, in the order of tables, each as its first run found it."""
+        found = {name: run.anomalies[name] for v in self.variants for run in reversed(v.runs) for name in run.anomalies}
+        return {name: found[name] for name in BENCHMARKS if name in found}
+
     @property
     def others(self) -> list[Variant]:
         """The variants with a score that are not the baseline."""
         return [v for v in self.variants if v.runs and v.name != self.baseline]
 
 
-def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
+def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None = None) -> Comparison:
     """Means over seeds, differences to the baseline, and costs.
 
     The difference is the mean over the seeds that both variants have of mIoU(variant) - mIoU(baseline). Its interval
@@ -166,10 +174,12 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
 
     Args:
         runs: see `load_runs`.
-        baseline: a variant; None takes `full`, or else the one with most trainable parameters.
+        baseline: a variant; None takes `full` or `baseline`, or else the one with most trainable parameters.
+        score: of anomalies, one for all columns; None takes `rba`, or else the first that a run has.
 
     Raises:
-        ValueError: two runs share variant and seed, no run has a score, or the baseline is none of those that have.
+        ValueError: two runs share variant and seed, no run has a score, the baseline is none of those that have, or no
+            run has the anomaly score that was asked for.
     """
     _check_unique(runs)
     names = list(dict.fromkeys(run.variant for run in runs))
@@ -205,7 +215,9 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
     machinery = machinery_notes(runs)
     resumed = [run for run in runs if run.parts > 1]
     notes = [f"Resumed: {run_names(resumed)}."] if resumed else []
-    return Comparison(list(runs), variants, reference.name, found, machinery + notes, not machinery)
+    return Comparison(
+        list(runs), variants, reference.name, found, machinery + notes, not machinery, _score(runs, score)
+    )
 
 
 def _check_unique(runs: Sequence[Run]) -> None:
@@ -224,8 +236,18 @@ def _baseline(variants: Sequence[Variant], name: str | None) -> Variant:
     if name is not None and name not in scored:
         raise ValueError(f"baseline {name!r} is no variant with a score; choose from {', '.join(scored)}")
     if name is None:
-        name = "full" if "full" in scored else max(scored, key=lambda key: scored[key].trainable or 0)
+        usual = [known for known in ("full", "baseline") if known in scored]
+        name = usual[0] if usual else max(scored, key=lambda key: scored[key].trainable or 0)
     return scored[name]
+
+
+def _score(runs: Sequence[Run], name: str | None) -> str | None:
+    known = dict.fromkeys(
+        score for run in runs if run.error is None for found in run.anomalies.values() for score in found.auprc
+    )
+    if name is not None and name not in known:
+        raise ValueError(f"score {name!r}: no run has anomaly results of it; choose from {', '.join(known) or 'none'}")
+    return name or ("rba" if "rba" in known else next(iter(known), None))
 
 
 def pairs(variant: Variant, other: Variant) -> list[tuple[Run, Run]]:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from eomt.reporting.comparison.anomalies import METRICS, anomaly_notes, difference, measured, spread
 from eomt.reporting.comparison.differences import by_value, run_names
 from eomt.reporting.comparison.runs import Run
 from eomt.reporting.comparison.statistics import RESAMPLES, Comparison, Delta, Spread, Variant
 
 FEW_IMAGES = 10  # fewer make an interval that means little
 NONE = "\N{EN DASH}"  # what a table shows where there is nothing to show
+MIOU = "mIoU, %"
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The one table that every format shows."""
+    """The one table that every format shows.
 
-    caption: str
-    columns: list[tuple[str, str]]  # (title, group: "scores" or "costs")
+    A column's group is "scores", "anomalies", "differences" (of anomalies) or "costs".
+    """
+
+    captions: dict[str, str]  # by group
+    columns: list[tuple[str, str]]  # (title, group)
     rows: list[list[Cell]]
     footnotes: list[str]
+
+    def parts(self, *together: tuple[str, ...]) -> list[tuple[str, list[int]]]:
+        """Caption and columns of a table for each of these groups of columns; none where there is nothing to show.
+
+        Each begins with the variants, that of anomalies goes on with mIoU.
+        """
+        parts = []
+        for groups in together:
+            columns = [k for k, (_, group) in enumerate(self.columns) if k and group in groups]
+            beside = [k for k, (title, _) in enumerate(self.columns) if title == MIOU and "anomalies" in groups]
+            if columns:
+                parts.append((self.captions[groups[0]], [0, *beside, *columns]))
+        return parts
 
 
 def percent(value: float | None, signed: bool = False) -> str:
@@ -72,27 +90,55 @@ def _number(key: str, value: float | None, form: str, scale: float = 1) -> Cell:
 
 
 def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
-    delta, is_baseline = variant.delta, variant.name == comparison.baseline
-    reading = "baseline" if is_baseline else delta.reading if delta else NONE
-    text = NONE if is_baseline or delta is None else interval_text(delta)
-    if delta and variant.delta_seeds < max(len(variant.runs), len(comparison[comparison.baseline].runs)):
-        text += f" over {variant.delta_seeds} seed{'s' * (variant.delta_seeds > 1)}"
-    ends = dict.fromkeys(("difference", "low", "high", "difference_sd"))
-    if delta and not is_baseline:
-        ends = {"difference": delta.value, "low": delta.low, "high": delta.high, "difference_sd": delta.seed_sd}
+    base = comparison[comparison.baseline]
+    delta = None if variant is base else variant.delta
+    reading = "baseline" if variant is base else delta.reading if delta else NONE
     return {
         "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name}),
         "seeds": Cell(variant.seeds, {"seeds": len(variant.runs), "failed": len(variant.failed)}),
-        "mIoU, %": _spread_cell("miou", variant.miou),
-        f"difference to {comparison.baseline} (95 % interval), points": Cell(
-            text, {f"{key}_points": _times(value, 100) for key, value in ends.items()}
-        ),
+        MIOU: _spread_cell("miou", variant.miou),
+        f"difference to {comparison.baseline} (95 % interval), points": _difference_cell("", delta, variant, base),
         "reading": Cell(reading, {"reading": reading}),
         "source mIoU, %": _spread_cell("source_miou", variant.source),
         "change on source, points": Cell(
             percent(variant.source_change, signed=True), {"source_change_points": _times(variant.source_change, 100)}
         ),
     }
+
+
+def _difference_cell(prefix: str, delta: Delta | None, variant: Variant, base: Variant) -> Cell:
+    text, ends = NONE, dict.fromkeys(("difference", "low", "high", "difference_sd"))
+    if delta:
+        text = interval_text(delta) + _seeds_words(len(delta.seeds), max(len(variant.runs), len(base.runs)))
+        ends = {"difference": delta.value, "low": delta.low, "high": delta.high, "difference_sd": delta.seed_sd}
+    return Cell(text, {f"{prefix}{key}_points": _times(value, 100) for key, value in ends.items()})
+
+
+def _anomalies(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
+    """AuPRC and FPR95 of every benchmark, by the one score."""
+    cells = {}
+    for name, evaluation in comparison.benchmarks.items():
+        for metric, title in METRICS.items():
+            cell = _spread_cell(f"{name}_{metric}", spread(variant, name, metric, comparison.score))
+            known = variant.known(lambda run, name=name, metric=metric: measured(run, name, metric, comparison.score))
+            text = cell.text + _seeds_words(len(known), len(variant.runs))
+            cells[f"{evaluation.title} {title}, %"] = Cell(text, cell.values)
+    return cells
+
+
+def _anomaly_differences(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
+    base, cells = comparison[comparison.baseline], {}
+    for name, evaluation in comparison.benchmarks.items():
+        for metric, title in METRICS.items():
+            delta = None if variant is base else difference(variant, base, name, metric, comparison.score)
+            cell = _difference_cell(f"{name}_{metric}_", delta, variant, base)
+            cells[f"{evaluation.title} {title} difference, points"] = cell
+    return cells
+
+
+def _seeds_words(count: int, total: int) -> str:
+    """` over 2 seeds` where there are more."""
+    return f" over {count} seed{'s' * (count > 1)}" if 0 < count < total else ""
 
 
 def _costs(variant: Variant) -> dict[str, Cell]:
@@ -125,17 +171,32 @@ def _mebibyte_cell(key: str, size: int | None) -> Cell:
 
 def table(comparison: Comparison) -> Table:
     """A row for each variant; columns of which no variant has a value are left out."""
-    scores = [_scores(variant, comparison) for variant in comparison.variants]
-    costs = [_costs(variant) for variant in comparison.variants]
-    rows = [ours | theirs for ours, theirs in zip(scores, costs, strict=True)]
-    titles = [title for title in rows[0] if not all(row[title].empty for row in rows)]
+    groups = {
+        "scores": [_scores(variant, comparison) for variant in comparison.variants],
+        "anomalies": [_anomalies(variant, comparison) for variant in comparison.variants],
+        "differences": [_anomaly_differences(variant, comparison) for variant in comparison.variants],
+        "costs": [_costs(variant) for variant in comparison.variants],
+    }
+    columns = [
+        (title, group)
+        for group, rows in groups.items()
+        for title in rows[0]
+        if not all(row[title].empty for row in rows)
+    ]
     evaluation = comparison.evaluation
     where = f" on {evaluation.description}" if evaluation.description else ""
     images = f", {len(evaluation.images)} images" if evaluation.images else ""
+    captions = {
+        "scores": f"Scores{where}{images}, and what they cost. Baseline: {comparison.baseline}.",
+        "anomalies": f"Anomaly segmentation, by the score {comparison.score}.",
+        "differences": f"Anomaly segmentation, by the score {comparison.score}: differences to {comparison.baseline}, "
+        "with 95 % intervals over seeds.",
+        "costs": "What the variants cost.",
+    }
     return Table(
-        f"Scores{where}{images}, and what they cost. Baseline: {comparison.baseline}.",
-        [(title, "scores" if title in scores[0] else "costs") for title in titles],
-        [[row[title] for title in titles] for row in rows],
+        captions,
+        columns,
+        [[groups[group][k][title] for title, group in columns] for k in range(len(comparison.variants))],
         footnotes(comparison),
     )
 
@@ -164,6 +225,7 @@ def footnotes(comparison: Comparison) -> list[str]:
         "for data apart; mean wall time of the whole run."
     )
     lines += [f"{run} failed and counts in no mean: {run.error}" for run in comparison.failed]
+    lines += anomaly_notes(comparison)
     if comparison.differences:
         marks = "; ".join(map(str, comparison.differences))
         lines.append(f"† Not comparable with the other variants: {marks}.")

@@ -4,29 +4,34 @@ from collections.abc import Callable
 
 import numpy as np
 
+from eomt.reporting.comparison.anomalies import difference, spread
 from eomt.reporting.comparison.runs import Run
 from eomt.reporting.comparison.statistics import Comparison, Variant
-from eomt.reporting.comparison.table import mebibytes, percent, percentage
+from eomt.reporting.comparison.table import interval_text, mebibytes, percent, percentage
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """The answer: LoRA or not, then the baseline, then each variant against it."""
+    """The answer: LoRA or not, then the baseline, each variant against it, and anomalies by benchmark."""
     base = comparison[comparison.baseline]
     seeds = f"{len(base.runs)} seeds" if len(base.runs) > 1 else "one seed"
     spread = "" if base.miou.sd is None else f" ± {percent(base.miou.sd)}"
-    first = [lora_verdict(comparison)] if not base.uses_lora and any(v.uses_lora for v in comparison.others) else []
     return [
-        *first,
+        *lora_verdict(comparison),
         f"{base.name}, the baseline, reaches {percent(base.miou.mean)}{spread} % mIoU ({seeds}).",
         *(variant_sentence(variant, comparison) for variant in comparison.others),
+        *anomaly_sentences(comparison),
     ]
 
 
-def lora_verdict(comparison: Comparison) -> str:
-    """Which LoRA variants are above, level with and below the baseline."""
+def lora_verdict(comparison: Comparison) -> list[str]:
+    """A sentence: which LoRA variants are above, level with and below the baseline; none if nothing shows that.
+
+    Those that do something else for anomalies than the baseline, too, say nothing about LoRA.
+    """
+    base = comparison[comparison.baseline].runs[0]
     found: dict[str, list[str]] = {}
     for variant in comparison.others:
-        if variant.uses_lora:
+        if variant.uses_lora and not base.uses_lora and variant.runs[0].method == base.method:
             reading = variant.delta.reading if variant.delta else "unknown"
             once = reading in ("above", "below") and variant.delta_seeds == 1
             found.setdefault(f"{reading} once" if once else reading, []).append(variant.name + " †" * variant.marked)
@@ -40,7 +45,7 @@ def lora_verdict(comparison: Comparison) -> str:
         "unknown": "undecided, for want of an interval, with",
     }
     answers = [f"{text} {', '.join(found[reading])}" for reading, text in words.items() if reading in found]
-    return f"LoRA against {comparison.baseline} is {'; '.join(answers)}."
+    return [f"LoRA against {comparison.baseline} is {'; '.join(answers)}."] if answers else []
 
 
 def variant_sentence(variant: Variant, comparison: Comparison) -> str:
@@ -48,6 +53,23 @@ def variant_sentence(variant: Variant, comparison: Comparison) -> str:
     base = comparison[comparison.baseline]
     mark = "† " * variant.marked
     return mark + "; ".join([_difference_words(variant, base), *_cost_words(variant, base, comparison)]) + "."
+
+
+def anomaly_sentences(comparison: Comparison) -> list[str]:
+    """Of each benchmark the baseline's AuPRC, and the others' differences to it."""
+    base, score = comparison[comparison.baseline], comparison.score
+    sentences = []
+    for name, evaluation in comparison.benchmarks.items():
+        level = spread(base, name, "auprc", score)
+        if level is None:
+            continue
+        deltas = [(v.name + " †" * v.marked, difference(v, base, name, "auprc", score)) for v in comparison.others]
+        words = [f"{title} {interval_text(delta)}" for title, delta in deltas if delta]
+        against = f"; the others against it, in points: {', '.join(words)}" if words else ""
+        sentences.append(
+            f"{evaluation.title}: by {score}, {base.name} has an AuPRC of {percent(level.mean)} %{against}."
+        )
+    return sentences
 
 
 def _difference_words(variant: Variant, base: Variant) -> str:

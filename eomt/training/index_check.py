@@ -1,0 +1,106 @@
+"""That no index means two things: a class, "no object", an outlier, or an ignored pixel."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eomt.data.labels import IGNORE, OUTLIER
+from eomt.training.mask_classification_loss import classes_present, classes_seen
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule
+    from torch.utils.data import Dataset
+
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+LOOKED_AT = 12  # items of each split
+CLASS, NO_OBJECT, OUTLYING, IGNORED = "a class", "no object", "an outlier", "ignored"
+
+logger = logging.getLogger(__name__)
+
+Meanings = Mapping[str, Collection[int]]  # what indices are taken for
+
+
+def check_start(module: MaskClassificationSemantic, datamodule: LightningDataModule | None) -> None:
+    """Data, loss, head and metrics of a run agree on what each index means, and labels are among these indices.
+
+    Reads some of the label maps. Warns of an outlier loss that would see no outlier.
+
+    Args:
+        datamodule: None leaves the data out.
+
+    Raises:
+        ValueError: an index has two meanings, or a label has none.
+    """
+    check_indices(indices_of(module, datamodule))
+    if datamodule is None:
+        return
+    trained, validated = labels_in(datamodule.train_set), labels_in(datamodule.val_set)
+    trained[:, OUTLIER] |= datamodule.cut_paste is not None
+    classes_present(trained, module.criterion.num_classes, module.criterion.outliers)
+    classes_present(validated, module.criterion.num_classes, outliers=True)
+    if module.criterion.outliers and not trained[:, OUTLIER].any():
+        logger.warning(
+            "outlier_loss %s, but data.cut_paste is not set and no training image that was looked at holds outliers "
+            "(label %d): without them the loss has inliers alone",
+            *(module.hparams.outlier_loss, OUTLIER),
+        )
+
+
+def indices_of(module: MaskClassificationSemantic, datamodule: LightningDataModule | None) -> dict[str, Meanings]:
+    """What each part of a run takes which indices for."""
+    head, loss, metrics = module.network.num_classes, module.criterion, module.confusion
+    parts = {
+        "head": {CLASS: range(head), NO_OBJECT: [head]},
+        "loss": {CLASS: range(loss.num_classes), NO_OBJECT: [loss.num_classes], IGNORED: [IGNORE]},
+        "metrics": {CLASS: range(metrics.num_classes), IGNORED: [metrics.ignore_index]},
+    }
+    if datamodule is not None:
+        parts["data"] = {CLASS: range(datamodule.num_classes), IGNORED: [IGNORE]}
+    if loss.outliers:
+        parts["loss"][OUTLYING] = [OUTLIER]
+    return parts
+
+
+def check_indices(parts: Mapping[str, Meanings]) -> None:
+    """Each index means one thing, and each thing has the same indices, in all parts that know it.
+
+    Raises:
+        ValueError: naming the index and the parts.
+    """
+    taken: dict[int, tuple[str, str]] = {}
+    known: dict[str, tuple[Collection[int], str]] = {}
+    for part, meanings in parts.items():
+        for meaning, indices in meanings.items():
+            for index in indices:
+                other, where = taken.setdefault(index, (meaning, part))
+                if other != meaning:
+                    raise ValueError(
+                        f"index {index} is {other} in the {where} and {meaning} in the {part}: one would be taken for "
+                        f"the other; classes are 0..K-1, no object K, outliers {OUTLIER}, ignored pixels {IGNORE}"
+                    )
+    for part, meanings in parts.items():
+        for meaning, indices in meanings.items():
+            others, where = known.setdefault(meaning, (indices, part))
+            if set(others) != set(indices):
+                raise ValueError(
+                    f"{meaning} is {span(others)} in the {where}, but {span(indices)} in the {part}: they must agree"
+                )
+
+
+def span(indices: Collection[int]) -> str:
+    """`index 255`, or `index 0..18`."""
+    return f"index {min(indices)}" + (f"..{max(indices)}" if len(indices) > 1 else "")
+
+
+def labels_in(dataset: Dataset) -> Tensor:
+    """Which of 256 values the labels of some items hold, bool [1, 256]; disturbs no random numbers."""
+    seen = torch.zeros(1, 256, dtype=torch.bool)
+    for i in torch.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).round().int().tolist():
+        seen |= classes_seen(dataset[i, 0][1][None])
+    return seen
