@@ -63,16 +63,17 @@ class Refine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide, kernel, weight, bias, mean, rstd = ctx.saved_tensors
+        _, of_kernel, of_weight, of_bias, _ = ctx.needs_input_grad
         activated = activate(wide)
         convolved = convolve(activated, kernel).permute(0, 2, 3, 1).to(weight.dtype)
         grad, grad_weight, grad_bias = aten.native_layer_norm_backward(
             *(grad.permute(0, 2, 3, 1).to(weight.dtype), convolved, weight.shape),
-            *(mean, rstd, weight, bias, [True, True, True]),
+            *(mean, rstd, weight, bias, [True, of_weight, of_bias]),
         )
         del convolved
         grad, grad_kernel, _ = aten.convolution_backward(
             *(grad.permute(0, 3, 1, 2).to(kernel.dtype), activated, kernel),
-            *(None, [1, 1], [1, 1], [1, 1], False, [0, 0], len(kernel), [True, True, False]),
+            *(None, [1, 1], [1, 1], [1, 1], False, [0, 0], len(kernel), [True, of_kernel, False]),
         )
         del activated
         grad = grad.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
