@@ -57,7 +57,7 @@ class EoMT(nn.Module):
         num_blocks: how many last blocks see the queries, L.
         masked_attn_enabled: predict before each of these blocks and let a query attend to its own mask only.
         checkpoint_predictions: keep little of the predictions for the backward pass and compute them again there: they
-            hold most of the activations.
+            hold much of the activations.
 
     `attn_mask_probs` [L] holds, per block, the probability that a query is masked: 1 at the start of training,
     annealed to 0, so that the deployed network needs no masks (section 3.2).
