@@ -54,6 +54,7 @@ class Refine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wide: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """`double_size` [B, H, 2, W, 2, C] -> [B, C, 2H, 2W]; kernel [C, 1, 3, 3]; weight and bias of the norm, [C]."""
         convolved = convolve(activate(wide), kernel).permute(0, 2, 3, 1).to(weight.dtype)
         normed, mean, rstd = aten.native_layer_norm(convolved, weight.shape, weight, bias, eps)
         ctx.save_for_backward(wide, kernel, weight, bias, mean, rstd)
@@ -62,6 +63,7 @@ class Refine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, from that of the output."""
         wide, kernel, weight, bias, mean, rstd = ctx.saved_tensors
         _, of_kernel, of_weight, of_bias, _ = ctx.needs_input_grad
         activated = activate(wide)
