@@ -577,9 +577,13 @@ def merge(handle: PeftModel) -> nn.Module:
     merged and the others are lost.
 
     Raises:
-        ValueError: no adapter is in use.
+        ValueError: no adapter is in use, or the base was rounded by `cast_base`.
     """
     _adapter_in_use(handle)
+    if hasattr(handle.base_model.model, "lora_cast_hashes"):
+        raise ValueError(
+            "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"
+        )
     module = handle.float().base_model.merge_and_unload(safe_merge=True)
     if hasattr(module, "lora_base_hashes"):
         del module.lora_base_hashes

@@ -43,6 +43,12 @@ def values_of_maps(prediction: Prediction, points: Tensor) -> Tensor:
     return loss.sample_maps(multiply(prediction.embeddings, prediction.features), points)
 
 
+def transposed(self: ScaleBlock, x: Tensor) -> Tensor:
+    """Through the transposed convolution, in the same shape."""
+    wide = self.conv1(x).permute(0, 2, 3, 1)  # [B, 2H, 2W, C]
+    return wide.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+
+
 class PlainStep:
     """A step that runs with one function replaced."""
 
@@ -69,7 +75,11 @@ WAYS: dict[str, tuple[str, Callable[[], AbstractContextManager]]] = {
     ),
     "upscaling as a linear layer": (
         "transposed convolution",
-        lambda: patch.object(ScaleBlock, "double_size", lambda self, x: self.conv1(x)),
+        lambda: patch.object(ScaleBlock, "double_size", transposed),
+    ),
+    "upscaling that computes its maps again": (
+        "all maps kept",
+        lambda: patch.object(ScaleBlock, "forward", lambda self, x: self.plainly(self.double_size(x))),
     ),
     "mask logits at the matcher's points": (
         "of all pixels, then sampled",

@@ -82,7 +82,8 @@ def costs_of(config: "DictConfig", memory: float | None, targets: int | None) ->
     from rich.progress import track
 
     from eomt.config_check import check_config, check_type
-    from eomt.reporting.cost import BESIDES, largest_batch, rehearsal, variants
+    from eomt.reporting.cost import BESIDES, build_without_weights, largest_batch, rehearsal, variants
+    from eomt.training.trunk_cache import cached_blocks
 
     plain = {part: OmegaConf.to_container(config[part], resolve=True) for part in ("model", "trainer")}
     plain["model"]["num_classes"] = plain["model"]["num_classes"] or CLASSES
@@ -102,7 +103,8 @@ def costs_of(config: "DictConfig", memory: float | None, targets: int | None) ->
     rows = {}
     console = Console(stderr=True)
     for name in track(ways, "costs", console=console, transient=True, disable=not console.is_terminal):
-        with rehearsal(ways[name], **options) as cost_of:
+        cached = cached_blocks(build_without_weights(ways[name])) if config.trunk_cache and name == given else 0
+        with rehearsal(ways[name], **options, cached_blocks=cached) as cost_of:
             cost = cost_of(batch_size)
             rows[name] = {**asdict(cost), "flops": cost.flops, "given": name == given}
             if room is not None:

@@ -275,6 +275,19 @@ def test_both_image_sizes_are_one(call_script, tmp_path):
     assert facts[0] == facts[1] and facts[0]["configuration"]["img_size"] == [64, 96]
 
 
+def test_a_trunk_cache_is_counted_for_the_variant_that_has_it(call_script, tmp_path):
+    words = [*TINY_RUN, "variant=lora_last_k", "model.num_blocks=1", "model.masked_attn_enabled=false"]
+    facts = []
+    for cached in ("false", "true"):
+        assert call_script("cost.py", *words, f"trunk_cache={cached}", "--json", tmp_path / "cost.json") == (0, "")
+        facts.append(json.loads((tmp_path / "cost.json").read_text())["variants"])
+    for name, plain in facts[0].items():
+        cached = facts[1][name]
+        assert cached["flops"] < plain["flops"] if plain["given"] else cached == plain
+    code, error = call_script("cost.py", *TINY_RUN, "trunk_cache=true")
+    assert code == 1 and "trunk_cache: " in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -14,6 +14,7 @@ from eomt.data.toy_streets import toy_streets
 from eomt.models.vit import ViT
 from eomt.training.callbacks import AuditLoRA, SaveBest
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
+from eomt.training.pretrained import merge_adapter
 from lora_audit import AuditError
 from lora_config import update_norms
 
@@ -396,6 +397,8 @@ def test_a_base_in_bf16_gives_the_results_of_float32_bit_for_bit(base, data, tmp
     assert block.attn.qkv.base_layer.weight.dtype == block.mlp.fc1.weight.dtype == torch.bfloat16
     assert block.norm1.weight.dtype == module.network.q.weight.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in module.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"rounded to bfloat16 .* load the saved adapter"):
+        merge_adapter(module)
     one, other = (MaskClassificationSemantic.from_pretrained(tmp_path / dtype / "adapter") for dtype in losses)
     assert torch.equal(outputs(one), outputs(other))
 

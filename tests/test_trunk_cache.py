@@ -1,16 +1,20 @@
 """Training from the output of frozen blocks: the same loss, seeded views, and what it refuses."""
 
-import shutil
-from pathlib import Path
+import threading
+import time
 
 import lightning
 import pytest
 import torch
 from conftest import TINY
+from filelock import FileLock
 
+from eomt.data.cityscapes import TRAIN_ID_OF_ID
+from eomt.data.dataset import IndexDecoder
+from eomt.data.labels import IGNORE
 from eomt.data.toy_streets import toy_streets
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.trunk_cache import TrunkCache, check_space
+from eomt.training.trunk_cache import CachedViews, TrunkCache, check_space
 
 LAST = {"use_lora": True, "lora_blocks": 1, "lora_dropout": 0.0, "masked_attn_enabled": False, "lr": 1e-3}
 
@@ -60,6 +64,10 @@ def fit(module, data, callbacks=(), epochs=2, seed=5, precision="32-true"):
     return torch.tensor(losses), batches
 
 
+def caches(tmp_path):
+    return [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
+
+
 class SameViews(torch.utils.data.Dataset):
     """The views behind a cache, as pixels."""
 
@@ -91,13 +99,13 @@ def test_the_loss_is_that_of_training_from_pixels_to_bf16_rounding(data, cache, 
 
 def test_views_are_seeded_and_the_cache_is_used_again(data, cache, tmp_path):
     losses, _ = fit(build(), data(), [cache])
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = caches(tmp_path)
     written = (folder / "tokens").stat().st_mtime_ns
     again, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
     assert torch.equal(losses, again) and (folder / "tokens").stat().st_mtime_ns == written
     fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))], seed=6)
     fit(build(), data(), [TrunkCache(2, str(tmp_path / "cache"))])
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(caches(tmp_path)) == 3
 
 
 def test_other_weights_do_not_meet_an_old_cache(data, cache, tmp_path):
@@ -106,7 +114,7 @@ def test_other_weights_do_not_meet_an_old_cache(data, cache, tmp_path):
     with torch.no_grad():
         other.network.encoder.backbone.blocks[0].mlp.fc1.weight[0, 0] += 1
     fit(other, data(), [TrunkCache(3, str(tmp_path / "cache"))])
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(caches(tmp_path)) == 2
 
 
 def test_the_same_images_in_another_order_do_not_meet_an_old_cache(data, cache, tmp_path):
@@ -114,18 +122,50 @@ def test_the_same_images_in_another_order_do_not_meet_an_old_cache(data, cache, 
     turned = data()
     turned.train_set.samples = turned.train_set.samples[::-1]
     fit(build(), turned, [TrunkCache(3, str(tmp_path / "cache"))])
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(caches(tmp_path)) == 2
 
 
-def test_of_two_runs_that_fill_a_cache_the_slower_takes_that_of_the_quicker(data, cache, tmp_path, monkeypatch):
-    def late(draft, target):
-        shutil.copytree(draft, target)  # the other run
-        return rename(draft, target)
+def test_other_labels_of_the_same_files_do_not_meet_an_old_cache(data, cache, tmp_path):
+    fit(build(), data(), [cache])
+    mended = data()
+    mended.train_set.decode_labels = IndexDecoder(TRAIN_ID_OF_ID | {7: IGNORE}, "")  # no road any more
+    fit(build(), mended, [TrunkCache(3, str(tmp_path / "cache"))])
+    assert len(caches(tmp_path)) == 2
 
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", late)
+
+def test_another_network_with_the_same_weights_does_not_meet_an_old_cache(data, cache, tmp_path):
+    fit(build(), data(), [cache])
+    heads = {**TINY["backbone_kwargs"], "num_heads": 2 * TINY["backbone_kwargs"]["num_heads"]}
+    fit(build(backbone_kwargs=heads), data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert len(caches(tmp_path)) == 2
+
+
+def test_a_run_waits_for_another_that_fills_the_same_cache_and_uses_it(data, cache, tmp_path, monkeypatch):
     losses, _ = fit(build(), data(), [cache])
-    assert len(losses) == 8 and [path.name for path in (tmp_path / "cache").iterdir()] == [cache.cache.folder.name]
+    folder, away = cache.cache.folder, tmp_path / "away"
+    folder.rename(away)
+    locked = threading.Event()
+
+    def fill_slowly():
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            locked.set()
+            time.sleep(1)
+            away.rename(folder)
+
+    threading.Thread(target=fill_slowly).start()
+    locked.wait()
+    monkeypatch.setattr(CachedViews, "fill", lambda *_: pytest.fail("it was filled twice"))
+    again, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert torch.equal(losses, again)
+
+
+def test_a_frozen_base_in_bf16_fills_the_cache_that_float32_weights_do_under_autocast(data, cache, tmp_path):
+    build(use_lora=False, lora_blocks="all").save_pretrained(tmp_path / "base")
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        module = build(ckpt_path=str(tmp_path / "base"), base_dtype=dtype)
+        losses.append(fit(module, data(), [TrunkCache(3, str(tmp_path / dtype))], precision="bf16-mixed")[0])
+    assert torch.equal(*losses)
 
 
 def test_an_interrupted_fill_leaves_nothing_behind(data, cache, tmp_path, monkeypatch):
@@ -133,7 +173,10 @@ def test_an_interrupted_fill_leaves_nothing_behind(data, cache, tmp_path, monkey
     monkeypatch.setattr(module.network, "trunk", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit(module, data(), [cache])
-    assert not list((tmp_path / "cache").iterdir())
+    assert not caches(tmp_path)
+    losses, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert len(losses) == 8 and len(caches(tmp_path)) == 1
+    assert not list((tmp_path / "cache").glob(".*/tokens"))  # of the interrupted run
 
 
 def test_heads_alone_can_train_from_a_cache_too(data, cache):

@@ -58,7 +58,7 @@ class EoMT(nn.Module):
         num_blocks: how many last blocks see the queries, L.
         masked_attn_enabled: predict before each of these blocks and let a query attend to its own mask only.
         checkpoint_predictions: keep little of the predictions for the backward pass and compute them again there: they
-            hold most of the activations.
+            hold much of the activations.
         cosine_scale: class logits are cosines times this (`CosineHead`); None: a linear layer, as published.
 
     `attn_mask_probs` [L] holds, per block, the probability that a query is masked: 1 at the start of training,

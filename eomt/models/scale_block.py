@@ -54,6 +54,7 @@ class Refine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wide: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """`double_size` [B, H, 2, W, 2, C] -> [B, C, 2H, 2W]; kernel [C, 1, 3, 3]; weight and bias of the norm, [C]."""
         convolved = convolve(activate(wide), kernel).permute(0, 2, 3, 1).to(weight.dtype)
         normed, mean, rstd = aten.native_layer_norm(convolved, weight.shape, weight, bias, eps)
         ctx.save_for_backward(wide, kernel, weight, bias, mean, rstd)
@@ -62,17 +63,19 @@ class Refine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, from that of the output."""
         wide, kernel, weight, bias, mean, rstd = ctx.saved_tensors
+        _, of_kernel, of_weight, of_bias, _ = ctx.needs_input_grad
         activated = activate(wide)
         convolved = convolve(activated, kernel).permute(0, 2, 3, 1).to(weight.dtype)
         grad, grad_weight, grad_bias = aten.native_layer_norm_backward(
             *(grad.permute(0, 2, 3, 1).to(weight.dtype), convolved, weight.shape),
-            *(mean, rstd, weight, bias, [True, True, True]),
+            *(mean, rstd, weight, bias, [True, of_weight, of_bias]),
         )
         del convolved
         grad, grad_kernel, _ = aten.convolution_backward(
             *(grad.permute(0, 3, 1, 2).to(kernel.dtype), activated, kernel),
-            *(None, [1, 1], [1, 1], [1, 1], False, [0, 0], len(kernel), [True, True, False]),
+            *(None, [1, 1], [1, 1], [1, 1], False, [0, 0], len(kernel), [True, of_kernel, False]),
         )
         del activated
         grad = grad.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))

@@ -108,7 +108,8 @@ def rehearsal(
         module.to_empty(device="cpu").train()
         module.network.attn_mask_probs = masked
         if cached_blocks:
-            module.train_from(cached_blocks)
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                module.train_from(cached_blocks)
         weights = live.bytes
         for p in module.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None

@@ -83,7 +83,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         class_weights, class_names, class_colors: K weights for the class loss; K names and RGB colours for reports.
         checkpoint_predictions: a step takes longer and keeps less; see `EoMT`.
         base_dtype: "bfloat16" keeps the frozen base of a LoRA run in half the bytes while it trains. The results are
-            those of float32, which bf16-mixed rounds in every step.
+            those of float32, which bf16-mixed rounds in every step. To predict or merge, load the saved adapter.
         compile: `torch.compile` the blocks and the upscaling.
 
     Raises:

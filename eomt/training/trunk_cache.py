@@ -9,12 +9,12 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import lightning
 import torch
+from filelock import FileLock
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -56,29 +56,34 @@ class TrunkCache(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, module: MaskClassificationSemantic) -> None:
         cache = self.cache
-        if not cache.folder.is_dir():
-            check_space(cache.bytes, self.folder)
-            cache.fill(trainer, module)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f".{cache.folder.name}.lock"):  # another run may be at it: wait for its cache
+            if not cache.folder.is_dir():
+                cache.fill(trainer, module)
         log.info(
             "trunk_cache: %d views of %d images behind %d blocks, %.1f GiB in %s",
             *(self.views, len(cache), cache.depth, cache.bytes / 2**30, cache.folder),
         )
-        module.train_from(cache.depth)
+        with trainer.precision_plugin.forward_context():
+            module.train_from(cache.depth)
 
     def key(self, trainer: lightning.Trainer, module: MaskClassificationSemantic, depth: int) -> str:
-        """A hash of everything that the tokens depend on."""
+        """A hash of everything that tokens and labels depend on."""
         encoder = module.network.encoder
         trunk = {name: tensor for name, tensor in encoder.state_dict().items() if before(name, depth)}
         dataset = trainer.datamodule.train_set
+        hp = module.hparams
         facts = {
+            "network": [hp.backbone_name, hp.backbone_kwargs, hp.img_size, depth],
             "weights": combine_hashes(hash_tensors(trunk)),
             "data": dataset.fingerprint(),
             "order": dataset.names,
-            "augmentation": vars(dataset.transform),
+            "labels": [dataset.classes.names, vars(dataset.decode_labels)],
+            "augmentation": repr(dataset.transform),
+            "views": self.views,
             "seed": torch.initial_seed(),
             "precision": trainer.precision,
         }
-        facts |= {"views": self.views, "depth": depth, "img_size": module.hparams.img_size}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
@@ -118,7 +123,6 @@ def cached_blocks(module: MaskClassificationSemantic) -> int:
 
 def check_space(needed: int, folder: Path) -> None:
     """Raises ValueError where the disk has no room."""
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > 0.95 * free:
         raise ValueError(
@@ -159,7 +163,17 @@ class CachedViews(Dataset):
         return 2 * tokens + labels
 
     def fill(self, trainer: lightning.Trainer, module: MaskClassificationSemantic) -> None:
-        """Runs the frozen blocks over all views. An interrupted run leaves nothing half-done."""
+        """Runs the frozen blocks over all views.
+
+        What an interrupted run leaves is no cache, and the next one takes its place.
+
+        Raises:
+            ValueError: the disk has no room.
+        """
+        draft = self.folder.with_name(f".{self.folder.name}")
+        shutil.rmtree(draft, ignore_errors=True)
+        check_space(self.bytes, self.folder.parent)
+        draft.mkdir()
         rows = self.shapes["tokens"][0]
         seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(torch.initial_seed() % 2**62))
         loader = DataLoader(
@@ -169,26 +183,19 @@ class CachedViews(Dataset):
             num_workers=trainer.datamodule.num_workers,
             generator=torch.Generator(),
         )
-        draft = Path(tempfile.mkdtemp(prefix=".draft_", dir=self.folder.parent))
-        try:
-            files = [open_tensor(draft / name, shape, write=True) for name, shape in self.shapes.items()]
-            done = 0
-            with evaluating(module.network), torch.no_grad(), trainer.precision_plugin.forward_context():
-                for images, labels in track(loader, "Frozen blocks", transient=True):
-                    tokens, _ = module.network.trunk(images.to(module.device) / 255, self.depth)
-                    for file, batch in zip(files, (tokens, labels), strict=True):
-                        file[done : done + len(batch)] = batch.to("cpu", file.dtype)
-                    done += len(images)
-            draft.rename(self.folder)
-        except OSError:
-            if not self.folder.is_dir():  # else another run was quicker
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        files = [open_tensor(draft / name, shape) for name, shape in self.shapes.items()]
+        done = 0
+        with evaluating(module.network), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for images, labels in track(loader, "Frozen blocks", transient=True):
+                tokens, _ = module.network.trunk(images.to(module.device) / 255, self.depth)
+                for file, batch in zip(files, (tokens, labels), strict=True):
+                    file[done : done + len(batch)] = batch.to("cpu", file.dtype)
+                done += len(images)
+        draft.rename(self.folder)
 
 
 @lru_cache(maxsize=8)
-def open_tensor(path: Path, shape: tuple[int, ...], write: bool = False) -> Tensor:
-    """A file on disk as a tensor: `tokens` in bf16, `labels` in uint8."""
+def open_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A file on disk as a tensor: `tokens` in bf16, `labels` in uint8. Files larger than memory can be opened."""
     dtype = torch.bfloat16 if path.name == "tokens" else torch.uint8
-    return torch.from_file(str(path), shared=write, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
