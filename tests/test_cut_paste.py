@@ -288,6 +288,16 @@ def test_training_views_show_outliers_and_validation_images_none(toy):
     assert images.dtype == labels.dtype == torch.uint8 and images.shape == (2, 3, 64, 128)
 
 
+def test_pasting_leaves_crops_and_colours_as_they_are(toy):
+    plain, pasting = opened(toy), opened(toy, CutPaste(ToyCutOuts(), probability=1.0, edge="hard"))
+    for k in range(6):
+        (image, labels), (changed, with_outliers) = plain.train_set[k, k], pasting.train_set[k, k]
+        kept = with_outliers != OUTLIER
+        assert torch.equal(labels[kept], with_outliers[kept])
+        distance = (image[:, kept].int() - changed[:, kept].int()).abs()
+        assert (distance <= 4).float().mean() > 0.95  # contrast depends on the mean, edges on what is beside them
+
+
 def test_without_cut_paste_training_views_are_what_they_were(toy):
     data = opened(toy)
     assert type(data.train_set.transform).__name__ == "TrainTransform" and "cut_paste" not in data.fingerprint()

@@ -85,7 +85,8 @@ def test_mask2anomaly_pushes_one_minus_the_best_score_to_zero_and_beyond_the_mar
 
 @pytest.mark.parametrize("name", ["rba", "mask2anomaly"])
 def test_without_outliers_or_without_inliers_that_term_is_zero(name):
-    some = prediction(torch.randn(1, 4, 2, 2), torch.randn(1, 4, 3))
+    masks = torch.tensor([[3.0, -3.0], [-3.0, 3.0]]).expand(1, 4, 2, 2)  # claimed and unclaimed pixels: both err
+    some = prediction(masks, torch.zeros(1, 4, 3))
     for value, empty in ((0, "outlier"), (OUTLIER, "inlier")):
         terms = OutlierLoss(name, 2)(some, torch.full((1, 8, 8), value, dtype=torch.uint8))
         assert terms[empty].item() == 0 and sum(terms.values()).item() > 0

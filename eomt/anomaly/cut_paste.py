@@ -114,7 +114,16 @@ class CutPaste:
         return self.apply(image, labels, self.draw(labels))
 
     def draw(self, labels: Tensor) -> list[Paste]:
-        """What to paste on a scene with these labels, the nearest last; nothing where there is no place for it."""
+        """What to paste on a scene with these labels, the nearest last; nothing where there is no place for it.
+
+        The random generator stays as it was: crops and colours that are drawn next are those of a run without pasting.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(randint(0, 2**32 - 1))
+            return self.draw_pastes(labels)
+
+    def draw_pastes(self, labels: Tensor) -> list[Paste]:
+        """As `draw`, from the generator as it is."""
         if torch.rand(()).item() >= self.probability:
             return []
         ground = labels == self.road if self.where == "road" else torch.ones_like(labels, dtype=torch.bool)

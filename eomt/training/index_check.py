@@ -99,8 +99,8 @@ def span(indices: Collection[int]) -> str:
 
 
 def labels_in(dataset: Dataset) -> Tensor:
-    """Which of 256 values the labels of some items hold, bool [1, 256]; disturbs no random numbers."""
+    """Which of 256 values the label maps of some items hold, bool [1, 256]; no image is read."""
     seen = torch.zeros(1, 256, dtype=torch.bool)
     for i in torch.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).round().int().tolist():
-        seen |= classes_seen(dataset[i, 0][1][None])
+        seen |= classes_seen(dataset.labels(i)[None])
     return seen

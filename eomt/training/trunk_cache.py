@@ -141,7 +141,8 @@ class CachedViews(Dataset):
         self, images: Dataset, views: int, folder: Path, module: MaskClassificationSemantic, depth: int
     ) -> None:
         self.images, self.views, self.folder, self.depth = images, views, folder, depth
-        self.classes, self.samples, self.fingerprint = images.classes, images.samples, images.fingerprint
+        self.classes, self.samples = images.classes, images.samples
+        self.fingerprint, self.labels = images.fingerprint, images.labels
         encoder = module.network.encoder
         tokens = encoder.num_prefix_tokens + encoder.grid_size[0] * encoder.grid_size[1]
         rows = len(images) * views
