@@ -26,13 +26,14 @@ EXAMPLES = """examples:
   python scripts/evaluate_anomaly.py outputs/rba/model data=fs_static data.root=/data/anomaly --export rba --method Ours
 
 settings:
-  data          road_anomaly_21, road_obstacle_21, fs_lost_and_found, fs_static, road_anomaly or toy_anomalies
+  data          road_anomaly_21, road_obstacle_21, fs_lost_and_found, fs_static, road_anomaly, toy_anomalies; or a list
   data.root     folder of the benchmarks' folders
   data.number, data.size, data.seed   of toy anomalies (60, [128,256], 0)
   scores        msp, max_logit, max_entropy, rba, msp_class_t (default: the first four)
   temperatures  of the scores that have one (default: [1.0])"""
+TOYS, OF_TOYS = "toy_anomalies", ("data.number", "data.size", "data.seed")
 SETTINGS: dict[str, Any] = {
-    "data": None,
+    "data": [],
     "data.root": None,
     "data.number": 60,
     "data.size": [128, 256],
@@ -53,7 +54,7 @@ def main() -> int:
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
     add("settings", nargs="*", metavar="KEY=VALUE", help="see below")
-    add("--precision", help="default: that of the run")
+    add("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: that of the run")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
     add("--cache", type=Path, help="folder of the logits; default: anomaly/logits in the run's folder")
@@ -82,7 +83,8 @@ def parse(words: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown setting, or one that cannot be read.
     """
-    import yaml
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     from eomt.command_line import did_you_mean
 
@@ -92,10 +94,11 @@ def parse(words: list[str]) -> dict[str, Any]:
         if not equals or key not in SETTINGS:
             raise ValueError(f"{word} is no setting{did_you_mean(key, SETTINGS)}")
         try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
+        except YAMLError as error:
             raise ValueError(f"{word} cannot be read: a list looks like {key}=[a,b]") from error
-    for key in ("scores", "temperatures"):
+        settings[key] = value if key == "data.root" else read
+    for key in ("data", "scores", "temperatures"):
         if not isinstance(settings[key], list):
             settings[key] = [settings[key]]
     return settings
@@ -110,9 +113,11 @@ def run_evaluation(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     asked = variants(settings["scores"], settings["temperatures"])
     exported = variant_to_export(args.export, asked)
     datasets = open_datasets(settings)
+    for dataset in datasets:
+        dataset.check()  # before the network has run over all of them
     device = choose_device(args.device)
     module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path)
-    precision = args.precision or module.trained_precision or "bf16-mixed"
+    precision = args.precision or known_precision(module.trained_precision)
     output = args.output or run_of(args.model) / "anomaly"
     for dataset in datasets:
         cache = LogitCache((args.cache or output / "logits") / identity(module, dataset, precision))
@@ -159,8 +164,17 @@ def choose_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
 
 
+def known_precision(trained: str | None) -> str:
+    """That of the run; raises ValueError where the logits cannot be computed in it."""
+    from eomt.anomaly.evaluation import AUTOCAST
+
+    if trained is not None and trained not in AUTOCAST:
+        raise ValueError(f"the run's precision was {trained}: choose --precision from {', '.join(AUTOCAST)}")
+    return trained or "bf16-mixed"
+
+
 def open_datasets(settings: dict[str, Any]) -> "list[AnomalyDataset]":
-    """The data set that was named, or all that lie under the root.
+    """The data sets that were named, or all that lie under the root.
 
     Raises:
         ValueError, FileNotFoundError: neither is given, or there is none.
@@ -168,25 +182,24 @@ def open_datasets(settings: dict[str, Any]) -> "list[AnomalyDataset]":
     from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
     from eomt.anomaly.toy_anomalies import write_toy_anomalies
 
-    name, root = settings["data"], settings["data.root"]
-    if name == "toy_anomalies":
-        folder = write_toy_anomalies(root, settings["data.number"], settings["data.size"], settings["data.seed"])
-        return [AnomalyDataset(folder, name)]
-    if ignored := [key for key in ("data.number", "data.size", "data.seed") if settings[key] != SETTINGS[key]]:
-        raise ValueError(f"{ignored[0]} is for data=toy_anomalies only; leave it out")
-    if name is not None:
-        return [AnomalyDataset(root or "", name)]
-    if root is None:
-        raise ValueError("give data.root=FOLDER of the benchmarks, or data=toy_anomalies, which are drawn")
-    found = [
-        AnomalyDataset(root, each)
-        for each, benchmark in BENCHMARKS.items()
-        if any((Path(root).expanduser() / folder).is_dir() for folder in benchmark.folders)
-    ]
-    if not found:
+    names, root = settings["data"], settings["data.root"]
+    toys = [settings[key] for key in OF_TOYS]
+    if TOYS not in names and toys != [SETTINGS[key] for key in OF_TOYS]:
+        raise ValueError(f"{', '.join(OF_TOYS)} are for data={TOYS} only; leave them out")
+    if not (names or root):
+        raise ValueError(f"give data.root=FOLDER of the benchmarks, or data={TOYS}, which are drawn")
+    if not names:
+        places = {
+            name: [Path(root).expanduser() / folder for folder in BENCHMARKS[name].folders] for name in BENCHMARKS
+        }
+        names = [name for name in places if any((place / "labels_masks").is_dir() for place in places[name])]
+    if not names:
         folders = ", ".join(benchmark.folders[0] for benchmark in BENCHMARKS.values())
         raise FileNotFoundError(f"{root} holds none of {folders}, each with images/ and labels_masks/")
-    return found
+    return [
+        AnomalyDataset(write_toy_anomalies(root, *toys) if name == TOYS else root or "", name)
+        for name in dict.fromkeys(names)
+    ]
 
 
 def identity(module: "MaskClassificationSemantic", dataset: "AnomalyDataset", precision: str) -> str:
@@ -250,6 +263,7 @@ def write(
         "benchmark": dataset.name,
         "title": dataset.benchmark.title,
         "images": len(dataset),
+        "data": dataset.fingerprint(),
         "precision": precision,
         "img_size": list(module.hparams.img_size),
         "results": [result.as_dict() for result in results],
@@ -266,21 +280,21 @@ def draw(
     count: int,
     num_classes: int,
 ) -> None:
-    """Some images that show something unknown, spread over the data set, with each score at its best temperature."""
+    """Some images that show something unknown, spread over the data set; each score at T = 1, or else the first."""
     import numpy as np
 
     from eomt.anomaly.evaluation import score_maps
     from eomt.anomaly.metrics import ANOMALY
-    from eomt.anomaly.scores import WITH_TEMPERATURE, usual_range
+    from eomt.anomaly.scores import SCORES, usual_range
     from eomt.reporting.anomaly_pictures import HeatMap, Row, anomaly_picture
 
-    best: dict[str, Result] = {}
-    for result in sorted(results, key=lambda result: result.pixels.auprc):
-        best[result.score] = result
-    shown = [result for result in results if best[result.score] is result]
+    drawn: dict[str, Result] = {}
+    for result in sorted(results, key=lambda result: result.temperature != 1):
+        drawn.setdefault(result.score, result)
+    shown = list(drawn.values())
     columns = [
         HeatMap(
-            result.score + (f", T = {result.temperature:g}" if result.score in WITH_TEMPERATURE else ""),
+            result.score + (f", T = {result.temperature:g}" if SCORES[result.score].tempered else ""),
             *usual_range(result.score, result.temperature, num_classes),
         )
         for result in shown

@@ -94,6 +94,22 @@ def test_a_label_of_another_data_set_is_an_error(tmp_path, name, value):
         AnomalyDataset(tmp_path, name).labels(0)
 
 
+def test_all_labels_are_looked_at_together(tmp_path):
+    write(tmp_path / "fs_static", {f"{k}.png": (4, 6) for k in "012"}, {f"{k}.png": values((4, 6)) for k in "012"})
+    dataset = AnomalyDataset(tmp_path, "fs_static")
+    with pytest.raises(ValueError, match="labels_masks shows nothing anomalous"):
+        dataset.check()
+    save(tmp_path / "fs_static" / "labels_masks" / "1.png", np.full((4, 6), 1, np.uint8))
+    dataset.check()
+    for k in "02":
+        save(tmp_path / "fs_static" / "labels_masks" / f"{k}.png", np.full((4, 6), 255, np.uint8))
+    with pytest.raises(ValueError, match="labels_masks shows nothing normal"):
+        dataset.check()
+    save(tmp_path / "fs_static" / "labels_masks" / "2.png", values((4, 6), 2))
+    with pytest.raises(ValueError, match=r"2\.png has the value 2"):
+        dataset.check()
+
+
 def test_labels_in_colours_are_an_error(tmp_path):
     write(tmp_path / "fs_static", {"0.png": (4, 6)}, {"0.png": np.zeros((4, 6, 3), np.uint8)})
     with pytest.raises(ValueError, match="single channel"):

@@ -1,6 +1,7 @@
 """One forward pass, any number of scores; and the command line that says what they are worth."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_logits_that_float16_cannot_hold_are_refused(tmp_path, module, toys):
         (logits,) = window_logits(module.network, [toys.image(0)])
     with pytest.raises(ValueError, match="beyond float16"):
         LogitCache(tmp_path).write("x", logits._replace(class_logits=logits.class_logits + 1e5))
-    with pytest.raises(ValueError, match="--precision 8-bit: choose from 32-true"):
+    with pytest.raises(ValueError, match="precision 8-bit: choose from 32-true"):
         LogitCache(tmp_path).fill(module.network, readers(toys), precision="8-bit")
 
 
@@ -216,6 +217,7 @@ def test_the_command_line_prints_and_writes_all_scores(evaluated):
     }
     found = [(r["score"], r["temperature"]) for r in facts["results"]]
     assert found == [("msp", 0.5), ("msp", 1.0), ("rba", 1.0), ("msp_class_t", 0.5), ("msp_class_t", 1.0)]
+    assert len(facts["data"]) == 64
     keys = "score temperature auprc fpr95 error threshold f1 anomalous valid siou ppv component_f1".split()
     for result in facts["results"]:
         assert list(result) == keys and 0 < result["auprc"] < 1 and 0 <= result["fpr95"] <= 1
@@ -280,7 +282,10 @@ def test_logits_of_other_weights_are_not_taken_from_the_cache(module, toys, monk
             "error: data.size=64 must be [height,width] of at least 32 pixels each\n",
         ),
         ([], "error: give data.root=FOLDER of the benchmarks, or data=toy_anomalies, which are drawn\n"),
-        (["data=fs_static", "data.number=4"], "error: data.number is for data=toy_anomalies only; leave it out\n"),
+        (
+            ["data=fs_static", "data.number=4"],
+            "error: data.number, data.size, data.seed are for data=toy_anomalies only; ",
+        ),
         (["--export", "energy", "data=toy_anomalies"], "error: --export energy: name one of scores=["),
         (
             ["--export", "msp", "data=toy_anomalies", "temperatures=[0.5,1]"],
@@ -306,6 +311,52 @@ def test_a_wrong_label_is_one_sentence_without_traceback(model, tmp_path):
     result = run_script(SCRIPT, model, f"data.root={tmp_path}", "--output", tmp_path / "out")
     assert result.returncode == 1 and "0.png has the value 2" in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors")), "the network had run before labels were looked at"
+
+
+def test_the_precision_of_a_run_that_no_logits_are_computed_in_is_one_sentence(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / "eomt_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"precision": "bf16-true"}))
+    result = run_script(SCRIPT, tmp_path / "model", *SETTINGS, f"data.root={tmp_path}/toys")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: the run's precision was bf16-true: choose --precision from 32-true")
+
+
+def test_several_benchmarks_may_be_named_and_numbers_be_written_in_any_way(monkeypatch, toys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from evaluate_anomaly import open_datasets, parse
+
+    sys.modules.pop("evaluate_anomaly", None)
+    root = toys.folder.parents[1]
+    settings = parse(
+        [
+            "data=[toy_anomalies,toy_anomalies]",
+            f"data.root={root}",
+            "data.number=4",
+            "data.size=[80,200]",
+            "temperatures=1e-1",
+        ]
+    )
+    assert settings["temperatures"] == [0.1] and parse(["data.root=2024"])["data.root"] == "2024"
+    assert [dataset.folder for dataset in open_datasets(settings)] == [toys.folder]
+
+
+def test_one_temperature_is_drawn_and_it_is_not_the_best_of_the_labels(monkeypatch, module, toys, cache, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import evaluate_anomaly
+
+    sys.modules.pop("evaluate_anomaly", None)
+    titles = []
+    monkeypatch.setattr(
+        "eomt.reporting.anomaly_pictures.anomaly_picture", lambda rows, maps, *_: titles.extend(m.title for m in maps)
+    )
+    for temperatures in ([0.5, 1.0, 2.0], [0.5, 2.0]):
+        results = evaluate(cache, toys, variants(["msp", "rba"], temperatures), quietly, with_components=False)
+        for result, auprc in zip(results, (0.2, 0.1, 0.9), strict=False):
+            object.__setattr__(result.pixels, "auprc", auprc)
+        evaluate_anomaly.draw(tmp_path, toys, cache, results, 1, module.hparams.num_classes)
+    assert set(titles[:2]) == {"msp, T = 1", "rba"} and set(titles[2:]) == {"msp, T = 0.5", "rba"}
 
 
 def test_help_has_examples():

@@ -7,7 +7,6 @@ import torch
 
 from eomt.anomaly.scores import (
     SCORES,
-    class_temperature,
     max_entropy,
     max_logit,
     msp,
@@ -43,7 +42,7 @@ def test_msp_is_one_less_the_largest_share():
 
 
 def test_max_logit_is_the_negative_of_the_largest_score_at_every_temperature():
-    assert max_logit(pixel(0.1, 0.7, 0.2)).item() == max_logit(pixel(0.1, 0.7, 0.2), 0.5).item() == -0.7
+    assert max_logit(pixel(0.1, 0.7, 0.2)).item() == SCORES["max_logit"](pixel(0.1, 0.7, 0.2), 0.5).item() == -0.7
 
 
 def test_max_entropy_is_that_of_the_softmax_in_nats():
@@ -56,17 +55,18 @@ def test_max_entropy_is_that_of_the_softmax_in_nats():
 
 def test_rba_is_the_negative_sum_of_the_squashed_scores():
     scores = pixel(math.log(3) / 2, math.log(2) / 2, 0.0)  # tanh: (3 - 1) / (3 + 1), (2 - 1) / (2 + 1), 0
-    assert rba(scores).item() == rba(scores, 0.5).item() == pytest.approx(-(1 / 2 + 1 / 3), abs=1e-12)
+    assert rba(scores).item() == SCORES["rba"](scores, 0.5).item() == pytest.approx(-(1 / 2 + 1 / 3), abs=1e-12)
 
 
 def test_msp_class_t_divides_the_class_logits_and_not_the_scores():
     masks = torch.zeros(1, 1, 1, 1, dtype=torch.float64)  # sigmoid: 1/2
     classes = logits((0.6, 0.3, 0.1))[None, :1].view(1, 1, 3)
-    scores = semantic_scores(masks, classes, class_temperature("msp_class_t", 0.5))
+    scores = semantic_scores(masks, classes, SCORES["msp_class_t"].class_temperature(0.5))
     torch.testing.assert_close(scores.flatten(), torch.tensor([18 / 46, 4.5 / 46], dtype=torch.float64))
     expected = 1 - 1 / (1 + math.exp(4.5 / 46 - 18 / 46))
-    assert msp_class_t(scores[0], 0.5).item() == pytest.approx(expected, abs=1e-12)
-    assert [class_temperature(name, 0.5) for name in SCORES] == [1, 1, 1, 1, 0.5]
+    assert msp_class_t(masks, classes, 0.5).item() == pytest.approx(expected, abs=1e-12)
+    assert SCORES["msp_class_t"](scores[0], 0.5).item() == pytest.approx(expected, abs=1e-12)
+    assert [score.class_temperature(0.5) for score in SCORES.values()] == [1, 1, 1, 1, 0.5]
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -91,7 +91,7 @@ def test_the_pixel_temperature_hardly_changes_the_order_and_the_class_temperatur
         return 1 - torch.corrcoef(torch.stack(ranks))[0, 1]
 
     plain = semantic_scores(masks, classes)
-    by_pixel, by_class = disorder(msp(plain, 0.5)), disorder(msp_class_t(semantic_scores(masks, classes, 0.5), 0.5))
+    by_pixel, by_class = disorder(msp(plain, 0.5)), disorder(msp_class_t(masks, classes, 0.5))
     assert 0 < by_pixel < 0.01 and by_class > 10 * by_pixel
 
 

@@ -13,6 +13,7 @@ from zipfile import is_zipfile
 import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}", "model.num_blocks=2"]
@@ -152,6 +153,41 @@ def test_the_report_has_anomaly_columns_and_refuses_scores_of_an_earlier_network
     os.utime(tmp_path / "run" / "anomaly" / "toy_anomalies.json", (0, 0))
     error = compare("report", tmp_path / "run", "--output", tmp_path / "report", code=1).stderr
     assert "toy_anomalies.json is older than the run's end: score again" in error
+
+
+def test_a_benchmark_that_cannot_be_scored_costs_no_run_its_miou(matrix, scored, tmp_path):
+    for part, pixels in (("images", np.zeros((64, 128, 3))), ("labels_masks", np.indices((64, 128))[1] // 64)):
+        (tmp_path / "fs_static" / part).mkdir(parents=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "fs_static" / part / "0.png")
+    picture = tmp_path / "fs_static" / "images" / "0.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    folder = tmp_path / "matrix"
+    shutil.copytree(scored[0], folder)
+    shutil.rmtree(folder / "lora_r4")
+    (folder / "matrix.json").write_text(
+        json.dumps(read(folder / "matrix.json") | {"variants": ["none"], "anomaly": []})
+    )
+    words = [word for word in scored[1] if not word.startswith(("variants", "output_dir"))]
+    words += ["variants=[none]", f"output_dir={folder}", "anomaly=[fs_static]", f"anomaly_root={tmp_path}"]
+    result = compare(*words, code=1)
+    assert "failed: none, seed 3: " in result.stdout and "cannot be decoded" in result.stdout
+    cell = read(folder / "none" / "seed_3" / "cell.json")
+    assert cell["status"] == "finished" and "cannot be decoded" in cell["anomaly_error"]
+    compare("report", folder, "--output", tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "none, the baseline, reaches" in text
+
+
+def test_how_objects_are_pasted_is_nothing_to_a_variant_that_pastes_none(settings, tmp_path):
+    words = [word for word in settings if not word.startswith("experiment=")] + ["experiment=toy_rba"]
+    result = compare(
+        "run", *words, "variants=[rba,baseline]", "data.cut_paste.probability=0.3", "data.cut_paste.cutouts.number=3",
+        f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert "2 of 2 cells finished" in result.stdout
+    pasted, plain = (read(tmp_path / variant / "seed_0" / "summary.json")["data"] for variant in ("rba", "baseline"))
+    assert "probability=0.3" in pasted["cut_paste"] and "cut_paste" not in plain
+    assert "data.cut_paste.probability=0.3" not in read(tmp_path / "baseline" / "seed_0" / "cell.json")["command"]
 
 
 def test_other_settings_in_the_same_folder_are_refused(matrix):

@@ -18,6 +18,7 @@ from eomt.reporting.comparison.differences import differences
 from eomt.reporting.comparison.runs import load_runs
 from eomt.reporting.comparison.statistics import bootstrap_iou, compare, image_gains, image_weights, resample
 from eomt.reporting.comparison.table import NONE, table
+from eomt.reporting.comparison.words import headline
 from eomt.training.mask_classification_semantic import iou_per_class
 
 CLASSES = ("sky", "road", "traffic_sign")
@@ -135,6 +136,7 @@ def write_anomalies(run, benchmark="toy_anomalies", scores=None, anomalous=2000,
         "benchmark": benchmark,
         "title": BENCHMARKS[benchmark].title,
         "images": 60,
+        "data": digest(f"images of {benchmark}"),
         "precision": "32-true",
         "img_size": [64, 128],
         "results": results,
@@ -598,11 +600,16 @@ def test_results_that_are_missing_or_undefined_leave_an_empty_cell_and_a_note(sc
     comparison = compare(load_runs([scored]))
     assert cells(comparison, "lora_r8")["Toy anomalies AuPRC, %"] == f"44.00 ± {NONE} over 1 seed"
     assert "No result of rba on Toy anomalies: lora_r8 seeds 0, 1." in table(comparison).footnotes
+    values = {key: value for cell in table(comparison).rows[0] for key, value in cell.values.items()}
+    assert values["variant"] == "lora_r8" and values["toy_anomalies_auprc_seeds"] == 1
+    assert values["anomaly_score"] == "rba" and values["seeds"] == 3
+    assert headline(comparison)[-1].endswith("lora_r8 +15.00 over 1 seed.")
     (scored / "lora_r8" / "2" / "anomaly" / "toy_anomalies.json").unlink()
     assert cells(compare(load_runs([scored])), "lora_r8")["Toy anomalies AuPRC, %"] == NONE
 
 
 ANOMALY_CONDITIONS = {
+    "Toy anomalies: evaluated images": {"data": "other"},
     "Toy anomalies: numbers of images": {"images": 59},
     "Toy anomalies: labels": {"anomalous": 1999},
     "Toy anomalies: evaluation sizes": {"img_size": [128, 128]},
@@ -616,6 +623,16 @@ def test_benchmarks_that_were_run_differently_do_not_belong_in_one_table(scored,
     write_anomalies(scored / "lora_r8" / "0", **ANOMALY_CONDITIONS[aspect])
     (found,) = differences(load_runs([scored]))
     assert str(found).startswith(f"{aspect} differ: ") and found.variants("full") == {"lora_r8"}
+
+
+def test_the_error_of_counting_in_bins_is_the_largest_of_the_runs_and_of_the_score_that_is_shown(scored):
+    for variant, error in (("lora_r8", 0.004), ("full", 0.001)):
+        path = scored / variant / "0" / "anomaly" / "toy_anomalies.json"
+        facts = json.loads(path.read_text())
+        facts["results"][1]["error"] = error  # of rba
+        path.write_text(json.dumps(facts))
+    notes = {score: " ".join(table(compare(load_runs([scored]), score=score)).footnotes) for score in ("rba", "msp")}
+    assert "counted in bins, within 0.4 points" in notes["rba"] and "in bins" not in notes["msp"]
 
 
 def set_up(run, part, **settings):

@@ -281,6 +281,54 @@ def test_an_outlier_loss_that_sees_no_outlier_is_worth_a_warning(data, pasted, c
     assert "outlier_loss rba, but data.cut_paste is not set" in caplog.text
 
 
+def test_pasting_that_finds_no_place_is_worth_a_warning(toy_cache, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_start(build(outlier_loss="rba"), streets(toy_cache, CutPaste(ToyCutOuts(20), probability=0.01)))
+        assert "no place" not in caplog.text
+        nowhere = CutPaste(ToyCutOuts(20), road="train")
+        check_start(build(outlier_loss="rba"), streets(toy_cache, nowhere))
+    assert "data.cut_paste found no place for an object" in caplog.text
+
+
+def test_a_data_module_of_ones_own_is_left_out_of_the_check_of_labels(data):
+    class Own(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return data.train_dataloader()
+
+    fit(build(), Own(), max_steps=1)
+
+
+def test_outliers_without_a_loss_are_refused_before_frozen_blocks_are_run(pasted, tmp_path):
+    module = build(use_lora=True, lora_blocks=1, lora_dropout=0.0, masked_attn_enabled=False)
+    with pytest.raises(ValueError, match="label 254"):
+        fit(module, pasted, TrunkCache(views=2, folder=str(tmp_path / "cache")))
+    assert not list(tmp_path.rglob("tokens"))
+
+
+@pytest.mark.parametrize("name", ["rba", "mask2anomaly"])
+def test_every_pixel_weighs_the_same_on_however_many_processes(name, monkeypatch):
+    """Two processes with a picture each, one of them without outliers, and their mean, against one with both."""
+    masks = torch.tensor([[3.0, -3.0], [-3.0, 3.0]]).repeat(2, 4, 1, 1).requires_grad_()
+    labels = torch.zeros(2, 2, 2, dtype=torch.uint8)
+    labels[1, 0] = OUTLIER
+    loss = OutlierLoss(name, 2)
+
+    def gradient(terms):
+        return torch.autograd.grad(sum(term.sum() for term in terms.values()), masks)[0]
+
+    whole = gradient(loss(prediction(masks, torch.zeros(2, 4, 3)), labels))
+    counts = {0: [4.0, 0.0], 1: [2.0, 2.0]}  # inliers, outliers
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        others = iter(counts[1 - rank])
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, others=others: count.add_(next(others)))
+        here = prediction(masks[rank : rank + 1], torch.zeros(1, 4, 3))
+        parts.append(gradient(loss(here, labels[rank : rank + 1])))
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
 def test_outliers_in_validation_images_count_as_little_as_ignored_pixels(data):
     module = build()
     image, labels = data.val_set[0]

@@ -75,7 +75,8 @@ class SameViews(torch.utils.data.Dataset):
         self.images, self.views = cache.images, cache.views
         rows = len(cache) * cache.views
         self.seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(5)).tolist()
-        self.classes, self.samples, self.fingerprint = cache.classes, cache.samples, cache.fingerprint
+        self.classes, self.samples, self.labels = cache.classes, cache.samples, cache.labels
+        self.fingerprint = cache.fingerprint
 
     def __len__(self):
         return len(self.images)

@@ -52,6 +52,9 @@ class Paste:
 class CutPaste:
     """A transform of image uint8 [3, H, W] and labels uint8 [H, W], for training sets, before augmentation.
 
+    It draws from the random generator's state and leaves that as it was: seed it for each image, as
+    `SegmentationDataset` does.
+
     Args:
         cutouts: what is pasted.
         probability: of an image to get any object.
@@ -80,8 +83,10 @@ class CutPaste:
     match_color: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"data.cut_paste.probability {self.probability}: must lie between 0 and 1")
+        if not 0 < self.probability <= 1:
+            raise ValueError(
+                f"data.cut_paste.probability {self.probability}: must lie above 0, up to 1; data.cut_paste=null is none"
+            )
         if len(self.objects) != 2 or not 1 <= self.objects[0] <= self.objects[1]:
             raise ValueError(f"data.cut_paste.objects {list(self.objects)}: give [fewest, most], at least 1")
         if len(self.size) != 2 or not 0 < self.size[0] <= self.size[1] <= 1:
@@ -116,7 +121,7 @@ class CutPaste:
     def draw(self, labels: Tensor) -> list[Paste]:
         """What to paste on a scene with these labels, the nearest last; nothing where there is no place for it.
 
-        The random generator stays as it was: crops and colours that are drawn next are those of a run without pasting.
+        Crops and colours that are drawn afterwards are those of a run without pasting.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(randint(0, 2**32 - 1))

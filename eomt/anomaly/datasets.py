@@ -61,7 +61,7 @@ BENCHMARKS = {
     ),
     "fs_lost_and_found": Benchmark(
         title="FS L&F",
-        folders=("FS_LostFound_full", "dataset_FishyLAF"),
+        folders=("FS_LostFound_full",),
         labels=STANDARD,
         region="all but void",
         track=ANOMALY_TRACK,
@@ -151,6 +151,19 @@ class AnomalyDataset(Dataset):
     def labels(self, index: int) -> Tensor:
         """The label map alone."""
         return self.pairs.labels(index)
+
+    def check(self) -> None:
+        """Reads every label map.
+
+        Raises:
+            ValueError: labels that are not the data set's, nothing anomalous or nothing normal in all of them.
+        """
+        kinds = set()
+        for index in range(len(self)):
+            kinds |= set(self.labels(index).unique().tolist())
+        for value, kind in enumerate(KINDS.names):
+            if value not in kinds:
+                raise ValueError(f"{self.folder}/labels_masks shows nothing {kind}: there is nothing to tell apart")
 
     def fingerprint(self) -> str:
         """Of the names and sizes of all images: whether two runs saw the same."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from eomt.anomaly.components import Components, components, together
 from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.metrics import PixelMetrics, PixelScores
-from eomt.anomaly.scores import SCORES, class_temperature
+from eomt.anomaly.scores import SCORES
 from eomt.models.eomt import EoMT
 from eomt.training.prediction import evaluating
 from eomt.training.semantic_inference import WindowLogits, window_logits
@@ -57,7 +57,7 @@ class LogitCache:
             ValueError: an unknown precision, logits that float16 cannot hold, or no room on the disk.
         """
         if precision not in AUTOCAST:
-            raise ValueError(f"--precision {precision}: choose from {', '.join(AUTOCAST)}")
+            raise ValueError(f"precision {precision}: choose from {', '.join(AUTOCAST)}")
         dtype = AUTOCAST[precision]
         self.folder.mkdir(parents=True, exist_ok=True)
         network.to(device)
@@ -95,10 +95,10 @@ class LogitCache:
 def score_maps(logits: WindowLogits, variants: Sequence[Variant]) -> dict[Variant, np.ndarray]:
     """Anomaly scores float32 [H, W] of one image, all of them in one pass over its class scores a class temperature."""
     maps: dict[Variant, list[Tensor]] = {variant: [] for variant in variants}
-    for temperature in dict.fromkeys(class_temperature(*variant) for variant in variants):
+    for temperature in dict.fromkeys(SCORES[name].class_temperature(t) for name, t in variants):
         for strip in logits.strips(temperature):
             for name, t in variants:
-                if class_temperature(name, t) == temperature:
+                if SCORES[name].class_temperature(t) == temperature:
                     maps[name, t].append(SCORES[name](strip, t))
     return {variant: torch.cat(strips).cpu().numpy() for variant, strips in maps.items()}
 

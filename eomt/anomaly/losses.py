@@ -1,7 +1,8 @@
 """Losses that teach a network to reject pasted outliers.
 
 Both are computed from the pixel scores S of the final prediction, the one that is deployed, at the masks' own
-resolution, [B, K, h, w]; a pixel is an outlier where its label is 254, and counts for nothing where it is 255.
+resolution, [B, K, h, w]; a pixel is an outlier where its label is 254, and counts for nothing where it is 255. Labels
+at that resolution are those of a cell's middle, except that a cell with a part of an outlier counts for nothing.
 """
 
 import logging
@@ -9,6 +10,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,8 +61,15 @@ def mask2anomaly_loss(scores: Tensor, labels: Tensor, margin: float) -> tuple[Te
 
 
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen values, 0 if there are none."""
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+    """The mean of the chosen values, 0 if there are none.
+
+    Counted over all processes, so that DDP's mean of gradients weighs every pixel the same.
+    """
+    count = chosen.sum().float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return (values * chosen).sum() / count.clamp(min=1)
 
 
 class Margins(NamedTuple):

@@ -6,13 +6,12 @@ S lies in [0, Q] and is, where one query is sure of a pixel, nearly a probabilit
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eomt.command_line import did_you_mean
-
-Score = Callable[[Tensor, float], Tensor]
 
 
 def semantic_scores(mask_logits: Tensor, class_logits: Tensor, class_temperature: float = 1.0) -> Tensor:
@@ -33,21 +32,21 @@ def msp(scores: Tensor, temperature: float = 1.0) -> Tensor:
     return 1 - (scores / temperature).softmax(-3).amax(-3)
 
 
-def msp_class_t(scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """`msp` at T = 1 of an S whose class logits were divided by the temperature before the softmax (Guo et al., ICML
-    2017), in [0, 1 - 1/K]: `semantic_scores(..., class_temperature=temperature)`.
+def msp_class_t(mask_logits: Tensor, class_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`msp` of an S whose class logits were divided by the temperature before the softmax (Guo et al., ICML 2017), in
+    [0, 1 - 1/K].
 
     Args:
-        scores: S at that temperature, [..., K, H, W]. temperature: already in S.
+        mask_logits: [B, Q, h, w]. class_logits: [B, Q, K + 1]. temperature: T > 0.
     """
-    return msp(scores)
+    return msp(semantic_scores(mask_logits, class_logits, temperature))
 
 
-def max_logit(scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """-max_k S (Hendrycks et al., ICML 2022), in [-Q, 0].
+def max_logit(scores: Tensor) -> Tensor:
+    """-max_k S (Hendrycks et al., ICML 2022), in [-Q, 0]; no temperature would change the order.
 
     Args:
-        scores: S, [..., K, H, W]. temperature: not applied, since it would not change the order.
+        scores: S, [..., K, H, W].
     """
     return -scores.amax(-3)
 
@@ -62,23 +61,37 @@ def max_entropy(scores: Tensor, temperature: float = 1.0) -> Tensor:
     return -(log_probability.exp() * log_probability).sum(-3)
 
 
-def rba(scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum_k tanh(S): rejected by all classes (Nayal et al., ICCV 2023), in [-K, 0].
+def rba(scores: Tensor) -> Tensor:
+    """-sum_k tanh(S): rejected by all classes (Nayal et al., ICCV 2023), in [-K, 0]; the paper has no temperature.
 
     Args:
-        scores: S, [..., K, H, W]. temperature: not applied, the paper has none.
+        scores: S, [..., K, H, W].
     """
     return -scores.tanh().sum(-3)
 
 
-SCORES: dict[str, Score] = {
-    "msp": msp,
-    "max_logit": max_logit,
-    "max_entropy": max_entropy,
-    "rba": rba,
-    "msp_class_t": msp_class_t,
+class Score(NamedTuple):
+    """A function of S, and what a temperature divides: S, the class logits before S, or nothing."""
+
+    of: Callable[..., Tensor]
+    tempered: Literal["pixels", "classes"] | None = None
+
+    def class_temperature(self, temperature: float) -> float:
+        """What S has to be computed at."""
+        return temperature if self.tempered == "classes" else 1.0
+
+    def __call__(self, scores: Tensor, temperature: float = 1.0) -> Tensor:
+        """[..., H, W] of S at `class_temperature`, [..., K, H, W]."""
+        return self.of(scores, temperature) if self.tempered == "pixels" else self.of(scores)
+
+
+SCORES = {
+    "msp": Score(msp, "pixels"),
+    "max_logit": Score(max_logit),
+    "max_entropy": Score(max_entropy, "pixels"),
+    "rba": Score(rba),
+    "msp_class_t": Score(msp, "classes"),
 }
-WITH_TEMPERATURE = {"msp", "max_entropy", "msp_class_t"}
 
 
 def variants(names: Sequence[str], temperatures: Sequence[float]) -> list[tuple[str, float]]:
@@ -96,13 +109,8 @@ def variants(names: Sequence[str], temperatures: Sequence[float]) -> list[tuple[
     for t in temperatures:
         if isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t < float("inf"):
             raise ValueError(f"temperatures: {t!r} must be a number greater than 0")
-    pairs = [(name, float(t) if name in WITH_TEMPERATURE else 1.0) for name in names for t in temperatures]
+    pairs = [(name, float(t) if SCORES[name].tempered else 1.0) for name in names for t in temperatures]
     return list(dict.fromkeys(pairs))
-
-
-def class_temperature(name: str, temperature: float) -> float:
-    """The temperature on the class logits, before S, that a score takes."""
-    return temperature if name == "msp_class_t" else 1.0
 
 
 def usual_range(name: str, temperature: float, num_classes: int) -> tuple[float, float]:

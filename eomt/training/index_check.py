@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.labels import IGNORE, OUTLIER
 from eomt.training.mask_classification_loss import classes_present, classes_seen
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
-    from torch.utils.data import Dataset
 
+    from eomt.data.dataset import SegmentationDataset
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 LOOKED_AT = 12  # items of each split
@@ -32,16 +34,23 @@ def check_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
     Reads some of the label maps. Warns of an outlier loss that would see no outlier.
 
     Args:
-        datamodule: None leaves the data out.
+        datamodule: one that is no `SegmentationDataModule` is left out.
 
     Raises:
         ValueError: an index has two meanings, or a label has none.
     """
-    check_indices(indices_of(module, datamodule))
-    if datamodule is None:
+    if not isinstance(datamodule, SegmentationDataModule):
+        check_indices(indices_of(module, None))
         return
-    trained, validated = labels_in(datamodule.train_set), labels_in(datamodule.val_set)
-    trained[:, OUTLIER] |= datamodule.cut_paste is not None
+    check_indices(indices_of(module, datamodule))
+    trained, validated = values_in(label_maps(datamodule.train_set)), values_in(label_maps(datamodule.val_set))
+    pasting = datamodule.cut_paste
+    if pasting and not any(replace(pasting, probability=1).draw(labels) for labels in label_maps(datamodule.train_set)):
+        logger.warning(
+            "data.cut_paste found no place for an object on the training images that were looked at; set "
+            "data.cut_paste.where=anywhere if they show no road"
+        )
+    trained[:, OUTLIER] |= pasting is not None
     classes_present(trained, module.criterion.num_classes, module.criterion.outliers)
     classes_present(validated, module.criterion.num_classes, outliers=True)
     if module.criterion.outliers and not trained[:, OUTLIER].any():
@@ -52,7 +61,7 @@ def check_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
         )
 
 
-def indices_of(module: MaskClassificationSemantic, datamodule: LightningDataModule | None) -> dict[str, Meanings]:
+def indices_of(module: MaskClassificationSemantic, datamodule: SegmentationDataModule | None) -> dict[str, Meanings]:
     """What each part of a run takes which indices for."""
     head, loss, metrics = module.network.num_classes, module.criterion, module.confusion
     parts = {
@@ -62,8 +71,10 @@ def indices_of(module: MaskClassificationSemantic, datamodule: LightningDataModu
     }
     if datamodule is not None:
         parts["data"] = {CLASS: range(datamodule.num_classes), IGNORED: [IGNORE]}
+        if datamodule.cut_paste:
+            parts["data"][OUTLYING] = [OUTLIER]
     if loss.outliers:
-        parts["loss"][OUTLYING] = [OUTLIER]
+        parts["loss"][OUTLYING] = parts["metrics"][OUTLYING] = [OUTLIER]
     return parts
 
 
@@ -98,9 +109,12 @@ def span(indices: Collection[int]) -> str:
     return f"index {min(indices)}" + (f"..{max(indices)}" if len(indices) > 1 else "")
 
 
-def labels_in(dataset: Dataset) -> Tensor:
-    """Which of 256 values the label maps of some items hold, bool [1, 256]; no image is read."""
-    seen = torch.zeros(1, 256, dtype=torch.bool)
+def label_maps(dataset: SegmentationDataset) -> Iterator[Tensor]:
+    """Those of some items, uint8 [H, W], as they are stored; no image is read."""
     for i in torch.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).round().int().tolist():
-        seen |= classes_seen(dataset.labels(i)[None])
-    return seen
+        yield dataset.labels(i)
+
+
+def values_in(labels: Iterable[Tensor]) -> Tensor:
+    """Which of 256 values label maps hold, bool [1, 256]."""
+    return torch.cat([classes_seen(each[None]) for each in labels]).any(0, keepdim=True)

@@ -196,6 +196,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.cached_blocks = 0
         self.total_steps = 0
         self.validated_step: int | None = None
+        self.class_pixels: dict[str, int] = {}  # of the labels that were validated on
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
         if compile:
             for part in (*encoder.blocks, self.network.upscale):
@@ -292,8 +293,11 @@ class MaskClassificationSemantic(lightning.LightningModule):
         device = self.network.q.weight.device
         self.rope = self.network.encoder.embed(torch.zeros(1, 3, height, width, device=device))[1]
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_start(self, self.trainer.datamodule)
+
     def on_fit_start(self) -> None:
-        check_start(self, self.trainer.datamodule)
         self.seed = torch.initial_seed()
         self.total_steps = self.count_steps()
         if self.anneals and self.network.masked_attn_enabled:
@@ -344,9 +348,11 @@ class MaskClassificationSemantic(lightning.LightningModule):
             self.confusion.update(classify(self.network, image)[None], labels[None])
 
     def on_validation_epoch_end(self) -> None:
-        iou = iou_per_class(self.confusion.compute())
+        confusion = self.confusion.compute()  # [target, prediction]
+        iou = iou_per_class(confusion)
         self.confusion.reset()
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
+        self.class_pixels = dict(zip(self.class_names, confusion.sum(1).tolist(), strict=True))
         self.validated_step = self.global_step
         self.log("val/miou", iou.nanmean(), prog_bar=True)  # already summed over all processes
         self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})

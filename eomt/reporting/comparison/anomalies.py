@@ -54,12 +54,12 @@ def anomaly_notes(comparison: Comparison) -> list[str]:
         "Differences of AuPRC and FPR95: over the seeds that both variants have. Their 95 % interval is Student's t "
         "over the seeds, wide for few, none for one; the images are fixed in it.",
     ]
-    for evaluation in comparison.benchmarks.values():
+    for name, evaluation in comparison.benchmarks.items():
         share = 100 * evaluation.anomalous / max(evaluation.valid, 1)
         text = f"{evaluation.title}: {evaluation.images} images, {share:.2f} % of their pixels anomalous, which is the "
         text += "AuPRC of a score that knows nothing"
-        if evaluation.error:
-            text += f"; counted in bins, within {100 * evaluation.error:.3f} points"
+        if error := max(comparison.known(name, lambda found: found.error.get(comparison.score)), default=0):
+            text += f"; counted in bins, within {100 * error:.2g} points"
         notes.append(text + ".")
     return notes + _missing(comparison) + _training(comparison)
 
@@ -71,7 +71,11 @@ def _missing(comparison: Comparison) -> list[str]:
         runs = [run for variant in comparison.variants for run in variant.runs]
         without = [run for run in runs if measured(run, name, "auprc", comparison.score) is None]
         if without:
-            lines.append(f"No result of {comparison.score} on {evaluation.title}: {run_names(without)}.")
+            why = "; ".join(
+                dict.fromkeys(run.cell["anomaly_error"] for run in without if run.cell.get("anomaly_error"))
+            )
+            reason = f" ({why})" if why else ""
+            lines.append(f"No result of {comparison.score} on {evaluation.title}: {run_names(without)}{reason}.")
     return lines
 
 

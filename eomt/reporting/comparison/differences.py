@@ -63,6 +63,7 @@ def _anomaly_aspects(benchmark: str, title: str) -> list[Aspect]:
         return lambda run: value(run.anomalies[benchmark])
 
     return [
+        Aspect(f"{title}: evaluated images", of(lambda a: short_hash(a.data))),
         Aspect(f"{title}: numbers of images", of(lambda a: a.images)),
         Aspect(f"{title}: labels", of(lambda a: f"{a.anomalous:,} of {a.valid:,} pixels anomalous")),
         Aspect(f"{title}: evaluation sizes", of(lambda a: "x".join(map(str, a.img_size)))),

@@ -117,10 +117,12 @@ def score_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list
         spreads = [spread(variant, benchmark, metric, score) for metric in METRICS]
         return " / ".join(percent(found and found.mean) for found in spreads)
 
-    return [
-        (e.title, list(e.auprc), [[v.name, *(cell(v, name, score) for score in e.auprc)] for v in comparison.variants])
-        for name, e in comparison.benchmarks.items()
-    ]
+    tables = []
+    for name, evaluation in comparison.benchmarks.items():
+        scores = list(dict.fromkeys(score for scores in comparison.known(name, lambda e: e.auprc) for score in scores))
+        rows = [[variant.name, *(cell(variant, name, score) for score in scores)] for variant in comparison.variants]
+        tables.append((evaluation.title, scores, rows))
+    return tables
 
 
 def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -43,10 +43,11 @@ class AnomalyEvaluation:
     """What the anomaly scores of one network are worth on one benchmark.
 
     `auprc` and `fpr95` are in [0, 1], by score (`rba`, or `msp@0.5` at another temperature than 1), None where they are
-    undefined; `error` is the largest that counting pixels in bins may have made in them.
+    undefined; `error` is what counting pixels in bins may have made in them.
     """
 
     title: str
+    data: str | None  # a hash of the images
     images: int
     anomalous: int
     valid: int  # pixels that count
@@ -54,7 +55,7 @@ class AnomalyEvaluation:
     precision: str | None
     auprc: dict[str, float | None]
     fpr95: dict[str, float | None]
-    error: float
+    error: dict[str, float]
 
 
 @dataclass
@@ -286,6 +287,7 @@ def _load_anomaly(path: Path) -> AnomalyEvaluation:
     first = facts["results"][0]
     return AnomalyEvaluation(
         title=facts["title"],
+        data=facts.get("data"),
         images=facts["images"],
         anomalous=first["anomalous"],
         valid=first["valid"],
@@ -293,7 +295,7 @@ def _load_anomaly(path: Path) -> AnomalyEvaluation:
         precision=facts.get("precision"),
         auprc={name: result["auprc"] for name, result in results.items()},
         fpr95={name: result["fpr95"] for name, result in results.items()},
-        error=max(result.get("error") or 0 for result in facts["results"]),
+        error={name: result.get("error") or 0 for name, result in results.items()},
     )
 
 

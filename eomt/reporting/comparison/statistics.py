@@ -157,8 +157,14 @@ class Comparison:
     @cached_property
     def benchmarks(self) -> dict[str, AnomalyEvaluation]:
         """The anomaly benchmarks that were run, in the order of tables, each as its first run found it."""
-        found = {name: run.anomalies[name] for v in self.variants for run in reversed(v.runs) for name in run.anomalies}
+        runs = [run for variant in self.variants for run in variant.runs]
+        found = {name: run.anomalies[name] for run in reversed(runs) for name in run.anomalies}
         return {name: found[name] for name in BENCHMARKS if name in found}
+
+    def known(self, benchmark: str, value: Callable[[AnomalyEvaluation], Any]) -> list[Any]:
+        """What the runs tell of a benchmark, without the silent ones."""
+        found = [run.anomalies[benchmark] for v in self.variants for run in v.runs if benchmark in run.anomalies]
+        return [v for v in map(value, found) if v is not None]
 
     @property
     def others(self) -> list[Variant]:
@@ -246,7 +252,10 @@ def _score(runs: Sequence[Run], name: str | None) -> str | None:
         score for run in runs if run.error is None for found in run.anomalies.values() for score in found.auprc
     )
     if name is not None and name not in known:
-        raise ValueError(f"score {name!r}: no run has anomaly results of it; choose from {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"score {name!r}: no run has anomaly results of it; choose from {', '.join(known) or 'none'}, or compute "
+            "it with scripts/evaluate_anomaly.py RUN data=... scores=[...] temperatures=[...]"
+        )
     return name or ("rba" if "rba" in known else next(iter(known), None))
 
 

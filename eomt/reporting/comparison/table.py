@@ -75,6 +75,11 @@ def interval_text(delta: Delta) -> str:
     return value if delta.low is None else f"{value} ({percent(delta.low)} to {percent(delta.high)})"
 
 
+def difference_text(delta: Delta, variant: Variant, base: Variant) -> str:
+    """`interval_text`, and over how many seeds where there are more."""
+    return interval_text(delta) + _seeds_words(len(delta.seeds), max(len(variant.runs), len(base.runs)))
+
+
 def _spread_cell(key: str, spread: Spread | None) -> Cell:
     mean, sd = (None, None) if spread is None else (spread.mean, spread.sd)
     text = NONE if spread is None else f"{percent(mean)} ± {percent(sd)}"
@@ -93,8 +98,9 @@ def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
     base = comparison[comparison.baseline]
     delta = None if variant is base else variant.delta
     reading = "baseline" if variant is base else delta.reading if delta else NONE
+    anomaly_score = {"anomaly_score": comparison.score} if comparison.score else {}
     return {
-        "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name}),
+        "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name} | anomaly_score),
         "seeds": Cell(variant.seeds, {"seeds": len(variant.runs), "failed": len(variant.failed)}),
         MIOU: _spread_cell("miou", variant.miou),
         f"difference to {comparison.baseline} (95 % interval), points": _difference_cell("", delta, variant, base),
@@ -109,7 +115,7 @@ def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
 def _difference_cell(prefix: str, delta: Delta | None, variant: Variant, base: Variant) -> Cell:
     text, ends = NONE, dict.fromkeys(("difference", "low", "high", "difference_sd"))
     if delta:
-        text = interval_text(delta) + _seeds_words(len(delta.seeds), max(len(variant.runs), len(base.runs)))
+        text = difference_text(delta, variant, base)
         ends = {"difference": delta.value, "low": delta.low, "high": delta.high, "difference_sd": delta.seed_sd}
     return Cell(text, {f"{prefix}{key}_points": _times(value, 100) for key, value in ends.items()})
 
@@ -122,7 +128,9 @@ def _anomalies(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
             cell = _spread_cell(f"{name}_{metric}", spread(variant, name, metric, comparison.score))
             known = variant.known(lambda run, name=name, metric=metric: measured(run, name, metric, comparison.score))
             text = cell.text + _seeds_words(len(known), len(variant.runs))
-            cells[f"{evaluation.title} {title}, %"] = Cell(text, cell.values)
+            cells[f"{evaluation.title} {title}, %"] = Cell(
+                text, cell.values | {f"{name}_{metric}_seeds": len(known) or None}
+            )
     return cells
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from eomt.reporting.comparison.anomalies import difference, spread
 from eomt.reporting.comparison.runs import Run
 from eomt.reporting.comparison.statistics import Comparison, Variant
-from eomt.reporting.comparison.table import interval_text, mebibytes, percent, percentage
+from eomt.reporting.comparison.table import difference_text, mebibytes, percent, percentage
 
 
 def headline(comparison: Comparison) -> list[str]:
@@ -63,8 +63,8 @@ def anomaly_sentences(comparison: Comparison) -> list[str]:
         level = spread(base, name, "auprc", score)
         if level is None:
             continue
-        deltas = [(v.name + " †" * v.marked, difference(v, base, name, "auprc", score)) for v in comparison.others]
-        words = [f"{title} {interval_text(delta)}" for title, delta in deltas if delta]
+        deltas = [(v, difference(v, base, name, "auprc", score)) for v in comparison.others]
+        words = [f"{v.name}{' †' * v.marked} {difference_text(delta, v, base)}" for v, delta in deltas if delta]
         against = f"; the others against it, in points: {', '.join(words)}" if words else ""
         sentences.append(
             f"{evaluation.title}: by {score}, {base.name} has an AuPRC of {percent(level.mean)} %{against}."
