@@ -221,8 +221,8 @@ def check_matrix(facts: dict[str, Any]) -> None:
     configs: dict[str, Any] = {}  # by what they say of the data
     try:
         for variant in facts["variants"]:
+            words = [*overrides_for(variant, facts), *fixed(variant, facts["seeds"][0], "run")]
             with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-                words = [*overrides_for(variant, facts), *fixed(variant, facts["seeds"][0], "run")]
                 config = compose(facts["config_name"], words, return_hydra_config=True)
             HydraConfig.instance().set_config(config)
             del config.hydra

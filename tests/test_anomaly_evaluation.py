@@ -145,6 +145,23 @@ def test_results_are_those_of_all_pixels_and_components_together(toys, cache):
     assert evaluate(cache, toys, ALL[:1], quietly, with_components=False)[0].components is None
 
 
+def test_images_of_different_sizes_are_one_data_set(module, tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels_masks"):
+        (tmp_path / "fs_static" / part).mkdir(parents=True)
+    for k, size in enumerate([(64, 128), (90, 70), (50, 300)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"fs_static/images/{k}.jpg")
+        Image.fromarray(rng.integers(0, 2, size, dtype=np.uint8)).save(tmp_path / f"fs_static/labels_masks/{k}.png")
+    dataset, cache = AnomalyDataset(tmp_path, "fs_static"), LogitCache(tmp_path / "logits")
+    cache.fill(module.network, readers(dataset))
+    (result,) = evaluate(cache, dataset, [("rba", 1.0)], quietly)
+    maps = [score_maps(cache.read(frame), [("rba", 1.0)])["rba", 1.0] for frame in dataset.frames]
+    assert [found.shape for found in maps] == [(64, 128), (90, 70), (50, 300)]
+    truth = np.concatenate([labels.numpy().ravel() for _, labels in dataset])
+    values = np.concatenate([found.ravel() for found in maps])
+    assert result.pixels.auprc == pytest.approx(average_precision_score(truth, values), abs=1e-6)
+
+
 def test_undefined_metrics_are_null():
     facts = Result("msp", 1.0, PixelScores(0.5, 0.1, 0, 0.2, 0.3, 5, 10), together([])).as_dict()
     assert facts["siou"] is facts["ppv"] is facts["component_f1"] is None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import TINY, prediction, run_script
 from PIL import Image
 
+from eomt.data.labels import OUTLIER
 from eomt.data.toy_streets import toy_streets
 from eomt.models.cosine_head import CosineHead
 from eomt.reporting.cost import training_cost
@@ -149,6 +150,23 @@ def test_the_margin_comes_after_matching_and_raises_the_class_loss_alone():
     wide, plain = terms(predictions, labels, MARGIN), terms(predictions, labels, 0.0)
     assert torch.equal(wide["mask"], plain["mask"]) and torch.equal(wide["dice"], plain["dice"])
     assert (wide["class"] > plain["class"]).all()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_checkpointed_predictions_train_the_same_with_a_margin_and_outliers(precision):
+    labels = torch.randint(19, (1, 64, 128), generator=torch.Generator().manual_seed(0)).byte()
+    labels[:, 30:40, 50:90] = OUTLIER
+    losses, slopes = [], []
+    for checkpointed in (False, True):
+        module = build(outlier_loss="rba", checkpoint_predictions=checkpointed)
+        module.log = module.log_dict = lambda *args, **options: None
+        torch.manual_seed(1)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            losses.append(module.training_step((random_image()[None], labels), 0))
+        losses[-1].backward()
+        slopes.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert losses[0].isfinite() and torch.equal(*losses)
+    assert len(slopes[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
 
 
 def test_matcher_loss_and_inference_see_the_same_logits(monkeypatch):

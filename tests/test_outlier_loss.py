@@ -281,6 +281,14 @@ def test_an_outlier_loss_that_sees_no_outlier_is_worth_a_warning(data, pasted, c
     assert "outlier_loss rba, but data.cut_paste is not set" in caplog.text
 
 
+def test_margins_without_an_outlier_loss_are_worth_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        build(outlier_loss="rba", inlier_margin=-0.6)
+        assert "do nothing" not in caplog.text
+        build(inlier_margin=-0.6)
+    assert "inlier_margin and outlier_margin are of outlier_loss, which is null" in caplog.text
+
+
 def test_pasting_that_finds_no_place_is_worth_a_warning(toy_cache, caplog):
     with caplog.at_level(logging.WARNING):
         check_start(build(outlier_loss="rba"), streets(toy_cache, CutPaste(ToyCutOuts(20), probability=0.01)))
