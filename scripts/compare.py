@@ -205,7 +205,10 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_matrix(facts: dict[str, Any]) -> None:
-    """Every variant's configuration composes and passes the checks of a training run, before the first one starts."""
+    """Every variant's configuration composes and passes the checks of a training run, before the first one starts.
+
+    Adds to the facts what the overrides are for each variant: in a cell, Hydra composes nothing else.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -220,8 +223,9 @@ def check_matrix(facts: dict[str, Any]) -> None:
         raise ValueError(f"variants {facts['variants']}, seeds {facts['seeds']}: at least one each, seeds are integers")
     configs: dict[str, Any] = {}  # by what they say of the data
     try:
+        facts["overrides_of"] = {variant: overrides_for(variant, facts) for variant in facts["variants"]}
         for variant in facts["variants"]:
-            words = [*overrides_for(variant, facts), *fixed(variant, facts["seeds"][0], "run")]
+            words = [*facts["overrides_of"][variant], *fixed(variant, facts["seeds"][0], "run")]
             with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
                 config = compose(facts["config_name"], words, return_hydra_config=True)
             HydraConfig.instance().set_config(config)
@@ -327,7 +331,7 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
     """One cell, in processes of its own; whatever happens to it, the others go on."""
     print(f"== {title}", flush=True)
     script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
-    train = [*script, *overrides_for(cell.variant, facts), *fixed(cell.variant, cell.seed, folder), *resume(folder)]
+    train = [*script, *facts["overrides_of"][cell.variant], *fixed(cell.variant, cell.seed, folder), *resume(folder)]
     evaluate = [sys.executable, str(ROOT / "scripts" / "compare.py"), "evaluate", str(folder), *facts["source"]]
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
