@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _data import data_of_run, open_data, run_of
+from _data import data_of_run, one_sentence, open_data, run_of
 
 if TYPE_CHECKING:  # late: --help answers at once
     from eomt.data.datamodule import SegmentationDataModule
@@ -20,11 +20,13 @@ if TYPE_CHECKING:  # late: --help answers at once
 EXAMPLES = """examples:
   python scripts/doctor.py outputs/lora                               # a run, on its own data
   python scripts/doctor.py outputs/lora data.root=/new/place          # which have moved
+  python scripts/doctor.py outputs/lora --ckpt_path new/model         # the weights it started from have moved
   python scripts/doctor.py outputs/lora/adapter --json findings.json
   python scripts/doctor.py eomt_model/ data=cityscapes data.root=/data/cityscapes
 
-"not checked" says what is missing, for example the run that a model/ folder comes from. Exit code 0; 1 if a check
-failed, or after an error; 2 for a mistyped command line."""
+"not checked" says what is missing, for example the run that a model/ folder comes from. Exit code 0 if nothing failed;
+1 if a check failed, which the last line names; 2 if there was no looking: a mistyped command line, or no such folder,
+or one that cannot be read."""
 COLORS = {"passed": "green", "failed": "bold red", "not checked": "yellow"}
 
 
@@ -38,6 +40,7 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="data=NAME data.key=value", help="other data, or where they are now"
     )
+    parser.add_argument("--ckpt_path", type=Path, help="the weights that the run started from, if they have moved")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     args = parser.parse_intermixed_args()
     path = args.path.expanduser()
@@ -51,13 +54,13 @@ def main() -> int:
     run = run_of(path)
     try:
         data, no_data = find_data(run, args.overrides, path)
-        findings = examine(path, run, data, no_data)
+        findings = examine(path, run, data, no_data, args.ckpt_path)
         show(findings)
         if args.json:
             write(findings, path, run, args.json)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return int(any(finding.passed is False for finding in findings.values()))
 
 
@@ -68,22 +71,26 @@ def find_data(run: Path, overrides: list[str], path: Path) -> "tuple[Segmentatio
         ValueError, OSError: data that were named and are not there.
     """
     if any(word.startswith(("data=", "experiment=")) for word in overrides):
-        from eomt.reporting.inspection import inspect_model
+        from eomt.reporting.inspection import choose, read
 
-        size = inspect_model(path)["network"].get("img_size")
+        size = read(choose(path))[0]["hyper_parameters"].get("img_size")
         if size is None:
             raise ValueError(f"{path} holds weights without a configuration: there is nothing to compare data with")
         return open_data(overrides, size, batch_size=1)[1], ""
+    from yaml import YAMLError
+
     try:
         return data_of_run(run, overrides)[1], ""
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AttributeError, TypeError, YAMLError) as error:  # the last three: a broken config.yaml
+        known = isinstance(error, (ValueError, OSError))
+        why = one_sentence(error) if known else f"{run / 'config.yaml'} does not say them: {one_sentence(error)}"
         if overrides:
-            raise
-        return None, str(error)
+            raise ValueError(why) from error
+        return None, why
 
 
 def show(findings: "Mapping[str, Finding]") -> None:
-    """A line for each check, and how many there are of each kind."""
+    """A line for each check, then how many there are of each kind, and which failed."""
     from rich.console import Console
     from rich.text import Text
 
@@ -92,7 +99,9 @@ def show(findings: "Mapping[str, Finding]") -> None:
         parts = (f"{finding.result:<13}", COLORS[finding.result]), (f"{name:<{width + 2}}", "bold"), finding.evidence
         console.print(Text.assemble(*parts), soft_wrap=True)
     results = [finding.result for finding in findings.values()]
-    print(", ".join(f"{results.count(result)} {result}" for result in COLORS))
+    counts = ", ".join(f"{results.count(result)} {result}" for result in COLORS)
+    failed = [name for name, finding in findings.items() if finding.passed is False]
+    print(counts + (f"; failed: {', '.join(failed)}" if failed else ""))
 
 
 def write(findings: "Mapping[str, Finding]", path: Path, run: Path, file: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,17 @@ from conftest import ROOT, run_script
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor
 
+from eomt.anomaly import evaluation
+from eomt.anomaly.datasets import AnomalyDataset
+from eomt.anomaly.evaluation import LogitCache
+from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.data.folder import folder
+from eomt.data.toy_scene import draw_scene
 from eomt.models.vit import ViT
 from eomt.reporting.doctor import (
+    CLIPPED,
     Channels,
     check_adapter_updates,
     check_anomaly_scores,
@@ -28,6 +36,8 @@ from eomt.reporting.doctor import (
     check_normalisation,
     check_trained_weights,
     examine,
+    share_clipped,
+    spread,
 )
 
 run = partial(run_script, "doctor.py")
@@ -73,12 +83,18 @@ def lora(root, full, tmp_path_factory):
     return train(root, tmp_path_factory.mktemp("lora"), "--use_lora", f"model.ckpt_path={full}/model")
 
 
+@pytest.fixture(scope="module")
+def tuned(root, full, tmp_path_factory):
+    """All weights trained on, from those of a run."""
+    return train(root, tmp_path_factory.mktemp("tuned"), f"model.ckpt_path={full}/model")
+
+
 @pytest.fixture
-def copy(full, lora, tmp_path):
+def copy(full, lora, tuned, tmp_path):
     """A run to plant a fault in."""
 
     def copied(name):
-        shutil.copytree({"full": full, "lora": lora}[name], tmp_path / name)
+        shutil.copytree({"full": full, "lora": lora, "tuned": tuned}[name], tmp_path / name)
         return tmp_path / name
 
     return copied
@@ -194,7 +210,8 @@ def test_a_model_without_its_run_is_not_checked_for_what_only_a_run_tells(full, 
 def test_weights_without_a_configuration_are_looked_at_as_far_as_they_tell(full, tmp_path):
     shutil.copy(full / "model" / "model.safetensors", tmp_path / "model.safetensors")
     findings = examine(tmp_path / "model.safetensors", tmp_path)
-    assert findings["sizes"].passed and findings["normalisation"].passed is None
+    assert findings["sizes"].passed is None and findings["sizes"].evidence == "only the weights tell their sizes"
+    assert findings["normalisation"].passed is None
     assert not any(f.passed is False for f in findings.values())
 
 
@@ -284,7 +301,7 @@ def test_keys_that_loading_passes_over_are_found(copy, name):
 def test_keys_of_the_start_weights_that_were_passed_over_are_found(copy, full, tmp_path):
     path = copy("lora")
     shutil.copytree(full / "model", tmp_path / "start")
-    extra = {"network.encoder.backbone.blocks.3.attn.qkv.weight": torch.zeros(2)}
+    extra = {"network.mask_head.9.weight": torch.zeros(2)}
     edit_tensors(tmp_path / "start" / "model.safetensors", lambda tensors: tensors.update(extra))
     edit_settings(path / "adapter", ckpt_path=str(tmp_path / "start"))
     assert "the start weights: 1 of " in only(path, "checkpoint keys")
@@ -295,7 +312,7 @@ def test_half_an_adapter_is_found(copy):
     key = "base_model.model.blocks.0.attn.proj.lora_B.weight"
     edit_tensors(path / "adapter" / "adapter_model.safetensors", lambda tensors: tensors.pop(key))
     found = failed(path)
-    assert found["adapter updates"] == "the adapter holds 6 tensors lora_A and 5 tensors lora_B"
+    assert found["adapter updates"] == "the adapter holds lora_A of 6 layers and lora_B of 5, 5 in both"
     assert "keys missing: blocks.0.attn.proj.lora_B.weight" in found["checkpoint keys"]
 
 
@@ -345,6 +362,15 @@ def test_images_that_were_divided_before_they_were_saved_are_found(full, root, d
     assert "as if divided by 255 twice" in only(full, "normalisation", dark)
 
 
+def test_images_that_were_normalised_before_they_were_saved_are_found(full, root, data, tmp_path):
+    (tmp_path / "images").mkdir()
+    for path in (root / "images").glob("*.png"):
+        image = normalised(pil_to_tensor(Image.open(path)))
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / path.name)
+    evidence = only(full, "normalisation", data(images=str(tmp_path / "images")))
+    assert "as if normalised before they were saved" in evidence
+
+
 def test_data_that_normalise_by_themselves_are_found(full, data):
     normalised = data()
     plain = normalised.train_set.transform
@@ -368,10 +394,37 @@ def test_a_label_that_means_no_object_to_the_network_is_found(full, data):
 
 def test_an_annealing_schedule_longer_than_the_run_is_found(copy):
     path = copy("full")
-    edit_config(path, "trainer", max_epochs=4)
+    shutil.rmtree(path / "checkpoints")
+    edit_json(path / "summary.json", lambda s: s.update(planned_steps=12))
     evidence = only(path, "mask annealing")
     assert "2 of 2 masks had not faded when the run ended at step 6" in evidence
     assert "fades from step 10 to 12 and was still at 1.00" in evidence
+
+
+def test_how_long_an_older_run_was_to_be_follows_from_its_last_checkpoint_or_is_not_known(copy):
+    path = copy("full")
+    edit_json(path / "summary.json", lambda s: s.pop("planned_steps"))
+    edit_config(path, "trainer", max_epochs=4)
+    assert "fades from step 10 to 12" in only(path, "mask annealing")
+    shutil.rmtree(path / "checkpoints")
+    finding = examine(path, path)["mask annealing"]
+    assert finding.passed is None and "no planned_steps, and no checkpoints/last.ckpt" in finding.evidence
+    (path / "config.yaml").unlink()
+    finding = examine(path, path)["mask annealing"]
+    assert finding.passed is None and "neither summary.json nor config.yaml" in finding.evidence
+
+
+def test_a_run_writes_how_long_it_was_to_be_and_what_it_was_validated_on(full):
+    summary = json.loads((full / "summary.json").read_text())
+    assert summary["planned_steps"] == summary["steps"] == 6
+    assert summary["class_pixels"] == {"road": 2 * 16 * 48, "wall": 2 * 16 * 48, "sky": 2 * 16 * 48}
+
+
+def test_masks_of_which_the_weights_say_nothing_are_not_looked_at(copy):
+    path = copy("lora")
+    edit_tensors(path / "adapter" / "heads.safetensors", lambda tensors: tensors.pop("network.attn_mask_probs"))
+    finding = examine(path, path)["mask annealing"]
+    assert finding.passed is None and "no attn_mask_probs" in finding.evidence
 
 
 def test_annealing_in_steps_that_the_run_never_reached_is_found(copy):
@@ -388,8 +441,33 @@ def test_masks_that_never_fade_are_found(copy):
 
 def test_a_class_without_pixels_in_the_run_s_validation_is_found(copy):
     path = copy("lora")
+    edit_json(path / "summary.json", lambda s: s["class_pixels"].update(wall=0))
+    edit_json(path / "summary.json", lambda s: s["class_iou"].update(wall=0.0))  # predicted somewhere
+    assert "1 of 3 classes have no pixel: wall" in only(path, "evaluation classes")
+
+
+def test_an_iou_of_an_older_run_tells_no_class_without_pixels_from_one_never_found(copy, data):
+    path = copy("lora")
+    edit_json(path / "summary.json", lambda s: s.pop("class_pixels"))
     edit_json(path / "summary.json", lambda s: s["class_iou"].update(wall=None))
     assert "1 of 3 classes have no pixel: wall" in only(path, "evaluation classes")
+    edit_json(path / "summary.json", lambda s: s["class_iou"].update(wall=0.0))
+    finding = examine(path, path)["evaluation classes"]
+    assert finding.passed is None and "wall may have no pixel: an IoU of 0" in finding.evidence
+    assert examine(path, path, data())["evaluation classes"].passed
+    emptied = data()
+    emptied.val_set.decode_labels = lambda picture, source: np.where(np.asarray(picture) == 1, 2, picture).astype("u1")
+    assert "1 of 3 classes have no pixel: wall" in only(path, "evaluation classes", emptied)
+    edit_json(path / "summary.json", lambda s: s["data"].update(val="others"))
+    assert examine(path, path, emptied)["evaluation classes"].passed is None
+
+
+def test_an_evaluation_that_cannot_be_read_fails_alone(copy):
+    path = copy("full")
+    (path / "evaluation").mkdir()
+    (path / "evaluation" / "night.npz").write_bytes(b"PK\x03\x04half")
+    (path / "evaluation" / "night.json").write_text(json.dumps({"classes": ["road"]}))
+    assert "night.npz and night.json are not what scripts/evaluate.py writes" in only(path, "evaluation classes")
 
 
 def test_a_class_without_pixels_in_an_evaluation_is_found_though_it_was_predicted(copy):
@@ -415,6 +493,133 @@ def test_a_score_that_is_constant_or_inverted_is_found(copy, auprc, sentence):
     write_scores(path, SCORE, SCORE | {"auprc": auprc})
     evidence = only(path, "anomaly scores")
     assert evidence.startswith("1 of 2 scores") and sentence in evidence
+
+
+def test_the_scores_that_the_evaluation_writes_are_read_and_an_inverted_one_is_found(
+    copy, call_script, monkeypatch, tmp_path
+):
+    path = copy("full")
+    toys = AnomalyDataset(write_toy_anomalies(tmp_path, 4, (64, 128)), "toy_anomalies")
+
+    def oracle(frame, variants):
+        labels = toys.labels(toys.frames.index(frame)).numpy()
+        score = labels + np.linspace(0, 0.5, labels.size, dtype=np.float32).reshape(labels.shape)
+        return {(name, t): score if name == "msp" else -score for name, t in variants}
+
+    monkeypatch.setattr(LogitCache, "read", lambda cache, frame, device="cpu": frame)
+    monkeypatch.setattr(evaluation, "score_maps", oracle)
+    settings = [
+        "data=toy_anomalies",
+        f"data.root={tmp_path}",
+        "data.number=4",
+        "data.size=[64,128]",
+        "scores=[msp,rba]",
+    ]
+    code, error = call_script("evaluate_anomaly.py", path, *settings, "--pictures", "0")
+    assert code == 0, error
+    evidence = only(path, "anomaly scores")
+    assert evidence.startswith("1 of 2 scores; rba (T 1) on ") and "is inverted, or knows nothing" in evidence
+    assert "msp" not in evidence
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"title": "Toy", "results": []}, "look at results"),
+        ({"results": [SCORE]}, "look at title"),
+        ({"title": "Toy", "results": {"rba": SCORE}}, "look at results"),
+        ({"title": "Toy", "results": [SCORE, {k: v for k, v in SCORE.items() if k != "valid"}]}, "look at valid"),
+        ({"title": "Toy", "results": [SCORE | {"auprc": "high"}]}, "look at auprc"),
+        ([SCORE], "holds a list"),
+    ],
+)
+def test_scores_that_are_not_what_the_evaluation_writes_are_named(copy, content, named):
+    path = copy("full")
+    (path / "anomaly").mkdir()
+    (path / "anomaly" / "toy.json").write_text(json.dumps(content))
+    evidence = only(path, "anomaly scores")
+    assert str(path / "anomaly" / "toy.json") in evidence and named in evidence
+
+
+def test_a_file_that_cannot_be_read_fails_the_checks_that_need_it_alone(copy, monkeypatch):
+    path = copy("full")
+    (path / "config.yaml").write_text("data: {")
+    assert "config.yaml cannot be read" in only(path, "sizes")
+    (path / "config.yaml").unlink()
+    plain = Path.read_text
+
+    def refused(file, *arguments, **options):
+        if file.name == "summary.json":
+            raise PermissionError(13, "Permission denied", str(file))
+        return plain(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    found = failed(path)
+    assert "Permission denied" in found["gradients"] and "sizes" not in found and "normalisation" not in found
+
+
+# Weights that the run started from
+
+
+def replace_start(path, start, artefact, edit=lambda tensors: None):
+    """Puts the start weights of a run to `start`, edited."""
+    shutil.copytree(json.loads((path / artefact / "eomt_config.json").read_text())["init"]["ckpt_path"], start)
+    edit_tensors(start / "model.safetensors", edit)
+    edit_settings(path / artefact, ckpt_path=str(start))
+
+
+def noise(key):
+    return lambda tensors: tensors[key].add_(1)
+
+
+@pytest.mark.parametrize("key", ["network.q.weight", "network.encoder.backbone.blocks.0.attn.qkv.weight"])
+@pytest.mark.parametrize(("name", "artefact"), [("tuned", "model"), ("lora", "adapter")])
+def test_start_weights_that_were_replaced_are_not_compared_with(copy, tmp_path, name, artefact, key):
+    path = copy(name)
+    replace_start(path, tmp_path / "same", artefact)
+    assert examine(path, path)["trained weights"].passed
+    replace_start(path, tmp_path / "others", artefact, noise(key))
+    finding = examine(path, path)["trained weights"]
+    assert finding.passed is None and "are no longer those that the run started from" in finding.evidence
+    assert str(tmp_path / "others") in finding.evidence
+
+
+def test_an_adapter_s_own_hash_tells_of_a_base_that_was_replaced(copy, tmp_path):
+    path = copy("lora")
+    edit_json(path / "summary.json", lambda s: s.pop("start_fingerprint"))
+    replace_start(path, tmp_path / "start", "adapter", noise("network.encoder.backbone.blocks.0.attn.qkv.weight"))
+    assert "are no longer those" in examine(path, path)["trained weights"].evidence
+
+
+def test_an_adapter_whose_base_was_replaced_fails_with_both_fingerprints(copy, tmp_path):
+    path = copy("lora")
+    replace_start(path, tmp_path / "start", "adapter", noise("network.encoder.backbone.blocks.0.attn.qkv.weight"))
+    evidence = only(path, "checkpoint keys")
+    assert "start does not fit: other weights: fingerprint " in evidence and "the adapter was trained on " in evidence
+
+
+def test_a_random_base_beside_the_adapter_that_was_replaced_is_found(root, tmp_path):
+    path = train(root, tmp_path / "run", "--use_lora")
+    assert failed(path) == {}
+    edit_tensors(path / "adapter" / "base.safetensors", noise("network.encoder.backbone.blocks.0.attn.qkv.weight"))
+    assert "does not fit: other weights" in only(path, "checkpoint keys")
+
+
+def test_a_folder_of_start_weights_that_is_empty_is_named(copy, tmp_path):
+    path = copy("lora")
+    (tmp_path / "empty").mkdir()
+    edit_settings(path / "adapter", ckpt_path=str(tmp_path / "empty"))
+    findings = examine(path, path)
+    assert findings["trained weights"].evidence == f"the run started from {tmp_path / 'empty'}, which holds no weights"
+    assert not any(f.passed is False for f in findings.values()) and findings["adapter updates"].passed
+
+
+def test_start_weights_that_cannot_be_read_are_said_and_the_rest_is_looked_at(copy, tmp_path):
+    path = copy("lora")
+    (tmp_path / "half.safetensors").write_bytes(b"half")
+    edit_settings(path / "adapter", ckpt_path=str(tmp_path / "half.safetensors"))
+    found = failed(path)
+    assert found.keys() == {"trained weights", "checkpoint keys"} and "half.safetensors" in found["trained weights"]
 
 
 # The checks alone
@@ -464,11 +669,44 @@ def of_values(images, mean, std):
 def test_normalisation_is_told_from_its_statistics_whatever_the_images(contrast, expected):
     images = contrast * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     once = (images - torch.tensor(expected.mean).reshape(3, 1, 1)) / torch.tensor(expected.std).reshape(3, 1, 1)
-    check = partial(check_normalisation, Channels.of(images), expected=expected, source="noise")
+    check = partial(check_normalisation, Channels.of(images), expected=expected, source="noise", clipped=0)
     assert check(Channels.of(once)).passed
     assert "normalised not at all" in check(Channels.of(images)).evidence
     assert "normalised twice" in check(of_values(once, expected.mean, expected.std)).evidence
     assert "otherwise" in check(of_values(images, (0.4,) * 3, (0.3,) * 3)).evidence
+
+
+@pytest.mark.parametrize(("clipped", "passed"), [(0.3, True), (0.5, False)])
+def test_images_of_which_a_large_share_is_clipped_were_normalised_before(clipped, passed):
+    shown, mean, std = Channels((0.5,) * 3, (0.2,) * 3), IMAGENET.mean, IMAGENET.std
+    seen = Channels(tuple((0.5 - m) / s for m, s in zip(mean, std, strict=True)), tuple(0.2 / s for s in std))
+    finding = check_normalisation(shown, seen, IMAGENET, "noise", clipped)
+    assert finding.passed is passed and f"{100 * clipped:.1f} % of the stored values are 0 or 255" in finding.evidence
+
+
+def normalised(image):
+    """As a picture that was normalised before it was saved."""
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
+    return (((image / 255 - mean) / std).clamp(0, 1) * 255).byte()
+
+
+@pytest.mark.parametrize("domain", ["clear", "night_fog"])
+def test_toy_scenes_are_far_from_clipped_and_normalised_ones_are(domain):
+    for seed in range(4):
+        scene = torch.from_numpy(draw_scene(np.random.default_rng(seed), (64, 128), domain)[0]).permute(2, 0, 1)
+        assert share_clipped(scene) < CLIPPED / 4 and share_clipped(normalised(scene)) > CLIPPED
+
+
+def test_camvid_is_far_from_clipped_and_its_normalised_images_are(camvid_root):
+    files = sorted((Path(camvid_root) / "train").glob("*.jpg"))
+    scenes = [pil_to_tensor(Image.open(files[i]).convert("RGB")) for i in spread(len(files), 16)]
+    assert max(map(share_clipped, scenes)) < CLIPPED - 0.05
+    assert np.mean([share_clipped(scene) for scene in scenes]) < CLIPPED / 2
+    assert np.mean([share_clipped(normalised(scene)) for scene in scenes]) > CLIPPED + 0.2
+
+
+def test_a_score_without_a_value_is_not_above_chance():
+    assert not check_anomaly_scores({"Toy": [SCORE | {"auprc": float("nan")}]}).passed
 
 
 def test_a_score_above_the_share_of_anomalies_passes_with_its_figures():
@@ -497,7 +735,7 @@ def test_the_command_prints_a_line_each_and_exits_by_what_it_found(copy, call):
     result = run(path)
     assert result.returncode == 1 and not result.stderr, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) == 13 and lines[-1] == "11 passed, 1 failed, 0 not checked"
+    assert len(lines) == 13 and lines[-1] == "11 passed, 1 failed, 0 not checked; failed: anomaly scores"
     assert lines[11].startswith("failed") and "inverted" in lines[11]
     assert all(line.startswith("passed") for line in lines[:11])
     shutil.rmtree(path / "anomaly")
@@ -518,6 +756,25 @@ def test_data_that_have_moved_are_said_and_found_where_they_are_now(copy, call, 
     assert code == 0 and "6 training crops" in findings["normalisation"]["evidence"]
 
 
+def test_start_weights_that_have_moved_are_found_where_they_are_now(copy, full, call, tmp_path):
+    path = copy("lora")
+    edit_settings(path / "adapter", ckpt_path=str(tmp_path / "gone"))
+    assert call(path)[1]["trained weights"]["result"] == "not checked"
+    code, findings = call(path, "--ckpt_path", full / "model")
+    assert code == 0 and findings["trained weights"]["result"] == "passed"
+    assert "of the start weights" in findings["checkpoint keys"]["evidence"]
+
+
+@pytest.mark.parametrize("content", ["", "- a", "data: {", "data: 5", "data: {a: 1}"])
+def test_a_broken_configuration_ends_in_a_line_and_not_in_a_traceback(copy, call, call_script, content):
+    path = copy("full")
+    (path / "config.yaml").write_text(content)
+    code, findings = call(path)
+    assert code < 2 and "config.yaml does not say them" in findings["normalisation"]["evidence"]
+    code, error = call_script("doctor.py", path, "data.num_workers=0")
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_data_may_be_named_for_a_model_without_a_run(full, call, root, tmp_path):
     shutil.copytree(full / "model", tmp_path / "model")
     data = [f"data.{key}={root / key}" for key in ("images", "masks")] + [f"data.classes={root / 'classes.yaml'}"]
@@ -527,17 +784,18 @@ def test_data_may_be_named_for_a_model_without_a_run(full, call, root, tmp_path)
 
 def test_mistakes_end_in_one_sentence(call_script, full, tmp_path):
     (tmp_path / "half.safetensors").write_bytes(b"half")
-    for arguments, code, sentence in [
-        ((tmp_path / "nothing",), 1, "no such file or folder"),
-        ((tmp_path / "half.safetensors",), 1, "cannot be read"),
-        ((full, "data.imagess=x"), 1, "did you mean images?"),
-        ((full, "data=nosuch"), 1, "data=nosuch is not a dataset"),
-        ((full, "model.num_q=3"), 2, "only the data can be chosen here"),
-        ((), 2, "RUN_OR_MODEL"),
+    for arguments, sentence in [
+        ((tmp_path / "nothing",), "no such file or folder"),
+        ((tmp_path / "half.safetensors",), "cannot be read"),
+        ((full, "data.imagess=x"), "did you mean images?"),
+        ((full, "data=nosuch"), "data=nosuch is not a dataset"),
+        ((full, "--ckpt_path", tmp_path / "nothing"), "nothing: no such file or folder"),
+        ((full, "model.num_q=3"), "only the data can be chosen here"),
+        ((), "RUN_OR_MODEL"),
     ]:
-        found, error = call_script("doctor.py", *arguments)
-        assert found == code and sentence in error and "Traceback" not in error, (arguments, error)
-        assert code == 2 or (error.startswith("error: ") and error.count("\n") == 1)
+        code, error = call_script("doctor.py", *arguments)
+        assert code == 2 and sentence in error and "Traceback" not in error, (arguments, error)
+        assert error.startswith("usage: ") or (error.startswith("error: ") and error.count("\n") == 1)
 
 
 def test_help_shows_examples():

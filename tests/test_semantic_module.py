@@ -317,6 +317,7 @@ def test_validation_counts_pixels_at_the_images_own_resolution(data, tmp_path):
         confusion += torch.bincount(labels[valid].long() * 19 + prediction[valid], minlength=361).view(19, 19)
     expected = iou_per_class(confusion).nanmean()
     assert trainer.callback_metrics["val/miou"].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert list(module.class_pixels.values()) == confusion.sum(1).tolist()
 
 
 def test_a_class_in_neither_prediction_nor_target_does_not_count():

@@ -12,31 +12,38 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
+from eomt.command_line import one_sentence
 from eomt.data.labels import IGNORE, OUTLIER
 from eomt.data.toy_scene import draw_scene
 from eomt.models.checkpoint import CLASS_HEAD, NOT_WEIGHTS, OPTIONAL_KEYS, clean_key, describe, read_checkpoint
 from eomt.reporting.cost import build_without_weights
-from eomt.reporting.inspection import BACKBONE, choose, inspect_model, read, resample_to
+from eomt.reporting.inspection import BACKBONE, by_number, choose, inspect_model, read, resample_to
 from eomt.training.index_check import check_indices, indices_of
 from eomt.training.param_groups import param_groups
-from eomt.training.pretrained import read_lightning, set_settings
+from eomt.training.pretrained import BASE_FILE, read_lightning, set_settings
 from eomt.training.schedules import mask_probability, resolve_annealing
-from lora_config import base_tensors, is_lora, listed
+from lora_config import base_tensors, combine_hashes, hash_tensors, is_lora, listed, stored_updates
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule
+    from eomt.data.dataset import SegmentationDataset
     from eomt.models.vit import ViT
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 SIZES = ("num_blocks", "num_classes", "num_q", "head")
 ADAM = ("exp_avg", "exp_avg_sq")  # the moments of gradients that the optimiser keeps
 CROPS, LABEL_MAPS, SCENES = 8, 50, 2  # how many are looked at
+# Share of values at 0 or 255 from which images were clipped. CamVid has 0.11, its darkest image 0.30; toy streets have
+# 0.001 by day, and 0.01 in fog at night. Normalised and saved, they have 0.87, 0.67 and 0.97; the least of them 0.51.
+CLIPPED = 0.4
+RESULT = {"score": str, "temperature": float | int, "auprc": float | int | None, "anomalous": int, "valid": int}
 
 
 @dataclass(frozen=True)
@@ -127,13 +134,16 @@ def check_gradients(names: Sequence[str], moments: Sequence[float]) -> Finding:
     return Finding(True, f"{len(names)} tensors had gradients, the smallest moment is {min(moments):.1e}")
 
 
-def check_checkpoint_keys(sources: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Finding:
-    """Every stored tensor has its place in the network, and every place its tensor.
+def check_checkpoint_keys(
+    sources: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]], misfit: str | None = None
+) -> Finding:
+    """Every stored tensor has its place in the network, and every place its tensor; an adapter fits its base.
 
     Args:
         sources: for each file or folder the shapes by key that it stores, and those that the network loads from it.
+        misfit: why the base is not that of the adapter, if it is not.
     """
-    problems = []
+    problems = [misfit] if misfit else []
     for source, (stored, loaded) in sources.items():
         ignored, missing = sorted(stored.keys() - loaded.keys()), sorted(loaded.keys() - stored.keys())
         shapes = [key for key in stored.keys() & loaded.keys() if tuple(stored[key]) != tuple(loaded[key])]
@@ -155,26 +165,29 @@ def check_sizes(sources: Mapping[str, Mapping[str, Any]]) -> Finding:
         found = {source: values[size] for source, values in sources.items() if values.get(size) is not None}
         if len(set(found.values())) > 1:
             problems.append(f"{size} is " + ", ".join(f"{value} in {source}" for source, value in found.items()))
-        elif found:
+        elif len(found) > 1:
             agreed.append(f"{size} {next(iter(found.values()))}")
     return Finding(not problems, "; ".join(problems) or f"{', '.join(agreed)} in {', '.join(sources)}")
 
 
-def check_normalisation(shown: Channels, seen: Channels, expected: Channels, source: str) -> Finding:
-    """Pixels are normalised once, by the statistics that the backbone expects.
+def check_normalisation(shown: Channels, seen: Channels, expected: Channels, source: str, clipped: float) -> Finding:
+    """Pixels are normalised once, by the statistics that the backbone expects, and were not before they were saved.
 
     Args:
         shown: of images in [0, 1], as they are handed to the network.
         seen: of what then reaches its patch embedding.
         expected: what the backbone was pretrained with.
         source: what the images are.
+        clipped: share of their values, before augmentation, that are exactly 0 or 255.
     """
     std = [a / b if b else math.inf for a, b in zip(shown.std, seen.std, strict=True)]
     mean = [m - s * y for m, s, y in zip(shown.mean, std, seen.mean, strict=True)]
     facts = f"{source}: mean {triple(shown.mean)} and deviation {triple(shown.std)} become {triple(seen.mean)} and "
-    facts += triple(seen.std)
+    facts += f"{triple(seen.std)}; {100 * clipped:.1f} % of the stored values are 0 or 255"
     if min(shown.std) < 0.01:  # a picture of street scenes in fog at night has 0.05
         return Finding(False, f"images hardly differ from one grey, as if divided by 255 twice; {facts}")
+    if clipped > CLIPPED:
+        return Finding(False, f"images are clipped, as if normalised before they were saved; {facts}")
     once, ways = (expected.mean, expected.std), {}
     ways["once"] = once
     ways["not at all"] = ((0.0,) * 3, (1.0,) * 3)
@@ -268,15 +281,25 @@ def check_mask_annealing(
     return Finding(True, f"the last mask faded out at step {max(end for _, end in fading):,} of {steps:,}")
 
 
-def check_evaluation_classes(there: Mapping[str, Mapping[str, bool]]) -> Finding:
-    """Every class has pixels in what was evaluated; `there` says so by evaluation and class."""
-    problems = []
+def check_evaluation_classes(there: Mapping[str, Mapping[str, bool | None]]) -> Finding:
+    """Every class has pixels in what was evaluated.
+
+    Args:
+        there: whether it has, by evaluation and class; None where that cannot be told.
+    """
+    problems, doubts = [], []
     for source, classes in there.items():
-        if empty := [name for name, has_pixels in classes.items() if not has_pixels]:
+        if empty := [name for name, has_pixels in classes.items() if has_pixels is False]:
             problems.append(f"{source}: {len(empty)} of {len(classes)} classes have no pixel: {listed(empty)}")
-    seen = ", ".join(f"{len(classes)} classes in {source}" for source, classes in there.items())
-    meaning = "; an mIoU over fewer classes is no mIoU over all"
-    return Finding(not problems, "; ".join(problems) + meaning if problems else f"all have pixels: {seen}")
+        if unknown := [name for name, has_pixels in classes.items() if has_pixels is None]:
+            doubts.append(f"{source}: {listed(unknown)} may have no pixel: an IoU of 0, and no count of pixels")
+    if problems:
+        return Finding(False, "; ".join([*problems, *doubts]) + "; an mIoU over fewer classes is no mIoU over all")
+    if doubts:
+        return Finding(None, "; ".join(doubts))
+    return Finding(
+        True, "all have pixels: " + ", ".join(f"{len(c)} classes in {source}" for source, c in there.items())
+    )
 
 
 def check_anomaly_scores(benchmarks: Mapping[str, Sequence[Mapping[str, Any]]]) -> Finding:
@@ -293,7 +316,7 @@ def check_anomaly_scores(benchmarks: Mapping[str, Sequence[Mapping[str, Any]]]) 
             number += 1
             if auprc is None:
                 problems.append(f"{name} has no AuPRC")
-            elif auprc <= share * (1 + 1e-6):
+            elif not auprc > share * (1 + 1e-6):  # NaN is none either
                 kind = "constant" if math.isclose(auprc, share, rel_tol=1e-6) else "inverted, or knows nothing"
                 figures = f"AuPRC {100 * auprc:.2f} % where {100 * share:.2f} % of the pixels are anomalous"
                 problems.append(f"{name} is {kind}: {figures}")
@@ -308,7 +331,11 @@ def check_anomaly_scores(benchmarks: Mapping[str, Sequence[Mapping[str, Any]]]) 
 
 
 def examine(
-    path: str | Path, run: str | Path, data: SegmentationDataModule | None = None, no_data: str = "none given"
+    path: str | Path,
+    run: str | Path,
+    data: SegmentationDataModule | None = None,
+    no_data: str = "none given",
+    ckpt_path: str | Path | None = None,
 ) -> dict[str, Finding]:
     """Every check on what a run left, by name.
 
@@ -318,11 +345,13 @@ def examine(
             as they are there.
         data: of the run, to look at images and labels; None: scenes are drawn, and labels are not looked at.
         no_data: why there are none.
+        ckpt_path: the weights that the run started from, if they have moved.
 
     Raises:
-        FileNotFoundError: neither weights nor a run are there. ValueError: weights that cannot be read.
+        FileNotFoundError: neither weights nor a run are there, or nothing at `ckpt_path`.
+        ValueError: weights that cannot be read.
     """
-    patient = Patient(Path(path), Path(run), data, no_data)
+    patient = Patient(Path(path), Path(run), data, no_data, ckpt_path)
     facts: dict[Callable[..., Finding], Callable[[], tuple]] = {
         check_adapter_updates: patient.updates,
         check_lora_audit: patient.audit,
@@ -345,23 +374,24 @@ def name_of(check: Callable[..., Finding]) -> str:
 
 
 def attempt(check: Callable[..., Finding], gather: Callable[[], tuple]) -> Finding:
-    """The check on its facts; a ValueError in gathering them is a fault by itself, with its own sentence."""
+    """The check on its facts; what cannot be read or is wrong in itself is a fault, with its own sentence."""
     try:
         return check(*gather())
     except NothingThere as why:
         return Finding(None, str(why))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return Finding(False, str(error))
 
 
 class Patient:
     """Gathers the facts; each method returns the arguments of one check, or raises `NothingThere`."""
 
-    def __init__(self, path: Path, run: Path, data: SegmentationDataModule | None, no_data: str) -> None:
-        self.run, self.data, self.no_data = run, data, no_data
-        self.summary: dict[str, Any] = read_json(run / "summary.json") or {}
-        config = run / "config.yaml"
-        self.config: dict[str, Any] = (yaml.safe_load(config.read_text()) if config.is_file() else None) or {}
+    def __init__(
+        self, path: Path, run: Path, data: SegmentationDataModule | None, no_data: str, ckpt_path: str | Path | None
+    ) -> None:
+        self.run, self.data, self.no_data, self.ckpt_path = run, data, no_data, ckpt_path
+        if ckpt_path and not Path(ckpt_path).expanduser().exists():
+            raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file or folder")
         try:
             self.path: Path | None = choose(path)
         except FileNotFoundError:
@@ -373,6 +403,16 @@ class Patient:
         self.init: dict[str, Any] = self.content.get("hyper_parameters") or {}
 
     # What is needed by several
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the run wrote at its end; empty without it."""
+        return read_json(self.run / "summary.json") or {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What the run was configured with; empty without it."""
+        return read_settings(self.run / "config.yaml", yaml.safe_load) or {}
 
     def needs_weights(self) -> None:
         if self.path is None:
@@ -404,18 +444,59 @@ class Patient:
             raise NothingThere(f"no {file.parent.name}/{file.name}")
         return read_lightning(file)
 
-    @cached_property
-    def start(self) -> dict[str, Tensor]:
-        """The weights that the run started from, at this network's image size."""
-        path = self.init.get("ckpt_path")
+    @property
+    def start_path(self) -> Path:
+        """Where the weights are that the run started from."""
+        path = self.ckpt_path or self.init.get("ckpt_path")
         if not path:
             first = "timm's pretrained" if self.init.get("pretrained") else "random"
             raise NothingThere(f"the run started from {first} weights, which are not here")
         if not Path(path).expanduser().exists():
             raise NothingThere(f"the weights that the run started from are not there: {path}")
-        state, size = read_checkpoint(choose(path))
+        try:
+            return choose(path)
+        except FileNotFoundError as error:
+            raise NothingThere(f"the run started from {path}, which holds no weights") from error
+
+    def halves(self) -> tuple[set[str], set[str]]:
+        """Layers of which the adapter holds A, and of which it holds B."""
+        a, b = ({key.split(half)[0] for key in self.state if half in key} for half in (".lora_A.", ".lora_B."))
+        return a, b
+
+    @cached_property
+    def misfit(self) -> str | None:
+        """Why the base is not the one that the adapter was trained on; None where it is, or cannot be told."""
+        a, b = self.halves()
+        if not a or a != b:
+            return None
+        own = self.path / BASE_FILE
+        try:
+            fit = inspect_model(self.path, own if own.is_file() else self.start_path)["fit"]
+        except NothingThere:
+            return None
+        return f"the base {fit['base']} does not fit: {fit['why']}" if fit["fits"] is False else None
+
+    @cached_property
+    def start(self) -> dict[str, Tensor]:
+        """The weights that the run started from, at this network's image size."""
+        path = self.start_path
+        state, size = read_checkpoint(path)
         resample_to(state, size, tuple(self.init["img_size"]), self.init["patch_size"])
+        recorded = self.summary.get("start_fingerprint")
+        found = self.start_fingerprint(state) if recorded else None
+        if self.misfit or found not in (None, recorded):
+            raise NothingThere(f"the weights at {path} are no longer those that the run started from")
         return state
+
+    def start_fingerprint(self, state: Mapping[str, Tensor]) -> str | None:
+        """What the run's summary calls so, of these weights; None if it began with others, too."""
+        names = base_tensors(self.module.network).keys()
+        if self.init.get("delta_weights") or self.fresh() or not names <= state.keys():
+            return None
+        tensors = {name: state[name].float() if state[name].is_floating_point() else state[name] for name in names}
+        if not self.module.anneals:  # then masks are off from the first step
+            tensors["attn_mask_probs"] = torch.zeros_like(tensors["attn_mask_probs"])
+        return combine_hashes(hash_tensors(tensors))
 
     def fresh(self) -> tuple[str, ...]:
         """Beginnings of the keys that the run did not take from its start."""
@@ -434,12 +515,18 @@ class Patient:
     def updates(self) -> tuple:
         """The norm of each layer's update."""
         self.needs_weights()
-        factors = [sum(f".lora_{letter}" in key for key in self.state) for letter in "AB"]
-        if not any(factors):
+        a, b = self.halves()
+        if not (a or b):
             raise NothingThere("no adapter")
-        if factors[0] != factors[1]:
-            raise ValueError("the adapter holds {} tensors lora_A and {} tensors lora_B".format(*factors))
-        return ({name: update["norm"] for name, update in inspect_model(self.path)["updates"].items()},)
+        if a != b:
+            raise ValueError(
+                f"the adapter holds lora_A of {len(a)} layers and lora_B of {len(b)}, {len(a & b)} in both"
+            )
+        lora, options = self.content["lora"], self.content["lora"]["options"]
+        factors = {key.removeprefix(BACKBONE): tensor for key, tensor in self.state.items() if is_lora(key)}
+        scaling = (lora["alpha"], options.get("use_rslora", False), options.get("alpha_pattern"))
+        updates = stored_updates(factors, *scaling)
+        return ({name: updates[name]["norm"] for name in sorted(updates, key=by_number)},)
 
     def audit(self) -> tuple:
         """The results in the summary."""
@@ -491,13 +578,13 @@ class Patient:
         return param_groups(module.network, module.adapter_parameters(), *rates)
 
     def keys(self) -> tuple:
-        """Shapes by key: stored and loaded, of the artefact and of the start weights."""
+        """Shapes by key, stored and loaded, of the artefact and of the start weights; and whether a base fits."""
         stored = {plain(key): tensor.shape for key, tensor in self.state.items()}
         sources = {self.path.name if self.path else "": (stored, self.loaded())}
         try:
             start = self.start
         except NothingThere:
-            return (sources,)
+            return sources, self.misfit
         network = base_tensors(self.module.network)
         other = (*OPTIONAL_KEYS, *self.fresh())
         sources["the start weights"] = (
@@ -529,6 +616,9 @@ class Patient:
             sources["config.yaml"] = {size: self.config.get("model", {}).get(size) for size in sizes}
         if self.data:
             sources["the data"] = {"num_classes": self.data.num_classes}
+        said = [name for values in sources.values() for name, value in values.items() if value is not None]
+        if len(said) == len(set(said)):
+            raise NothingThere("only the weights tell their sizes")
         return (sources,)
 
     def pixels(self) -> tuple:
@@ -538,19 +628,23 @@ class Patient:
         for name, usual in (("pixel_mean", config["mean"]), ("pixel_std", config["std"])):
             stored = self.state.get(f"encoder.{name}", torch.tensor(usual).reshape(1, 3, 1, 1))
             setattr(encoder, name, stored.float())
-        images, source = self.images()
+        images, source, clipped = self.images()
         shown = images / 255  # as training and prediction do
-        seen = reaching_patches(encoder, shown)
-        return Channels.of(shown), Channels.of(seen), Channels(tuple(config["mean"]), tuple(config["std"])), source
+        seen, expected = reaching_patches(encoder, shown), Channels(tuple(config["mean"]), tuple(config["std"]))
+        return Channels.of(shown), Channels.of(seen), expected, source, clipped
 
-    def images(self) -> tuple[Tensor, str]:
-        """Some training crops [N, 3, H, W], or drawn scenes of that size, and what they are."""
+    def images(self) -> tuple[Tensor, str, float]:
+        """Some training crops [N, 3, H, W], or drawn scenes of that size, what they are, and the share clipped."""
         if self.data is not None:
-            crops = [self.data.train_set[index, 0][0] for index in spread(len(self.data.train_set), CROPS)]
-            return torch.stack(crops), f"{len(crops)} training crops"
+            train_set = self.data.train_set
+            indices = spread(len(train_set), CROPS)
+            crops = [train_set[index, 0][0] for index in indices]
+            clipped = [share_clipped(train_set.image(index)) for index in indices]  # crops are padded with 0
+            return torch.stack(crops), f"{len(crops)} training crops", float(np.mean(clipped))
         size = tuple(self.init["img_size"])
         scenes = [draw_scene(np.random.default_rng(seed), size, "clear")[0] for seed in range(SCENES)]
-        return torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2), f"drawn scenes (no data: {self.no_data})"
+        images = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2)
+        return images, f"drawn scenes (no data: {self.no_data})", share_clipped(images)
 
     def labels(self) -> tuple:
         """Classes of the network and of the data, and values of label maps."""
@@ -558,10 +652,10 @@ class Patient:
         num_classes, names = self.module.hparams.num_classes, self.init.get("class_names")
         if self.data is None:
             return num_classes, names
-        pixels = torch.zeros(256, dtype=torch.int64)
-        for dataset in (self.data.train_set, self.data.val_set):
-            for index in spread(len(dataset), LABEL_MAPS):
-                pixels += torch.bincount(dataset.labels(index).flatten(), minlength=256)
+        pixels = sum(
+            count_labels(dataset, spread(len(dataset), LABEL_MAPS))
+            for dataset in (self.data.train_set, self.data.val_set)
+        )
         found = {value: count for value, count in enumerate(pixels.tolist()) if count}
         return num_classes, names, self.data.classes.names, found
 
@@ -572,50 +666,109 @@ class Patient:
             raise NothingThere("trained without masked attention")
         probabilities = self.state["attn_mask_probs"].tolist() if "attn_mask_probs" in self.state else []
         if not module.anneals:
+            if not probabilities:
+                raise NothingThere("the weights keep no attn_mask_probs, which say how masks were left")
             return None, steps, probabilities
         given = (module.hparams.attn_mask_annealing_start, module.hparams.attn_mask_annealing_end)
-        fading = resolve_annealing(*given, module.network.num_blocks, self.planned_steps(steps))
+        fading = resolve_annealing(*given, module.network.num_blocks, self.planned_steps())
         return fading, steps, probabilities
 
-    def planned_steps(self, steps: int) -> int:
-        """Optimiser steps that the configuration asked for: the schedules are fractions of these."""
-        trainer = self.config.get("trainer", {})
+    def planned_steps(self) -> int:
+        """Optimiser steps that the run was to take: the schedules are fractions of these."""
+        if planned := self.summary.get("planned_steps"):
+            return planned
+        trainer = self.config.get("trainer", {})  # a summary of an older version
         lengths = [trainer["max_steps"]] if (trainer.get("max_steps") or -1) > 0 else []
-        if (trainer.get("max_epochs") or -1) > 0 and (self.run / "checkpoints" / "last.ckpt").is_file():
-            lengths.append(round(trainer["max_epochs"] * self.last["global_step"] / (self.last["epoch"] + 1)))
-        return min(lengths, default=steps)
+        if (trainer.get("max_epochs") or -1) > 0:
+            try:
+                lengths.append(round(trainer["max_epochs"] * self.last["global_step"] / (self.last["epoch"] + 1)))
+            except NothingThere as why:
+                raise NothingThere(f"the planned length is unknown: no planned_steps, and {why}") from why
+        if not lengths:
+            raise NothingThere("the planned length is unknown: neither summary.json nor config.yaml says it")
+        return min(lengths)
 
     def classes(self) -> tuple:
         """Which classes have pixels, in the run's validation and in `evaluation/`."""
-        there: dict[str, dict[str, bool]] = {}
-        if self.summary.get("class_iou"):
-            there["the run's validation"] = {name: iou is not None for name, iou in self.summary["class_iou"].items()}
+        there = {"the run's validation": self.validated()} if self.summary.get("class_iou") else {}
         for file in sorted((self.run / "evaluation").glob("*.npz")):
             facts = read_json(file.with_suffix(".json"))
             if facts is not None:
-                targets = np.load(file)["confusion"].sum((0, 2))  # of [N, target, prediction]
-                there[f"evaluation/{file.stem}"] = dict(zip(facts["classes"], (targets > 0).tolist(), strict=True))
+                there[f"evaluation/{file.stem}"] = read_evaluation(file, facts)
         if not there:
             raise NothingThere("no validation in summary.json, and no evaluation/*.npz")
         return (there,)
 
+    def validated(self) -> dict[str, bool | None]:
+        """Which classes had pixels in the run's validation: an IoU of 0 alone does not tell."""
+        scores, pixels = self.summary["class_iou"], self.summary.get("class_pixels")
+        if not pixels and 0 in scores.values() and self.validated_on_these():
+            counts = count_labels(self.data.val_set, range(len(self.data.val_set))).tolist()
+            pixels = dict(zip(self.data.classes.names, counts, strict=False))
+        if pixels:
+            return {name: pixels.get(name, 0) > 0 for name in scores}
+        return {name: None if iou == 0 else iou is not None for name, iou in scores.items()}
+
+    def validated_on_these(self) -> bool:
+        """Whether the data are there, and those that the run was validated on."""
+        recorded = (self.summary.get("data") or {}).get("val")
+        return self.data is not None and self.data.val_set.fingerprint() == recorded
+
     def scores(self) -> tuple:
         """What `anomaly/` holds."""
-        files = [read_json(file) for file in sorted((self.run / "anomaly").glob("*.json"))]
-        benchmarks = {facts["title"]: facts["results"] for facts in files if facts.get("results")}
-        if not benchmarks:
+        files = sorted((self.run / "anomaly").glob("*.json"))
+        if not files:
             raise NothingThere("no anomaly/*.json, which scripts/evaluate_anomaly.py writes")
-        return (benchmarks,)
+        return (dict(read_scores(file) for file in files),)
+
+
+def read_evaluation(file: Path, facts: Mapping[str, Any]) -> dict[str, bool]:
+    """Which classes have pixels in what `scripts/evaluate.py` wrote; ValueError if it is something else."""
+    try:
+        targets = np.load(file)["confusion"].sum((0, 2))  # of [N, target, prediction]
+        return dict(zip(facts["classes"], (targets > 0).tolist(), strict=True))
+    except (ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{file} and {file.stem}.json are not what scripts/evaluate.py writes: {error}") from error
+
+
+def read_scores(file: Path) -> tuple[str, list[dict[str, Any]]]:
+    """A benchmark's title and results as `scripts/evaluate_anomaly.py` writes them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    facts = read_json(file)
+    title, results = facts.get("title"), facts.get("results")
+    kinds = {"title": (title, str), "results": (results, list)}
+    wrong = [name for name, (found, kind) in kinds.items() if not (found and isinstance(found, kind))]
+    if not wrong:
+        wrong = [name for name, kind in RESULT.items() if not all(holds(result, name, kind) for result in results)]
+    if wrong:
+        raise ValueError(f"{file} is not what scripts/evaluate_anomaly.py writes: look at {', '.join(wrong)} in it")
+    return title, results
+
+
+def holds(result: Any, name: str, kind: Any) -> bool:
+    """Whether a result has a value of this kind."""
+    return isinstance(result, dict) and name in result and isinstance(result[name], kind)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's content; None if it is not there, ValueError if it is no JSON."""
+    """`read_settings` of a JSON file."""
+    return read_settings(path, json.loads)
+
+
+def read_settings(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The file's content; None if it is not there, ValueError if it cannot be parsed or is no mapping."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): it may be half-written") from error
+        content = parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({one_sentence(error)}): it may be half-written") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, where names and values should be: look at it")
+    return content
 
 
 def plain(key: str) -> str:
@@ -629,6 +782,16 @@ def plain(key: str) -> str:
 def spread(length: int, count: int) -> list[int]:
     """Up to `count` indices, evenly over the whole length."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
+def share_clipped(images: Tensor) -> float:
+    """Share of the values of uint8 images that are the lowest or the highest possible."""
+    return ((images == 0) | (images == 255)).double().mean().item()
+
+
+def count_labels(dataset: SegmentationDataset, indices: Iterable[int]) -> Tensor:
+    """How many pixels have each label value, int64 [256], in these label maps."""
+    return sum(torch.bincount(dataset.labels(index).flatten(), minlength=256) for index in indices)
 
 
 def largest(tensor: Tensor) -> float:

@@ -88,10 +88,12 @@ def finish_run(
         "status": status_of(error),
         "miou": best["miou"] if math.isfinite(best["miou"]) else None,
         "class_iou": {name: None if iou != iou else iou for name, iou in best.get("class_iou", {}).items()},
+        "class_pixels": module.class_pixels if "class_iou" in best else {},  # every validation is on the same labels
         "best_step": best.get("step"),
         "kept": callbacks["save_best"].keep,
         "last_miou": None if last is None else last.item(),
         "steps": trainer.global_step,
+        "planned_steps": module.total_steps,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad and trainer.max_steps),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "artefact": folder.name,

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.labels import IGNORE, OUTLIER
 from eomt.training.mask_classification_loss import classes_present, classes_seen
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
+    from torch.utils.data import Dataset
 
-    from eomt.data.dataset import SegmentationDataset
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 LOOKED_AT = 12  # items of each split
@@ -34,12 +33,12 @@ def check_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
     Reads some of the label maps. Warns of an outlier loss that would see no outlier.
 
     Args:
-        datamodule: one that is no `SegmentationDataModule` is left out.
+        datamodule: somebody else's, which has no `cut_paste`, is left out.
 
     Raises:
         ValueError: an index has two meanings, or a label has none.
     """
-    if not isinstance(datamodule, SegmentationDataModule):
+    if not hasattr(datamodule, "cut_paste"):
         check_indices(indices_of(module, None))
         return
     check_indices(indices_of(module, datamodule))
@@ -61,7 +60,7 @@ def check_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
         )
 
 
-def indices_of(module: MaskClassificationSemantic, datamodule: SegmentationDataModule | None) -> dict[str, Meanings]:
+def indices_of(module: MaskClassificationSemantic, datamodule: LightningDataModule | None) -> dict[str, Meanings]:
     """What each part of a run takes which indices for."""
     head, loss, metrics = module.network.num_classes, module.criterion, module.confusion
     parts = {
@@ -109,7 +108,7 @@ def span(indices: Collection[int]) -> str:
     return f"index {min(indices)}" + (f"..{max(indices)}" if len(indices) > 1 else "")
 
 
-def label_maps(dataset: SegmentationDataset) -> Iterator[Tensor]:
+def label_maps(dataset: Dataset) -> Iterator[Tensor]:
     """Those of some items, uint8 [H, W], as they are stored; no image is read."""
     for i in torch.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).round().int().tolist():
         yield dataset.labels(i)

@@ -151,6 +151,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.outlier_loss: OutlierLoss | None = None
         if outlier_loss:
             self.outlier_loss = OutlierLoss(outlier_loss, num_classes, outlier_weight, inlier_margin, outlier_margin)
+        elif inlier_margin is not None or outlier_margin is not None:
+            logger.warning("inlier_margin and outlier_margin are of outlier_loss, which is null: they do nothing")
         cosine_scale, margin = (arcface_scale, arcface_margin) if head == "arcface" else (None, 0.0)
 
         from_hub = pretrained and (delta_weights or not ckpt_path)  # a checkpoint replaces every weight
