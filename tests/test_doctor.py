@@ -25,7 +25,7 @@ from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.data.folder import folder
 from eomt.data.toy_scene import draw_scene
 from eomt.models.vit import ViT
-from eomt.reporting.doctor import (
+from eomt.reporting.doctor.checks import (
     CLIPPED,
     Channels,
     check_adapter_updates,
@@ -35,10 +35,9 @@ from eomt.reporting.doctor import (
     check_mask_annealing,
     check_normalisation,
     check_trained_weights,
-    examine,
-    share_clipped,
-    spread,
 )
+from eomt.reporting.doctor.examination import examine
+from eomt.reporting.doctor.patient import share_clipped, spread
 
 run = partial(run_script, "doctor.py")
 CLASSES = [{"name": name, "color": [90 * i, 40, 200], "ids": [i]} for i, name in enumerate(("road", "wall", "sky"))]

@@ -1,0 +1,80 @@
+"""Looks for the faults that leave a run looking fine: facts of what it left, and checks that are functions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eomt.reporting.doctor.checks import (
+    Finding,
+    check_adapter_updates,
+    check_anomaly_scores,
+    check_checkpoint_keys,
+    check_evaluation_classes,
+    check_gradients,
+    check_label_indices,
+    check_lora_audit,
+    check_mask_annealing,
+    check_normalisation,
+    check_sizes,
+    check_trainable_parameters,
+    check_trained_weights,
+)
+from eomt.reporting.doctor.patient import NothingThere, Patient
+
+if TYPE_CHECKING:
+    from eomt.data.datamodule import SegmentationDataModule
+
+
+def examine(
+    path: str | Path,
+    run: str | Path,
+    data: SegmentationDataModule | None = None,
+    no_data: str = "none given",
+    ckpt_path: str | Path | None = None,
+) -> dict[str, Finding]:
+    """Every check on what a run left, by name.
+
+    Args:
+        path: an adapter/ or model/ folder, a run's folder, a Lightning checkpoint or a file of weights.
+        run: the run's folder, with `summary.json`, `config.yaml`, `checkpoints/`, `evaluation/` and `anomaly/`, as far
+            as they are there.
+        data: of the run, to look at images and labels; None: scenes are drawn, and labels are not looked at.
+        no_data: why there are none.
+        ckpt_path: the weights that the run started from, if they have moved.
+
+    Raises:
+        FileNotFoundError: neither weights nor a run are there, or nothing at `ckpt_path`.
+        ValueError: weights that cannot be read.
+    """
+    patient = Patient(Path(path), Path(run), data, no_data, ckpt_path)
+    facts: dict[Callable[..., Finding], Callable[[], tuple]] = {
+        check_adapter_updates: patient.updates,
+        check_lora_audit: patient.audit,
+        check_trainable_parameters: patient.parameters,
+        check_trained_weights: patient.trained_weights,
+        check_gradients: patient.gradients,
+        check_checkpoint_keys: patient.keys,
+        check_sizes: patient.sizes,
+        check_normalisation: patient.pixels,
+        check_label_indices: patient.labels,
+        check_mask_annealing: patient.annealing,
+        check_evaluation_classes: patient.classes,
+        check_anomaly_scores: patient.scores,
+    }
+    return {name_of(check): attempt(check, gather) for check, gather in facts.items()}
+
+
+def name_of(check: Callable[..., Finding]) -> str:
+    return check.__name__.removeprefix("check_").replace("_", " ")
+
+
+def attempt(check: Callable[..., Finding], gather: Callable[[], tuple]) -> Finding:
+    """The check on its facts; what cannot be read or is wrong in itself is a fault, with its own sentence."""
+    try:
+        return check(*gather())
+    except NothingThere as why:
+        return Finding(None, str(why))
+    except (ValueError, OSError) as error:
+        return Finding(False, str(error))
