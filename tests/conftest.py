@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import lightning
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -81,6 +82,15 @@ def camvid_root():
     if not root:
         pytest.skip("EOMT_CAMVID names no folder with the CamVid images")
     return root
+
+
+def fit(module, data, *callbacks, **trainer):
+    """Trains without validation, logging or output; two steps unless told otherwise."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings = {"max_steps": 2, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0} | trainer
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet, **settings)
+    trainer.fit(module, data)
+    return trainer
 
 
 def run_script(name, *arguments, cwd=ROOT):

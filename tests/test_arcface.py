@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, prediction, run_script
+from conftest import TINY, fit, prediction, run_script
 from PIL import Image
 
 from eomt.data.labels import OUTLIER
@@ -54,14 +54,6 @@ def linear(tmp_path):
     """A source network with a linear class head."""
     build(head="linear").save_pretrained(tmp_path / "linear")
     return str(tmp_path / "linear")
-
-
-def fit(module, data, *callbacks, **trainer):
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    settings = {"max_steps": 3, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0} | trainer
-    trainer = lightning.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet, **settings)
-    trainer.fit(module, data)
-    return trainer
 
 
 @pytest.fixture

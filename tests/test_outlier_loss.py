@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from conftest import TINY, prediction
+from conftest import TINY, fit, prediction
 
 from eomt.anomaly.cut_paste import CutPaste
 from eomt.anomaly.cutouts import ToyCutOuts
@@ -49,14 +49,6 @@ def data(toy_cache):
 def pasted(toy_cache):
     """Toy streets with an object or more on every training image."""
     return streets(toy_cache, CutPaste(ToyCutOuts(20), probability=1.0, scale="uniform", where="anywhere"))
-
-
-def fit(module, data, *callbacks, **trainer):
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    settings = {"max_steps": 2, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0} | trainer
-    trainer = lightning.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet, **settings)
-    trainer.fit(module, data)
-    return trainer
 
 
 # Formulas and margins
