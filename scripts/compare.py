@@ -338,16 +338,18 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
     with one_device(matrix, facts["devices"]) as environment:
         error = None if status(folder) == "finished" else run_logged(train, folder / "run.log", environment)
         error = error or run_logged(evaluate, folder / "run.log", environment)
-        anomaly_error = None if error else score_anomalies(folder, facts, environment)
+        anomaly_errors = {} if error else score_anomalies(folder, facts, environment)
     cell_facts = {"variant": cell.variant, "seed": cell.seed, "status": "failed" if error else "finished"}
     cell_facts |= {
         "error": error,
-        "anomaly_error": anomaly_error,
+        "anomaly_errors": anomaly_errors,
         "command": ["python", "train_with_lora.py", *train[2:]],
     }
     write_json(folder / "cell.json", cell_facts)
     minutes, seconds = divmod(round(time.time() - started), 60)
-    outcome = f"failed: {error}" if error else f"finished, no score: {anomaly_error}" if anomaly_error else "finished"
+    outcome = (
+        f"failed: {error}" if error else "finished" + "".join(f", no scores: {e}" for e in anomaly_errors.values())
+    )
     print(f"== {title}: {outcome} after {minutes} min {seconds} s", flush=True)
 
 
@@ -444,7 +446,7 @@ def summarise(folder: Path, facts: dict[str, Any]) -> int:
     failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}", facts)]
     for variant, seed in failed:
         cell = read_json(folder / variant / f"seed_{seed}" / "cell.json")
-        error = (cell.get("error") or cell.get("anomaly_error")) if cell else "did not end"
+        error = cell.get("error") or next(iter(cell.get("anomaly_errors", {}).values()), "did not end")
         print(f"failed: {variant}, seed {seed}: {error}")
     print(f"{len(cells) - len(failed)} of {len(cells)} cells finished in {folder}")
     print(f"next: python scripts/compare.py report {folder}")
@@ -486,16 +488,17 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
         evaluate(module, data, description=name, **options).save(run / "evaluation", "source")
 
 
-def score_anomalies(run: Path, facts: dict[str, Any], environment: dict[str, str]) -> str | None:
-    """Scores the run's artefact on the benchmarks it has no results on; returns the error of the first that failed."""
+def score_anomalies(run: Path, facts: dict[str, Any], environment: dict[str, str]) -> dict[str, str]:
+    """Scores the run's artefact on the benchmarks it has no results on; returns the errors of those that failed."""
+    errors = {}
     for name in without_scores(run, facts["anomaly"]):
         artefact = run / read_json(run / "summary.json")["artefact"]
         command = [sys.executable, str(ROOT / "scripts" / "evaluate_anomaly.py"), str(artefact), f"data={name}"]
         command += [] if name == TOYS else [f"data.root={facts['anomaly_root']}"]
         if error := run_logged(command, run / "run.log", environment):
-            return error
+            errors[name] = error
         shutil.rmtree(run / "anomaly" / "logits", ignore_errors=True)  # gigabytes, of every cell
-    return None
+    return errors
 
 
 def outdated(run: Path, scores: Path) -> bool:
@@ -513,9 +516,9 @@ def report_runs(args: argparse.Namespace) -> int:
         if run.error is None and outdated(run.path, run.path / "evaluation" / "target.json"):
             print(f"evaluating {run.path}")
             evaluate_run(run.path, matrix["source"])
-        tried = run.cell.get("anomaly_error")  # the report says so
-        if run.error is None and not tried and (error := score_anomalies(run.path, matrix, dict(os.environ))):
-            raise ValueError(error)
+        untried = [name for name in matrix["anomaly"] if name not in run.anomaly_errors]
+        if run.error is None and (errors := score_anomalies(run.path, matrix | {"anomaly": untried}, dict(os.environ))):
+            write_json(run.path / "cell.json", run.cell | {"anomaly_errors": run.anomaly_errors | errors})
         old = [name for name in run.anomalies if outdated(run.path, run.path / "anomaly" / f"{name}.json")]
         if run.error is None and old:
             raise ValueError(

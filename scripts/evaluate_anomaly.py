@@ -100,7 +100,9 @@ def parse(words: list[str]) -> dict[str, Any]:
         settings[key] = value if key == "data.root" else read
     for key in ("data", "scores", "temperatures"):
         if not isinstance(settings[key], list):
-            settings[key] = [settings[key]]
+            settings[key] = [] if settings[key] is None else [settings[key]]
+        if any(isinstance(each, list | dict) for each in settings[key]):
+            raise ValueError(f"{key}={settings[key]} must be a value or a list of values")
     return settings
 
 
@@ -183,8 +185,9 @@ def open_datasets(settings: dict[str, Any]) -> "list[AnomalyDataset]":
     from eomt.anomaly.toy_anomalies import write_toy_anomalies
 
     names, root = settings["data"], settings["data.root"]
+    draws = TOYS in names
     toys = [settings[key] for key in OF_TOYS]
-    if TOYS not in names and toys != [SETTINGS[key] for key in OF_TOYS]:
+    if not draws and toys != [SETTINGS[key] for key in OF_TOYS]:
         raise ValueError(f"{', '.join(OF_TOYS)} are for data={TOYS} only; leave them out")
     if not (names or root):
         raise ValueError(f"give data.root=FOLDER of the benchmarks, or data={TOYS}, which are drawn")
@@ -197,7 +200,7 @@ def open_datasets(settings: dict[str, Any]) -> "list[AnomalyDataset]":
         folders = ", ".join(benchmark.folders[0] for benchmark in BENCHMARKS.values())
         raise FileNotFoundError(f"{root} holds none of {folders}, each with images/ and labels_masks/")
     return [
-        AnomalyDataset(write_toy_anomalies(root, *toys) if name == TOYS else root or "", name)
+        AnomalyDataset(write_toy_anomalies(root, *toys) if draws and name == TOYS else root or "", name)
         for name in dict.fromkeys(names)
     ]
 

@@ -293,6 +293,7 @@ def test_logits_of_other_weights_are_not_taken_from_the_cache(module, toys, monk
         (["data=toy_anomaly"], "error: data=toy_anomaly is no anomaly benchmark; did you mean toy_anomalies?\n"),
         (["data=toy_anomalies", "scores=[mps]"], "error: scores: 'mps' is unknown; did you mean msp?\n"),
         (["data=toy_anomalies", "scores=[msp"], "error: scores=[msp cannot be read: a list looks like scores=[a,b]\n"),
+        (["data=[[fs_static]]"], "error: data=[['fs_static']] must be a value or a list of values\n"),
         (["data=toy_anomalies", "temperatures=[0]"], "error: temperatures: 0 must be a number greater than 0\n"),
         (
             ["data=toy_anomalies", "data.size=64"],
@@ -357,6 +358,8 @@ def test_several_benchmarks_may_be_named_and_numbers_be_written_in_any_way(monke
     )
     assert settings["temperatures"] == [0.1] and parse(["data.root=2024"])["data.root"] == "2024"
     assert [dataset.folder for dataset in open_datasets(settings)] == [toys.folder]
+    (found,) = open_datasets(parse(["data=null", f"data.root={toys.folder.parent}"]))
+    assert found.folder == toys.folder, "toys that lie there are taken, none are drawn"
 
 
 def test_one_temperature_is_drawn_and_it_is_not_the_best_of_the_labels(monkeypatch, module, toys, cache, tmp_path):

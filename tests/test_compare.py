@@ -168,14 +168,23 @@ def test_a_benchmark_that_cannot_be_scored_costs_no_run_its_miou(matrix, scored,
         json.dumps(read(folder / "matrix.json") | {"variants": ["none"], "anomaly": []})
     )
     words = [word for word in scored[1] if not word.startswith(("variants", "output_dir"))]
-    words += ["variants=[none]", f"output_dir={folder}", "anomaly=[fs_static]", f"anomaly_root={tmp_path}"]
+    for path in (folder / "none" / "seed_3" / "anomaly").iterdir():
+        path.unlink()
+    words += [
+        "variants=[none]",
+        f"output_dir={folder}",
+        "anomaly=[fs_static,toy_anomalies]",
+        f"anomaly_root={tmp_path}",
+    ]
     result = compare(*words, code=1)
     assert "failed: none, seed 3: " in result.stdout and "cannot be decoded" in result.stdout
     cell = read(folder / "none" / "seed_3" / "cell.json")
-    assert cell["status"] == "finished" and "cannot be decoded" in cell["anomaly_error"]
+    assert cell["status"] == "finished" and "cannot be decoded" in cell["anomaly_errors"]["fs_static"]
+    assert anomalies(folder, "none")[0].is_file() and not list(folder.rglob("logits")), "the other one was scored"
     compare("report", folder, "--output", tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "none, the baseline, reaches" in text
+    assert "none, the baseline, reaches" in text and "| none | " in text
+    assert "FS Static could not be scored for none seed 3: " in text and "cannot be decoded" in text
 
 
 def test_how_objects_are_pasted_is_nothing_to_a_variant_that_pastes_none(settings, tmp_path):

@@ -625,6 +625,11 @@ def test_benchmarks_that_were_run_differently_do_not_belong_in_one_table(scored,
     assert str(found).startswith(f"{aspect} differ: ") and found.variants("full") == {"lora_r8"}
 
 
+def test_results_of_a_version_that_did_not_tell_its_images_may_be_compared(scored):
+    write_anomalies(scored / "lora_r8" / "0", data=None)
+    assert differences(load_runs([scored])) == []
+
+
 def test_the_error_of_counting_in_bins_is_the_largest_of_the_runs_and_of_the_score_that_is_shown(scored):
     for variant, error in (("lora_r8", 0.004), ("full", 0.001)):
         path = scored / variant / "0" / "anomaly" / "toy_anomalies.json"

@@ -469,6 +469,18 @@ def test_an_evaluation_that_cannot_be_read_fails_alone(copy):
     assert "night.npz and night.json are not what scripts/evaluate.py writes" in only(path, "evaluation classes")
 
 
+def test_damage_within_an_evaluation_fails_alone(copy):
+    path = copy("full")
+    (path / "evaluation").mkdir()
+    file = path / "evaluation" / "night.npz"
+    np.savez_compressed(file, confusion=np.random.default_rng(0).integers(0, 9, (400, 3, 3)))
+    content = bytearray(file.read_bytes())
+    content[60:100] = b"\xff" * 40
+    file.write_bytes(content)
+    file.with_suffix(".json").write_text(json.dumps({"classes": ["road", "wall", "sky"]}))
+    assert "night.npz and night.json are not what" in only(path, "evaluation classes")
+
+
 def test_a_class_without_pixels_in_an_evaluation_is_found_though_it_was_predicted(copy):
     path = copy("full")
     (path / "evaluation").mkdir()
@@ -764,7 +776,7 @@ def test_start_weights_that_have_moved_are_found_where_they_are_now(copy, full, 
     assert "of the start weights" in findings["checkpoint keys"]["evidence"]
 
 
-@pytest.mark.parametrize("content", ["", "- a", "data: {", "data: 5", "data: {a: 1}"])
+@pytest.mark.parametrize("content", ["", "- a", "data: {", "data: 5", "data: {a: 1}", "model:\ntrainer:"])
 def test_a_broken_configuration_ends_in_a_line_and_not_in_a_traceback(copy, call, call_script, content):
     path = copy("full")
     (path / "config.yaml").write_text(content)

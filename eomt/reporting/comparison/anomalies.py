@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from scipy.special import stdtrit
 
+from eomt.anomaly.datasets import BENCHMARKS
 from eomt.reporting.comparison.differences import by_value, run_names
 from eomt.reporting.comparison.runs import Run
 from eomt.reporting.comparison.statistics import Comparison, Delta, Spread, Variant, pairs
@@ -45,7 +46,7 @@ def seed_interval(changes: Sequence[float]) -> tuple[float, float] | tuple[None,
 def anomaly_notes(comparison: Comparison) -> list[str]:
     """What a reader of the anomaly columns must know."""
     if comparison.score is None:
-        return []
+        return _failed(comparison)
     notes = [
         f"Anomalies: pixels are ranked by the score {comparison.score} in every column and row; choosing the best for "
         "each would compare what is not comparable. AuPRC (average precision): higher is better. FPR95, the share of "
@@ -61,7 +62,7 @@ def anomaly_notes(comparison: Comparison) -> list[str]:
         if error := max(comparison.known(name, lambda found: found.error.get(comparison.score)), default=0):
             text += f"; counted in bins, within {100 * error:.2g} points"
         notes.append(text + ".")
-    return notes + _missing(comparison) + _training(comparison)
+    return notes + _missing(comparison) + _failed(comparison) + _training(comparison)
 
 
 def _missing(comparison: Comparison) -> list[str]:
@@ -71,11 +72,17 @@ def _missing(comparison: Comparison) -> list[str]:
         runs = [run for variant in comparison.variants for run in variant.runs]
         without = [run for run in runs if measured(run, name, "auprc", comparison.score) is None]
         if without:
-            why = "; ".join(
-                dict.fromkeys(run.cell["anomaly_error"] for run in without if run.cell.get("anomaly_error"))
-            )
-            reason = f" ({why})" if why else ""
-            lines.append(f"No result of {comparison.score} on {evaluation.title}: {run_names(without)}{reason}.")
+            lines.append(f"No result of {comparison.score} on {evaluation.title}: {run_names(without)}.")
+    return lines
+
+
+def _failed(comparison: Comparison) -> list[str]:
+    """Benchmarks that could not be scored, and why."""
+    runs, lines = [run for variant in comparison.variants for run in variant.runs], []
+    for name, benchmark in BENCHMARKS.items():
+        without = [run for run in runs if name in run.anomaly_errors]
+        for error, group in by_value(without, lambda run, name=name: run.anomaly_errors[name]).items():
+            lines.append(f"{benchmark.title} could not be scored for {run_names(group)}: {error}")
     return lines
 
 

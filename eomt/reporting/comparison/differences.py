@@ -40,6 +40,7 @@ class Aspect:
     per_seed: bool = False
     of_training: bool = False  # says nothing about a run of 0 steps
     among: Callable[[Run], Any] = lambda run: None  # only runs that agree in this must share it
+    if_told: bool = False  # runs that do not tell are left aside
 
 
 def short_hash(digest: str | None) -> str | None:
@@ -63,7 +64,7 @@ def _anomaly_aspects(benchmark: str, title: str) -> list[Aspect]:
         return lambda run: value(run.anomalies[benchmark])
 
     return [
-        Aspect(f"{title}: evaluated images", of(lambda a: short_hash(a.data))),
+        Aspect(f"{title}: evaluated images", of(lambda a: short_hash(a.data)), if_told=True),
         Aspect(f"{title}: numbers of images", of(lambda a: a.images)),
         Aspect(f"{title}: labels", of(lambda a: f"{a.anomalous:,} of {a.valid:,} pixels anomalous")),
         Aspect(f"{title}: evaluation sizes", of(lambda a: "x".join(map(str, a.img_size)))),
@@ -115,6 +116,8 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 def _disagreements(aspect: Aspect, runs: Sequence[Run]) -> Iterator[Difference]:
     if aspect.of_training:
         runs = [run for run in runs if run.steps != 0]
+    if aspect.if_told:
+        runs = [run for run in runs if aspect.value(run)]
     for alike in by_value(runs, aspect.among).values():
         for seed in sorted({run.seed for run in alike}, key=str) if aspect.per_seed else [None]:
             group = [run for run in alike if not aspect.per_seed or run.seed == seed]

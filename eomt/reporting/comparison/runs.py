@@ -91,6 +91,11 @@ class Run:
         return None if self.target else "it finished without a score (no validation, no evaluation/target.json)"
 
     @property
+    def anomaly_errors(self) -> dict[str, str]:
+        """Why a benchmark has no scores, by benchmark."""
+        return self.cell.get("anomaly_errors") or {}
+
+    @property
     def steps(self) -> int | None:
         return self.summary.get("steps")
 

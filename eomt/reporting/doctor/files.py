@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
+from zlib import error as DamagedError
 
 import numpy as np
 import yaml
@@ -21,7 +22,7 @@ def read_evaluation(file: Path, facts: Mapping[str, Any]) -> dict[str, bool]:
     try:
         targets = np.load(file)["confusion"].sum((0, 2))  # of [N, target, prediction]
         return dict(zip(facts["classes"], (targets > 0).tolist(), strict=True))
-    except (ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:
+    except (ValueError, LookupError, TypeError, EOFError, BadZipFile, DamagedError) as error:
         raise ValueError(f"{file} and {file.stem}.json are not what scripts/evaluate.py writes: {error}") from error
 
 

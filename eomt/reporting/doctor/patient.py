@@ -271,7 +271,7 @@ class Patient:
         if self.init.get("class_names"):
             sources["the class names"] = {"num_classes": len(self.init["class_names"])}
         if self.config:
-            sources["config.yaml"] = {size: self.config.get("model", {}).get(size) for size in sizes}
+            sources["config.yaml"] = {size: (self.config.get("model") or {}).get(size) for size in sizes}
         if self.data:
             sources["the data"] = {"num_classes": self.data.num_classes}
         said = [name for values in sources.values() for name, value in values.items() if value is not None]
@@ -335,7 +335,7 @@ class Patient:
         """Optimiser steps that the run was to take: the schedules are fractions of these."""
         if planned := self.summary.get("planned_steps"):
             return planned
-        trainer = self.config.get("trainer", {})  # a summary of an older version
+        trainer = self.config.get("trainer") or {}  # a summary of an older version
         lengths = [trainer["max_steps"]] if (trainer.get("max_steps") or -1) > 0 else []
         if (trainer.get("max_epochs") or -1) > 0:
             try:
