@@ -146,8 +146,8 @@ def with_opaque_cutout(folder):
     ("arguments", "sentence"),
     [
         ((), "there is nothing to paste: choose cut-outs with data/cut_paste=toy, coco or folder"),
-        (("data/cut_paste=toy", "data.cut_paste.probability=0"), "no object was pasted: raise data.cut_paste"),
-        (("data/cut_paste=toy", "data.cut_paste.probability=2"), "probability 2: must lie between 0 and 1"),
+        (("data/cut_paste=toy", "data.cut_paste.probability=1e-9"), "no object was pasted: raise data.cut_paste"),
+        (("data/cut_paste=toy", "data.cut_paste.probability=2"), "probability 2: must lie above 0, up to 1"),
         (("data/cut_paste=toy", "data.cut_paste.edges=hard"), "is not in the configuration; did you mean edge"),
         (("data/cut_paste=folder",), "data.cut_paste.cutouts.root is required"),
         (("data/cut_paste=folder", "data.cut_paste.cutouts.root=/nowhere"), "has no PNG or WebP picture"),
