@@ -85,7 +85,7 @@ def check(cfg) -> None:  # noqa: ANN001
     """Everything that can be known to be wrong before data and network are built."""
     from omegaconf import OmegaConf
 
-    from eomt.config_check import check_config, check_type
+    from eomt.settings.config_check import check_config, check_type
     from eomt.training.mask_classification_semantic import check_settings
 
     parts = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
@@ -122,8 +122,8 @@ def check(cfg) -> None:  # noqa: ANN001
 
 def check_resume(checkpoint: str, model: dict[str, Any]) -> None:
     """Raises ValueError or FileNotFoundError where a run cannot go on from there; nothing has been touched yet."""
-    from eomt.training.pretrained import read_lightning
-    from eomt.training.settings import check_same_settings
+    from eomt.inference.artefacts import read_lightning
+    from eomt.settings.model import check_same_settings
 
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f"resume {checkpoint}: no such checkpoint; a run keeps checkpoints/last.ckpt")
@@ -191,7 +191,7 @@ def main() -> None:
 
     @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
     def run(cfg) -> None:  # noqa: ANN001
-        from lora_audit import AuditError
+        from eomt.lora.audit import AuditError
 
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from eomt.reporting.flops import flop_counter
+from eomt.cost.flops import flop_counter
 
 ROOT = Path(__file__).resolve().parents[1]
 Work = Callable[[], Any]  # one round of a side's work; what it returns is compared with the other side's

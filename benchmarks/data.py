@@ -24,8 +24,8 @@ from benchmarks.bench import Case, Work, bandwidth
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID, cityscapes
 from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
 from eomt.data.labels import IGNORE
-from eomt.data.toy_scene import draw_scene
 from eomt.data.transforms import TrainTransform
+from eomt.toys.scene import draw_scene
 
 SIZE = (1024, 2048)
 CROP = (1024, 1024)

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.bench import ROOT, PeakMemory, Row
 from benchmarks.step import Task, autocast, batch_of
-from eomt.reporting.cost import training_cost
+from eomt.cost.training_cost import training_cost
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 TINY = {"backbone_name": "vit_tiny_patch16_224", "backbone_kwargs": {"embed_dim": 192, "depth": 8, "num_heads": 3}}

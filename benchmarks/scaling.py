@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bench import ROOT, PeakMemory, Row, synchronize
 from benchmarks.step import Task, our_step
-from eomt.reporting.flops import flop_counter
+from eomt.cost.flops import flop_counter
 
 BASE = Task(classes=60)
 AXES = {

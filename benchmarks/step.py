@@ -235,7 +235,7 @@ def rows(device: str) -> list[Row]:
 
 def large_flops() -> Row:
     """ViT-L/16 at 1024x1024, counted without computing."""
-    from eomt.reporting.cost import training_cost
+    from eomt.cost.training_cost import training_cost
 
     network = {
         "img_size": (1024, 1024),

@@ -13,8 +13,8 @@ from benchmarks.infer import unscale_layers
 from benchmarks.peer import SIZES
 from benchmarks.step import autocast
 from eomt.data.labels import IGNORE
+from eomt.inference.windows import to_windows
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.semantic_inference import to_windows
 
 CLASSES, WINDOW, IMAGE = 19, (1024, 1024), (1024, 2048)
 

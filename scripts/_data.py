@@ -75,7 +75,7 @@ def build_data(config: Any, remedy: str) -> "SegmentationDataModule":
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from eomt.config_check import check_config
+    from eomt.settings.config_check import check_config
 
     if missing := sorted(OmegaConf.missing_keys(config.data)):
         raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")

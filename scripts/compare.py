@@ -508,8 +508,8 @@ def outdated(run: Path, scores: Path) -> bool:
 
 def report_runs(args: argparse.Namespace) -> int:
     """Evaluates what has not been evaluated yet, and writes the report."""
-    from eomt.reporting.comparison.page import write_report
-    from eomt.reporting.comparison.runs import load_runs
+    from eomt.comparison.page import write_report
+    from eomt.comparison.runs import load_runs
 
     for run in load_runs(args.runs):
         matrix = {"source": [], "anomaly": []} | read_json(run.path.resolve().parents[1] / "matrix.json")

@@ -81,8 +81,8 @@ def costs_of(config: "DictConfig", memory: float | None, targets: int | None) ->
     from rich.console import Console
     from rich.progress import track
 
-    from eomt.config_check import check_config, check_type
-    from eomt.reporting.cost import BESIDES, build_without_weights, largest_batch, rehearsal, variants
+    from eomt.cost.training_cost import BESIDES, build_without_weights, largest_batch, rehearsal, variants
+    from eomt.settings.config_check import check_config, check_type
     from eomt.training.trunk_cache import cached_blocks
 
     plain = {part: OmegaConf.to_container(config[part], resolve=True) for part in ("model", "trainer")}

@@ -81,8 +81,8 @@ def streets(domain: str, module):  # noqa: ANN001, ANN201
 
 def draw(artefacts: dict, path: Path) -> Path:
     """Image, target, and what each network predicts, for a few scenes at night."""
+    from eomt.inference.windows import segment
     from eomt.reporting.pictures import prediction_picture
-    from eomt.training.semantic_inference import segment
 
     dataset = streets("night_fog", artefacts["source"]).val_set
     scenes = [dataset[i] for i in range(0, len(dataset), len(dataset) // 4)][:4]

@@ -15,7 +15,7 @@ from _data import data_of_run, one_sentence, open_data, run_of
 
 if TYPE_CHECKING:  # late: --help answers at once
     from eomt.data.datamodule import SegmentationDataModule
-    from eomt.reporting.doctor.checks import Finding
+    from eomt.diagnosis.checks import Finding
 
 EXAMPLES = """examples:
   python scripts/doctor.py outputs/lora                               # a run, on its own data
@@ -48,7 +48,7 @@ def main() -> int:
         parser.error(f"{strange[0]}: only the data can be chosen here, with data=NAME data.key=value")
 
     from eomt.command_line import quiet_libraries
-    from eomt.reporting.doctor.examination import examine
+    from eomt.diagnosis.doctor import examine
 
     quiet_libraries()
     run = run_of(path)
@@ -71,7 +71,7 @@ def find_data(run: Path, overrides: list[str], path: Path) -> "tuple[Segmentatio
         ValueError, OSError: data that were named and are not there.
     """
     if any(word.startswith(("data=", "experiment=")) for word in overrides):
-        from eomt.reporting.inspection import choose, read
+        from eomt.diagnosis.inspection import choose, read
 
         size = read(choose(path))[0]["hyper_parameters"].get("img_size")
         if size is None:

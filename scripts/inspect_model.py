@@ -36,7 +36,7 @@ def main() -> int:
 
     from rich.console import Console
 
-    from eomt.reporting.inspection import inspect_model
+    from eomt.diagnosis.inspection import inspect_model
 
     try:
         facts = inspect_model(args.path, args.base)

@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import track
 
+    from eomt.inference.artefacts import find_artefact, merge_adapter
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-    from eomt.training.pretrained import find_artefact, merge_adapter
     from lora_config import update_norms
 
     adapter = find_artefact(args.adapter)
@@ -98,8 +98,8 @@ def read_crops(images: Sequence[str] | None, adapter: Path, img_size: Sequence[i
     Raises:
         FileNotFoundError: there are no images.
     """
-    from eomt.training.prediction import read_image
-    from eomt.training.semantic_inference import to_windows
+    from eomt.inference.prediction import read_image
+    from eomt.inference.windows import to_windows
 
     if images:
         paths = find_images(images)

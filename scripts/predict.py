@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> Tally:
     from rich.console import Console
     from rich.progress import track
 
+    from eomt.inference.prediction import read_image
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-    from eomt.training.prediction import read_image
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; leave it out to compute on the CPU")
@@ -293,7 +293,7 @@ def predict_batches(
     """Name, image and class map uint8 [H, W] of each image; several go through the network together."""
     import torch
 
-    from eomt.training.prediction import predict_images
+    from eomt.inference.prediction import predict_images
 
     device, images = network.q.weight.device.type, iter(images)
     while batch := list(islice(images, args.batch_size)):
@@ -312,7 +312,7 @@ def writer(args: argparse.Namespace, classes: "LabelSet", is_video: bool) -> Cal
     from PIL import Image
 
     from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
-    from eomt.training.prediction import overlay
+    from eomt.inference.prediction import overlay
 
     id_of_train_id = {train_id: label_id for label_id, train_id in TRAIN_ID_OF_ID.items()}
     label_ids = torch.tensor([id_of_train_id[k] for k in range(len(CITYSCAPES))], dtype=torch.uint8)

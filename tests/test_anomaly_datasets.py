@@ -9,7 +9,7 @@ from eomt.anomaly.components import ANOMALY_TRACK, OBSTACLE_TRACK
 from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
 from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
-from eomt.data.toy_scene import draw_scene
+from eomt.toys.scene import draw_scene
 
 
 def save(path, pixels, **options):

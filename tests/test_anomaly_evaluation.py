@@ -17,9 +17,9 @@ from eomt.anomaly.evaluation import LogitCache, Result, evaluate, export, score_
 from eomt.anomaly.metrics import PixelScores
 from eomt.anomaly.scores import SCORES, semantic_scores, variants
 from eomt.anomaly.toy_anomalies import write_toy_anomalies
+from eomt.inference.windows import segment, window_logits
 from eomt.reporting.anomaly_pictures import ANOMALOUS, HeatMap, Row, anomaly_picture
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.semantic_inference import segment, window_logits
 
 SCRIPT = "evaluate_anomaly.py"
 SETTINGS = ("data=toy_anomalies", "data.number=4", "data.size=[64,128]")
@@ -69,7 +69,7 @@ def test_scores_in_strips_are_those_of_the_whole_class_scores(module, toys, monk
     with torch.no_grad():
         (logits,) = window_logits(module.network, [image])
     whole = segment(module.network, image)
-    monkeypatch.setattr("eomt.training.semantic_inference.STRIP_CELLS", 20 * 128 * 7)
+    monkeypatch.setattr("eomt.inference.windows.STRIP_CELLS", 20 * 128 * 7)
     assert len(list(logits.strips())) > 5
     maps = score_maps(logits, ALL)
     assert set(maps) == set(ALL)

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from conftest import TINY, fit, prediction, run_script
 from PIL import Image
 
+from eomt.cost.training_cost import training_cost
 from eomt.data.labels import OUTLIER
 from eomt.data.toy_streets import toy_streets
+from eomt.diagnosis.inspection import inspect_model
+from eomt.inference.artefacts import merge_adapter
+from eomt.inference.windows import classify
 from eomt.models.cosine_head import CosineHead
-from eomt.reporting.cost import training_cost
-from eomt.reporting.inspection import inspect_model
 from eomt.training import mask_classification_loss, semantic_inference
 from eomt.training.callbacks import AuditLoRA
 from eomt.training.mask_classification_loss import MaskClassificationLoss, add_margin
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.pretrained import merge_adapter
-from eomt.training.semantic_inference import classify
 from eomt.training.trunk_cache import TrunkCache
 
 ARCFACE = {"head": "arcface", "arcface_scale": 20.0, "arcface_margin": 0.4}

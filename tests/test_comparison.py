@@ -13,12 +13,12 @@ import yaml
 from scipy.stats import ttest_rel
 
 from eomt.anomaly.datasets import BENCHMARKS
-from eomt.reporting.comparison.counts import hits_and_unions, iou, mean_iou
-from eomt.reporting.comparison.differences import differences
-from eomt.reporting.comparison.runs import load_runs
-from eomt.reporting.comparison.statistics import bootstrap_iou, compare, image_gains, image_weights, resample
-from eomt.reporting.comparison.table import NONE, table
-from eomt.reporting.comparison.words import headline
+from eomt.comparison.counts import hits_and_unions, iou, mean_iou
+from eomt.comparison.differences import differences
+from eomt.comparison.runs import load_runs
+from eomt.comparison.statistics import bootstrap_iou, compare, image_gains, image_weights, resample
+from eomt.comparison.table import NONE, table
+from eomt.comparison.verdicts import headline
 from eomt.training.mask_classification_semantic import iou_per_class
 
 CLASSES = ("sky", "road", "traffic_sign")

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from test_comparison import confusion, write_anomalies, write_evaluation, write_failed, write_matrix, write_run
 
+from eomt.comparison import plots
+from eomt.comparison.formats import tex_escape
+from eomt.comparison.page import audit_words, kept_network, write_report
+from eomt.comparison.runs import load_runs
+from eomt.comparison.statistics import compare
+from eomt.comparison.table import NONE, table
+from eomt.comparison.verdicts import headline
 from eomt.data.labels import LabelSet
-from eomt.reporting.comparison import plots
-from eomt.reporting.comparison.formats import tex_escape
-from eomt.reporting.comparison.page import audit_words, kept_network, write_report
-from eomt.reporting.comparison.runs import load_runs
-from eomt.reporting.comparison.statistics import compare
-from eomt.reporting.comparison.table import NONE, table
-from eomt.reporting.comparison.words import headline
 
 MINUS = "\N{MINUS SIGN}"
 

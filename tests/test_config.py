@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from eomt.config_check import check_config
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.toy_streets import write_toy_streets
+from eomt.settings.config_check import check_config
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from train_with_lora import preset_for
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import TINY, run_script
 from torch import nn
 
+from eomt.cost.flops import flop_counter
+from eomt.cost.training_cost import fake_tensors, largest_batch, rehearsal, training_cost, variants
 from eomt.reporting import run_report
-from eomt.reporting.cost import fake_tensors, largest_batch, rehearsal, training_cost, variants
-from eomt.reporting.flops import flop_counter
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.trunk_cache import TrunkCache
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from eomt.anomaly.cut_paste import CutPaste, Paste
 from eomt.anomaly.cutouts import KNOWN_IN_COCO, CocoCutOuts, FolderCutOuts, ToyCutOuts
-from eomt.config_check import check_config
 from eomt.data.camvid import CAMVID
 from eomt.data.cityscapes import CITYSCAPES, cityscapes
 from eomt.data.datamodule import SegmentationDataModule
@@ -21,6 +20,7 @@ from eomt.data.labels import IGNORE, OUTLIER, OUTLIER_COLOR
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.toy_streets import write_toy_streets
 from eomt.data.transforms import draw_crop, nearest
+from eomt.settings.config_check import check_config
 
 ROAD, SIDEWALK, SKY = (CITYSCAPES.names.index(name) for name in ("road", "sidewalk", "sky"))
 HEIGHT, WIDTH, HORIZON = 100, 160, 40
@@ -441,7 +441,7 @@ def test_drawn_objects_differ_and_repeat(tmp_path):
 
 
 def test_no_drawn_object_is_one_of_the_strangers():
-    from eomt.anomaly.toy_objects import CUTOUTS, STRANGERS
+    from eomt.toys.objects import CUTOUTS, STRANGERS
 
     assert not {draw.__name__ for draw in CUTOUTS} & {draw.__name__ for draw in STRANGERS}
 

@@ -6,8 +6,8 @@ import torch
 
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
 from eomt.data.statistics import count_classes
-from eomt.data.toy_scene import draw_scene
 from eomt.data.toy_streets import toy_streets
+from eomt.toys.scene import draw_scene
 
 
 def draw(root, **options):

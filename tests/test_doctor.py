@@ -23,9 +23,7 @@ from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.evaluation import LogitCache
 from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.data.folder import folder
-from eomt.data.toy_scene import draw_scene
-from eomt.models.vit import ViT
-from eomt.reporting.doctor.checks import (
+from eomt.diagnosis.checks import (
     CLIPPED,
     Channels,
     check_adapter_updates,
@@ -36,8 +34,10 @@ from eomt.reporting.doctor.checks import (
     check_normalisation,
     check_trained_weights,
 )
-from eomt.reporting.doctor.examination import examine
-from eomt.reporting.doctor.patient import share_clipped, spread
+from eomt.diagnosis.doctor import examine
+from eomt.diagnosis.facts import share_clipped, spread
+from eomt.models.vit import ViT
+from eomt.toys.scene import draw_scene
 
 run = partial(run_script, "doctor.py")
 CLASSES = [{"name": name, "color": [90 * i, 40, 200], "ids": [i]} for i, name in enumerate(("road", "wall", "sky"))]

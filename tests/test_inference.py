@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from conftest import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eomt.training import semantic_inference
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.semantic_inference import (
+from eomt.inference import windows as semantic_inference
+from eomt.inference.windows import (
     classify,
     interpolate_rows,
     resized_size,
@@ -20,6 +19,7 @@ from eomt.training.semantic_inference import (
     to_windows,
     window_origins,
 )
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 IMAGE_SIZES = [(360, 480), (480, 360), (100, 100), (33, 500), (64, 96), (61, 41), (97, 251)]
 WINDOWS = [(64, 96), (96, 64), (64, 64)]

@@ -12,7 +12,7 @@ from conftest import ROOT, run_script
 from PIL import Image
 from test_pretrained import NAMES, build, open_, save_lightning, trained
 
-from eomt.reporting.inspection import by_number, inspect_model
+from eomt.diagnosis.inspection import by_number, inspect_model
 from lora_config import fingerprint, update_norms
 
 run = partial(run_script, "inspect_model.py")
@@ -157,7 +157,7 @@ def test_block_10_stands_behind_block_9():
 def test_inspecting_builds_nothing_and_needs_no_training_library(adapter):
     code = "import sys\nfor name in ('timm', 'lightning', 'peft', 'hydra', 'matplotlib'): sys.modules[name] = None\n"
     code += (
-        f"from eomt.reporting.inspection import inspect_model\nassert inspect_model({str(adapter)!r})['fit']['fits']"
+        f"from eomt.diagnosis.inspection import inspect_model\nassert inspect_model({str(adapter)!r})['fit']['fits']"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

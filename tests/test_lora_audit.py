@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from lora_audit import AuditError, LoRAAudit
+from eomt.lora.audit import AuditError, LoRAAudit
 from lora_config import LoRASettings, adapted_layers, apply_lora, fingerprint, update_norms
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_pretrained import build, open_, outputs, save_lightning, trained
 
-from eomt.training.pretrained import merge_adapter
+from eomt.inference.artefacts import merge_adapter
 
 run = partial(run_script, "merge_lora.py")
 

@@ -9,10 +9,10 @@ from conftest import prediction
 from safetensors.torch import save_file
 from torch import nn
 
+from eomt.lora.audit import LoRAAudit
 from eomt.models.eomt import EoMT, Prediction
 from eomt.models.scale_block import ScaleBlock, as_map
 from eomt.models.vit import QueryMask, ViT, attend
-from lora_audit import LoRAAudit
 from lora_config import LoRASettings, apply_lora
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -16,13 +16,13 @@ from conftest import TINY, fit, prediction
 
 from eomt.anomaly.cut_paste import CutPaste
 from eomt.anomaly.cutouts import ToyCutOuts
-from eomt.anomaly.losses import OutlierLoss, at_size, mask2anomaly_loss, rba_loss
 from eomt.data.labels import IGNORE, OUTLIER
 from eomt.data.toy_streets import toy_streets
 from eomt.training.callbacks import AuditLoRA
 from eomt.training.index_check import check_indices, check_start, indices_of
 from eomt.training.mask_classification_loss import MaskClassificationLoss, off_outliers
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from eomt.training.outlier_loss import OutlierLoss, at_size, mask2anomaly_loss, rba_loss
 from eomt.training.trunk_cache import TrunkCache
 
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,9 @@ from PIL import Image
 
 from eomt.data.camvid import CAMVID
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
+from eomt.inference.prediction import overlay, predict, predict_images, read_image, to_image
+from eomt.inference.windows import segment, segment_images
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.prediction import overlay, predict, predict_images, read_image, to_image
-from eomt.training.semantic_inference import segment, segment_images
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "predict.py"

@@ -9,8 +9,8 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
+from eomt.inference.artefacts import merge_adapter
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.pretrained import merge_adapter
 from lora_config import adapted_layers, fingerprint, update_norms
 
 NAMES = [f"class {i}" for i in range(19)]

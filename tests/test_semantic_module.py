@@ -11,11 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from eomt.data.toy_streets import toy_streets
+from eomt.inference.artefacts import merge_adapter
+from eomt.lora.audit import AuditError
 from eomt.models.vit import ViT
 from eomt.training.callbacks import AuditLoRA, SaveBest
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
-from eomt.training.pretrained import merge_adapter
-from lora_audit import AuditError
 from lora_config import update_norms
 
 
@@ -308,7 +308,7 @@ def test_validation_counts_pixels_at_the_images_own_resolution(data, tmp_path):
     module = build(warmup_steps=[0, 0])
     trainer = fit(module, data, tmp_path, steps=4)
     confusion = torch.zeros(19, 19)
-    from eomt.training.semantic_inference import segment
+    from eomt.inference.windows import segment
 
     for image, labels in (data.val_set[i] for i in range(3)):
         prediction = segment(module.network.eval(), image).argmax(0)

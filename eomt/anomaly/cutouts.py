@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from eomt.anomaly.toy_objects import draw_cutout
+from eomt.toys.objects import draw_cutout
 
 # Categories of COCO that Cityscapes has, too: an image that shows one is not used at all, for parts of it may stand
 # behind the object that is cut out (Chan et al., ICCV 2021, section 4).

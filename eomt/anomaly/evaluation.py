@@ -17,9 +17,9 @@ from eomt.anomaly.components import Components, components, together
 from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.metrics import PixelMetrics, PixelScores
 from eomt.anomaly.scores import SCORES
+from eomt.inference.prediction import evaluating
+from eomt.inference.windows import WindowLogits, window_logits
 from eomt.models.eomt import EoMT
-from eomt.training.prediction import evaluating
-from eomt.training.semantic_inference import WindowLogits, window_logits
 
 Variant = tuple[str, float]  # a score and its temperature
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]  # items and what is done with them -> the same items

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import track
 
 from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
-from eomt.anomaly.toy_objects import draw_stranger
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
 from eomt.data.labels import IGNORE, OUTLIER
-from eomt.data.toy_scene import ROAD, Stranger, draw_scene
+from eomt.toys.objects import draw_stranger
+from eomt.toys.scene import ROAD, Stranger, draw_scene
 
 VERSION = 1  # of the drawings; part of the folder's name
 STREAM = 2**20  # keeps these scenes apart from those of toy streets

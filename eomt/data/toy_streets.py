@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from eomt.data.cityscapes import cityscapes
 from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
-from eomt.data.toy_scene import draw_scene
+from eomt.toys.scene import draw_scene
 
 VERSION = 1  # of the drawings; part of the folder's name
 DOMAINS = ("clear", "night_fog")

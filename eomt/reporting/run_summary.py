@@ -17,7 +17,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from eomt.reporting.flops import flop_counter
+from eomt.cost.flops import flop_counter
 
 SCHEMA_VERSION = 1
 RECENT = 1000  # steps that a median is taken of

@@ -11,8 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from eomt.lora.audit import LoRAAudit
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from lora_audit import LoRAAudit
 
 
 class AuditLoRA(Callback):
@@ -128,8 +128,8 @@ class SamplePictures(Callback):
 
     def draw(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         """Predicts for images spread over the validation set, and writes and logs the picture."""
+        from eomt.inference.windows import classify
         from eomt.reporting.pictures import prediction_picture
-        from eomt.training.semantic_inference import classify
 
         dataset = trainer.datamodule.val_set
         rows = []

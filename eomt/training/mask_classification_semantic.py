@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from eomt.anomaly.losses import OutlierLoss, OutlierLossName
 from eomt.data.labels import IGNORE, OUTLIER
-from eomt.models.checkpoint import load_checkpoint
-from eomt.models.eomt import EoMT
-from eomt.models.vit import ViT
-from eomt.training.index_check import check_start
-from eomt.training.mask_classification_loss import MaskClassificationLoss
-from eomt.training.optimizer import build_optimizer, build_scheduler
-from eomt.training.prediction import ImageLike, predict
-from eomt.training.pretrained import (
+from eomt.inference.artefacts import (
     Adapter,
     add_adapter,
     check_fingerprint,
@@ -31,9 +23,17 @@ from eomt.training.pretrained import (
     save_pretrained,
     use_adapter,
 )
+from eomt.inference.prediction import ImageLike, predict
+from eomt.inference.windows import classify
+from eomt.models.checkpoint import load_checkpoint
+from eomt.models.eomt import EoMT
+from eomt.models.vit import ViT
+from eomt.settings.model import check_same_settings, check_values
+from eomt.training.index_check import check_start
+from eomt.training.mask_classification_loss import MaskClassificationLoss
+from eomt.training.optimizer import build_optimizer, build_scheduler
+from eomt.training.outlier_loss import OutlierLoss, OutlierLossName
 from eomt.training.schedules import LRSchedule, mask_probability, resolve_annealing
-from eomt.training.semantic_inference import classify
-from eomt.training.settings import check_same_settings, check_values
 from lora_config import BASE, LoRASettings, apply_lora, cast_base, fingerprint
 
 if TYPE_CHECKING:
@@ -386,7 +386,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes an `adapter/` folder with LoRA, otherwise a `model/` folder; see `eomt.training.pretrained`."""
+        """Writes an `adapter/` folder with LoRA, otherwise a `model/` folder; see `eomt.inference.artefacts`."""
         save_pretrained(self, directory)
 
     @classmethod

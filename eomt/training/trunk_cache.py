@@ -19,8 +19,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eomt.inference.prediction import evaluating
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.prediction import evaluating
 from lora_config import combine_hashes, hash_tensors
 
 log = logging.getLogger(__name__)

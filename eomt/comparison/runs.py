@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from eomt.anomaly.datasets import BENCHMARKS
-from eomt.reporting.comparison.counts import hits_and_unions, mean_iou
+from eomt.comparison.counts import hits_and_unions, mean_iou
 
 
 @dataclass(frozen=True)

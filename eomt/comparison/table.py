@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from eomt.reporting.comparison.anomalies import METRICS, anomaly_notes, difference, measured, spread
-from eomt.reporting.comparison.differences import by_value, run_names
-from eomt.reporting.comparison.runs import Run
-from eomt.reporting.comparison.statistics import RESAMPLES, Comparison, Delta, Spread, Variant
+from eomt.comparison.anomalies import METRICS, anomaly_notes, difference, measured, spread
+from eomt.comparison.differences import by_value, run_names
+from eomt.comparison.runs import Run
+from eomt.comparison.statistics import RESAMPLES, Comparison, Delta, Spread, Variant
 
 FEW_IMAGES = 10  # fewer make an interval that means little
 NONE = "\N{EN DASH}"  # what a table shows where there is nothing to show

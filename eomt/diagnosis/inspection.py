@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from eomt.inference.artefacts import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, find_artefact, read_lightning
 from eomt.models.checkpoint import (
     NOT_WEIGHTS,
     POS_EMBED,
@@ -19,7 +20,6 @@ from eomt.models.checkpoint import (
     read_safetensors,
     resample_pos_embed,
 )
-from eomt.training.pretrained import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, find_artefact, read_lightning
 from lora_config import CONFIG_FILE as LORA_CONFIG
 from lora_config import WEIGHTS_FILE as LORA_WEIGHTS
 from lora_config import combine_hashes, hash_tensors, is_lora, stored_updates

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from eomt.data.labels import LabelSet
+from eomt.inference.windows import classify_images
 from eomt.models.eomt import EoMT
-from eomt.training.semantic_inference import classify_images
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 

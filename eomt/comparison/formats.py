@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 from rich.text import Text
 
-from eomt.reporting.comparison.statistics import Comparison
-from eomt.reporting.comparison.table import Table
-from eomt.reporting.comparison.words import headline
+from eomt.comparison.statistics import Comparison
+from eomt.comparison.table import Table
+from eomt.comparison.verdicts import headline
 
 TEX = {
     "\\": r"\textbackslash{}",

@@ -14,15 +14,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from eomt.data.toy_scene import draw_scene
+from eomt.cost.training_cost import build_without_weights
+from eomt.diagnosis.checks import Channels
+from eomt.diagnosis.files import read_evaluation, read_json, read_scores, read_settings
+from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample_to
+from eomt.inference.artefacts import BASE_FILE, read_lightning, set_settings
 from eomt.models.checkpoint import CLASS_HEAD, NOT_WEIGHTS, OPTIONAL_KEYS, clean_key, describe, read_checkpoint
-from eomt.reporting.cost import build_without_weights
-from eomt.reporting.doctor.checks import Channels
-from eomt.reporting.doctor.files import read_evaluation, read_json, read_scores, read_settings
-from eomt.reporting.inspection import BACKBONE, by_number, choose, inspect_model, read, resample_to
+from eomt.toys.scene import draw_scene
 from eomt.training.index_check import check_indices, indices_of
 from eomt.training.param_groups import param_groups
-from eomt.training.pretrained import BASE_FILE, read_lightning, set_settings
 from eomt.training.schedules import resolve_annealing
 from lora_config import base_tensors, combine_hashes, hash_tensors, is_lora, stored_updates
 

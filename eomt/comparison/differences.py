@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eomt.reporting.comparison.runs import AnomalyEvaluation, Evaluation, Run
+from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run
 
 UNKNOWN = "unknown"
 

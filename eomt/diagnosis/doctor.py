@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eomt.reporting.doctor.checks import (
+from eomt.diagnosis.checks import (
     Finding,
     check_adapter_updates,
     check_anomaly_scores,
@@ -21,7 +21,7 @@ from eomt.reporting.doctor.checks import (
     check_trainable_parameters,
     check_trained_weights,
 )
-from eomt.reporting.doctor.patient import NothingThere, Patient
+from eomt.diagnosis.facts import NothingThere, Patient
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule

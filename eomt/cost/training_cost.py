@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import eomt.models.eomt
+from eomt.cost.flops import flop_counter
 from eomt.models.vit import attention_in_two
-from eomt.reporting.flops import flop_counter
 from eomt.training.mask_classification_loss import Matches
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from lora_config import cast_base

@@ -19,9 +19,9 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from PIL import Image
 from torch import Tensor
 
+from eomt.comparison.runs import Run
+from eomt.comparison.statistics import Comparison, Variant
 from eomt.data.labels import IGNORE, LabelSet
-from eomt.reporting.comparison.runs import Run
-from eomt.reporting.comparison.statistics import Comparison, Variant
 
 # Okabe and Ito's colours without those that vanish on white; the marker tells repeated ones apart
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d46", "#808080")

@@ -11,7 +11,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from eomt.data.labels import OUTLIER
-from eomt.data.toy_scene import Canvas, Color, Stranger
+from eomt.toys.scene import Canvas, Color, Stranger
 
 Painter = Callable[[Canvas, float, float], None]
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eomt.reporting.comparison.anomalies import difference, spread
-from eomt.reporting.comparison.runs import Run
-from eomt.reporting.comparison.statistics import Comparison, Variant
-from eomt.reporting.comparison.table import difference_text, mebibytes, percent, percentage
+from eomt.comparison.anomalies import difference, spread
+from eomt.comparison.runs import Run
+from eomt.comparison.statistics import Comparison, Variant
+from eomt.comparison.table import difference_text, mebibytes, percent, percentage
 
 
 def headline(comparison: Comparison) -> list[str]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from scipy.special import stdtrit
 
 from eomt.anomaly.datasets import BENCHMARKS
-from eomt.reporting.comparison.differences import by_value, run_names
-from eomt.reporting.comparison.runs import Run
-from eomt.reporting.comparison.statistics import Comparison, Delta, Spread, Variant, pairs
+from eomt.comparison.differences import by_value, run_names
+from eomt.comparison.runs import Run
+from eomt.comparison.statistics import Comparison, Delta, Spread, Variant, pairs
 
 METRICS = {"auprc": "AuPRC", "fpr95": "FPR95"}
 

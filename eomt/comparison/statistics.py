@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from eomt.anomaly.datasets import BENCHMARKS
-from eomt.reporting.comparison.counts import iou, mean_iou, nanmean
-from eomt.reporting.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
-from eomt.reporting.comparison.runs import AnomalyEvaluation, Evaluation, Run
+from eomt.comparison.counts import iou, mean_iou, nanmean
+from eomt.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
+from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run
 
 RESAMPLES = 2000
 

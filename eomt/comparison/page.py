@@ -6,15 +6,15 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from eomt.reporting.comparison import plots
-from eomt.reporting.comparison.anomalies import METRICS, spread
-from eomt.reporting.comparison.differences import by_value, machine_name, run_names, short_hash, versions_name
-from eomt.reporting.comparison.formats import latex, markdown, print_table, write_csv
-from eomt.reporting.comparison.galleries import Predictions, galleries, heat_maps
-from eomt.reporting.comparison.runs import Run
-from eomt.reporting.comparison.statistics import Comparison, Variant, compare
-from eomt.reporting.comparison.table import NONE, Table, percent, table, warnings_of
-from eomt.reporting.comparison.words import headline
+from eomt.comparison import plots
+from eomt.comparison.anomalies import METRICS, spread
+from eomt.comparison.differences import by_value, machine_name, run_names, short_hash, versions_name
+from eomt.comparison.formats import latex, markdown, print_table, write_csv
+from eomt.comparison.galleries import Predictions, galleries, heat_maps
+from eomt.comparison.runs import Run
+from eomt.comparison.statistics import Comparison, Variant, compare
+from eomt.comparison.table import NONE, Table, percent, table, warnings_of
+from eomt.comparison.verdicts import headline
 
 
 def write_report(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from eomt.comparison import plots
+from eomt.comparison.runs import Run
+from eomt.comparison.statistics import Comparison, Variant, image_gains, pairs
+from eomt.comparison.table import percent
 from eomt.data.labels import LabelSet
-from eomt.reporting.comparison import plots
-from eomt.reporting.comparison.runs import Run
-from eomt.reporting.comparison.statistics import Comparison, Variant, image_gains, pairs
-from eomt.reporting.comparison.table import percent
 
 Predictions = Callable[[Path, list[str]], dict[str, tuple[Tensor, Tensor, Tensor]]]
 EXAMPLES = 2  # images of the largest gain, and as many of the largest loss
