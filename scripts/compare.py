@@ -44,7 +44,7 @@ EXAMPLES = f"""examples:
       data.root=/data/camvid source="experiment=camvid_day data.root=/data/camvid" output_dir=outputs/compare/dusk
   python scripts/compare.py run --config-name cityscapes data.root=/data/cityscapes "devices=[0,1,2,3]" \\
       "variants=[lora_r16,full]" "seeds=[0,1,2]" hydra/launcher=joblib        # one run on each of four GPUs
-  python scripts/compare.py run experiment=toy_arcface_rba "variants=[baseline,rba,arcface,arcface_rba]" \\
+  python scripts/compare.py run experiment=toy_anomalies "variants=[baseline,rba,arcface,arcface_rba]" \\
       "anomaly=[toy_anomalies]"
   python scripts/compare.py report outputs/compare/dusk --baseline full
 

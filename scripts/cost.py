@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # late: --help answers at once
     from omegaconf import DictConfig
 
 EXAMPLES = """examples:
-  python scripts/cost.py model=vit_large lora=default
+  python scripts/cost.py model=vit_large lora=large
   python scripts/cost.py model=vit_large data.img_size=[640,640] data.batch_size=4 --memory 16
   python scripts/cost.py model=vit_base variant=lora_last_k trainer.precision=32-true --json cost.json
   python scripts/cost.py experiment=camvid_dusk model.num_classes=11

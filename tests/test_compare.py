@@ -188,7 +188,7 @@ def test_a_benchmark_that_cannot_be_scored_costs_no_run_its_miou(matrix, scored,
 
 
 def test_how_objects_are_pasted_is_nothing_to_a_variant_that_pastes_none(settings, tmp_path):
-    words = [word for word in settings if not word.startswith("experiment=")] + ["experiment=toy_rba"]
+    words = [word for word in settings if not word.startswith("experiment=")] + ["experiment=toy_anomalies"]
     result = compare(
         "run", *words, "variants=[rba,baseline]", "data.cut_paste.probability=0.3", "data.cut_paste.cutouts.number=3",
         f"output_dir={tmp_path}",
@@ -318,7 +318,7 @@ def test_anomaly_variants_differ_in_head_loss_and_pasted_objects_and_in_what_tra
 
     def settings(variant):
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            config = compose("cityscapes", ["experiment=toy_arcface_rba", f"variant={variant}"])
+            config = compose("cityscapes", ["experiment=toy_anomalies", f"variant={variant}"])
         parts = (config.model.head, config.model.load_ckpt_class_head, config.model.outlier_loss)
         return (*parts, config.data.cut_paste is not None), config.model.use_lora
 

@@ -95,7 +95,7 @@ def test_presets_set_rank_dropout_and_rate_and_the_command_line_still_overrules_
     assert model.use_lora and model.lora_alpha == 32
     assert (model.lora_rank, model.lora_dropout, model.lora_lr) == (rank, dropout, rate)
     assert composed("cityscapes", [f"lora={preset}", "model.lora_rank=2"]).model.lora_rank == 2
-    assert composed("cityscapes", ["lora=default"]) == composed("cityscapes_lora")
+    assert composed("cityscapes", ["lora=large"]) == composed("cityscapes_lora")
 
 
 def test_the_model_yaml_and_the_signature_agree_on_every_default():
