@@ -12,7 +12,7 @@ from benchmarks.bench import Case, Work
 from benchmarks.infer import unscale_layers
 from benchmarks.peer import SIZES
 from benchmarks.step import autocast
-from eomt.data.labels import IGNORE
+from eomt.indices import IGNORE
 from eomt.inference.windows import to_windows
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 

@@ -62,8 +62,8 @@ def examine(split: str, dataset: "SegmentationDataset", num_workers: int) -> dic
     from rich.progress import track
     from torch.utils.data import DataLoader
 
-    from eomt.data.labels import IGNORE, OUTLIER
     from eomt.data.statistics import class_weights, counts_from_histograms
+    from eomt.indices import IGNORE, OUTLIER
 
     loader = DataLoader(Readings(dataset), batch_size=None, num_workers=num_workers)
     readings = list(track(loader, description=f"Reading {split}", total=len(dataset), transient=True))

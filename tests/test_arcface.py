@@ -11,9 +11,9 @@ from conftest import TINY, fit, prediction, run_script
 from PIL import Image
 
 from eomt.cost.training_cost import training_cost
-from eomt.data.labels import OUTLIER
 from eomt.data.toy_streets import toy_streets
 from eomt.diagnosis.inspection import inspect_model
+from eomt.indices import OUTLIER
 from eomt.inference.artefacts import merge_adapter
 from eomt.inference.windows import classify
 from eomt.models.cosine_head import CosineHead

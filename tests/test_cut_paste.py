@@ -16,10 +16,10 @@ from eomt.data.camvid import CAMVID
 from eomt.data.cityscapes import CITYSCAPES, cityscapes
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.dataset import Sample, SegmentationDataset, Source
-from eomt.data.labels import IGNORE, OUTLIER, OUTLIER_COLOR
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.toy_streets import write_toy_streets
 from eomt.data.transforms import draw_crop, nearest
+from eomt.indices import IGNORE, OUTLIER, OUTLIER_COLOR
 from eomt.settings.config_check import check_config
 
 ROAD, SIDEWALK, SKY = (CITYSCAPES.names.index(name) for name in ("road", "sidewalk", "sky"))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from eomt.data.camvid import CAMVID, camvid
-from eomt.data.labels import IGNORE
+from eomt.indices import IGNORE
 
 REAL = os.environ.get("EOMT_CAMVID")
 

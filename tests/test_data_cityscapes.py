@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID, cityscapes
-from eomt.data.labels import IGNORE
 from eomt.data.toy_streets import write_toy_streets
+from eomt.indices import IGNORE
 
 STEMS = ("train/aachen/aachen_000000_000019", "train/bochum/bochum_000001_000019", "val/ulm/ulm_000000_000019")
 

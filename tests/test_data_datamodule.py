@@ -10,9 +10,10 @@ from PIL import Image
 
 from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
 from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
-from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
 from eomt.data.statistics import ClassCounts, class_weights, count_classes
+from eomt.indices import IGNORE
 
 CLASSES = LabelSet(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
 DECODER = IndexDecoder({0: 0, 1: 1, 2: 2, 255: IGNORE}, "mend it")

@@ -8,7 +8,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from eomt.data.dataset import ColorDecoder, IndexDecoder, Sample, SegmentationDataset, Source
-from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.labels import LabelSet
+from eomt.indices import IGNORE
 
 CLASSES = LabelSet(("road", "car"), ((128, 64, 128), (0, 0, 142)))
 DECODER = IndexDecoder({7: 0, 8: 0, 26: 1, 0: IGNORE}, "mend the file")

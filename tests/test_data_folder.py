@@ -4,7 +4,7 @@ import yaml
 from PIL import Image
 
 from eomt.data.folder import folder
-from eomt.data.labels import IGNORE
+from eomt.indices import IGNORE
 
 ROAD, CAR = {"name": "road", "color": [128, 64, 128]}, {"name": "car", "color": [0, 0, 142]}
 BY_ID = {"classes": [ROAD | {"ids": [7, 8]}, CAR | {"ids": [26]}], "ignore_ids": [0]}

@@ -3,8 +3,8 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from eomt.data.labels import IGNORE
 from eomt.data.transforms import TrainTransform, adjust_colors, adjust_hue, draw_adjustments, draw_crop, nearest
+from eomt.indices import IGNORE
 
 
 def scene(height=60, width=100):

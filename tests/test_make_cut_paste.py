@@ -10,9 +10,9 @@ from PIL import Image
 from eomt.anomaly.cut_paste import CutPaste, Paste
 from eomt.anomaly.cutouts import ToyCutOuts
 from eomt.data.cityscapes import cityscapes
-from eomt.data.labels import OUTLIER
 from eomt.data.sampler import SeededSampler
 from eomt.data.toy_streets import write_toy_streets
+from eomt.indices import OUTLIER
 
 COUNTS, SIZE, SEED = (8, 3), (96, 192), 5
 

@@ -16,8 +16,8 @@ from conftest import TINY, fit, prediction
 
 from eomt.anomaly.cut_paste import CutPaste
 from eomt.anomaly.cutouts import ToyCutOuts
-from eomt.data.labels import IGNORE, OUTLIER
 from eomt.data.toy_streets import toy_streets
+from eomt.indices import IGNORE, OUTLIER
 from eomt.training.callbacks import AuditLoRA
 from eomt.training.index_check import check_indices, check_start, indices_of
 from eomt.training.mask_classification_loss import MaskClassificationLoss, off_outliers

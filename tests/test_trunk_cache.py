@@ -11,8 +11,8 @@ from filelock import FileLock
 
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
 from eomt.data.dataset import IndexDecoder
-from eomt.data.labels import IGNORE
 from eomt.data.toy_streets import toy_streets
+from eomt.indices import IGNORE
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.trunk_cache import CachedViews, TrunkCache, check_space
 

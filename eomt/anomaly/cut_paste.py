@@ -14,7 +14,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from eomt.anomaly.cutouts import CutOuts
-from eomt.data.labels import OUTLIER, LabelSet
+from eomt.data.labels import LabelSet
+from eomt.indices import OUTLIER
 
 HORIZON = 0.45  # of the image's height, unless a road is seen above it
 LEAST_SIZE = 4  # pixels of an object

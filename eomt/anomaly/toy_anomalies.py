@@ -14,7 +14,7 @@ from rich.progress import track
 
 from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
-from eomt.data.labels import IGNORE, OUTLIER
+from eomt.indices import IGNORE, OUTLIER
 from eomt.toys.objects import draw_stranger
 from eomt.toys.scene import ROAD, Stranger, draw_scene
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Variant
-from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.labels import LabelSet
+from eomt.indices import IGNORE
 
 # Okabe and Ito's colours without those that vanish on white; the marker tells repeated ones apart
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d46", "#808080")

@@ -7,7 +7,8 @@ from typing_extensions import Unpack
 
 from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
 from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
-from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.labels import LabelSet
+from eomt.indices import IGNORE
 
 CAMVID = LabelSet(
     names=(

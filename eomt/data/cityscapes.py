@@ -7,7 +7,8 @@ from typing_extensions import Unpack
 
 from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
 from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source, open_archive
-from eomt.data.labels import IGNORE, OUTLIER, LabelSet
+from eomt.data.labels import LabelSet
+from eomt.indices import IGNORE, OUTLIER
 
 # Official table (cityscapesScripts, helpers/labels.py): name, label id, colour; the train id is the position.
 _CLASSES = (

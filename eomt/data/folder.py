@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
 from eomt.data.dataset import ColorDecoder, IndexDecoder, LabelDecoder, Sample, SegmentationDataset, Source
-from eomt.data.labels import IGNORE, LabelSet
+from eomt.data.labels import LabelSet
+from eomt.indices import IGNORE
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORE = 255  # pixels that neither train nor count
-OUTLIER = 254  # pixels of an object that belongs to no class; they train outlier losses, and nothing else
-OUTLIER_COLOR = (0, 255, 255)
-MAX_CLASSES = 254  # the last two values of a uint8 label map are OUTLIER and IGNORE
+from eomt.indices import MAX_CLASSES, OUTLIER, OUTLIER_COLOR
 
 
 @dataclass(frozen=True)

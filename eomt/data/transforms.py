@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from eomt.data.labels import IGNORE, OUTLIER
+from eomt.indices import IGNORE, OUTLIER
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, 0.5, 0.5, 18 / 360  # largest deviations; hue in turns
 MAX_TRIES = 10  # crops drawn in search of a labelled pixel

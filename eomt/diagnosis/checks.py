@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eomt.data.labels import IGNORE, OUTLIER
+from eomt.indices import IGNORE, OUTLIER
 from eomt.training.schedules import mask_probability
 from lora_config import listed
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import matplotlib
 from torch import Tensor
 
-from eomt.data.labels import OUTLIER, OUTLIER_COLOR, LabelSet
+from eomt.data.labels import LabelSet
+from eomt.indices import OUTLIER, OUTLIER_COLOR
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eomt.data.labels import IGNORE
+from eomt.indices import IGNORE
 from eomt.models.vit import check_img_size
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from eomt.data.labels import OUTLIER
+from eomt.indices import OUTLIER
 from eomt.toys.scene import Canvas, Color, Stranger
 
 Painter = Callable[[Canvas, float, float], None]

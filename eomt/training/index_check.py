@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eomt.data.labels import IGNORE, OUTLIER
+from eomt.indices import IGNORE, OUTLIER
 from eomt.training.mask_classification_loss import classes_present, classes_seen
 
 if TYPE_CHECKING:

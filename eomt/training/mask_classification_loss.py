@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from eomt.data.labels import IGNORE, OUTLIER
+from eomt.indices import IGNORE, OUTLIER
 from eomt.models.eomt import Prediction
 
 

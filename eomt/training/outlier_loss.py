@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eomt.anomaly.scores import rba, semantic_scores
-from eomt.data.labels import IGNORE, OUTLIER
+from eomt.indices import IGNORE, OUTLIER
 from eomt.models.eomt import Prediction
 
 OutlierLossName = Literal["rba", "mask2anomaly"]
