@@ -211,5 +211,5 @@ def test_unknown_keys_and_wrong_types_are_named(node, sentence):
 
 def test_a_wrong_value_in_a_nested_target_is_named():
     with pytest.raises(ValueError, match=r"callbacks\.samples\.num_images 'four'"):
-        node = {"_target_": "eomt.training.callbacks.SamplePictures", "directory": "x", "num_images": "four"}
+        node = {"_target_": "eomt.reporting.sample_pictures.SamplePictures", "directory": "x", "num_images": "four"}
         check_config({"callbacks": {"samples": node}})

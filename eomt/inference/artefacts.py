@@ -7,11 +7,11 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_config
 from eomt import __version__
@@ -20,7 +20,7 @@ from eomt.models.checkpoint import load_checkpoint
 from lora_config import BASE, fingerprint, load_adapter, save_adapter
 
 if TYPE_CHECKING:
-    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+    from peft import PeftModel
 
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",
@@ -34,6 +34,25 @@ ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_
 ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size")  # what adapters of one network share
 
 
+class Module(Protocol):
+    """What saving and opening use of a training module such as `MaskClassificationSemantic`."""
+
+    hparams: Any
+    network: nn.Module
+    backbone: nn.Module
+    lora: PeftModel | None
+    adapters: dict[str, Adapter]
+    adapter_names: list[str]
+    base_fingerprint: str | None
+    trained_precision: str | None
+
+    def attach(self, lora: PeftModel) -> None: ...
+    def adapter_parameters(self) -> list[nn.Parameter]: ...
+    def trained_keys(self) -> set[str]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any: ...
+
+
 class Adapter(NamedTuple):
     """What belongs to an adapter beside its weights in the backbone."""
 
@@ -44,7 +63,7 @@ class Adapter(NamedTuple):
 # Saving
 
 
-def save_pretrained(module: MaskClassificationSemantic, directory: str | Path) -> None:
+def save_pretrained(module: Module, directory: str | Path) -> None:
     """Writes what is needed to rebuild this network: with LoRA a small adapter folder, otherwise all weights.
 
     An adapter folder is PEFT's own format for the backbone, plus `heads.safetensors` (queries, heads, buffers) and
@@ -79,7 +98,7 @@ def save_pretrained(module: MaskClassificationSemantic, directory: str | Path) -
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def precision(module: MaskClassificationSemantic) -> str | None:
+def precision(module: Module) -> str | None:
     """Lightning's name for the arithmetic that the network was trained in; None if it is not known."""
     return str(module._trainer.precision) if module._trainer else module.trained_precision
 
@@ -87,9 +106,7 @@ def precision(module: MaskClassificationSemantic) -> str | None:
 # Opening
 
 
-def load_pretrained(
-    cls: type[MaskClassificationSemantic], path: str | Path, ckpt_path: str | None = None
-) -> MaskClassificationSemantic:
+def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None = None) -> Module:
     """Restores a trained network, bit for bit, in evaluation mode; see `MaskClassificationSemantic.from_pretrained`."""
     path = find_artefact(path)
     if path.is_file():
@@ -139,9 +156,7 @@ def bare_weights(path: Path) -> str:
     )
 
 
-def open_model(
-    cls: type[MaskClassificationSemantic], directory: Path, config: Mapping[str, Any], ckpt_path: str | None
-) -> MaskClassificationSemantic:
+def open_model(cls: type[Module], directory: Path, config: Mapping[str, Any], ckpt_path: str | None) -> Module:
     """A `model/` folder: everything is in it."""
     refuse_base(directory, ckpt_path)
     module = build_empty(cls, config["init"])
@@ -149,9 +164,7 @@ def open_model(
     return module
 
 
-def open_adapter(
-    cls: type[MaskClassificationSemantic], directory: Path, config: Mapping[str, Any], ckpt_path: str | None
-) -> MaskClassificationSemantic:
+def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], ckpt_path: str | None) -> Module:
     """An `adapter/` folder, on its base."""
     init = moved(config["init"], ckpt_path)
     own_base = directory / BASE_FILE
@@ -166,9 +179,7 @@ def open_adapter(
     return module
 
 
-def open_checkpoint(
-    cls: type[MaskClassificationSemantic], path: Path, ckpt_path: str | None
-) -> MaskClassificationSemantic:
+def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
     """A Lightning checkpoint of a run: all weights, or those that a LoRA run trains."""
     checkpoint = read_lightning(path)
     init = checkpoint.get("hyper_parameters", {})
@@ -214,14 +225,14 @@ def read_lightning(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def build_empty(cls: type[MaskClassificationSemantic], init: Mapping[str, Any]) -> MaskClassificationSemantic:
+def build_empty(cls: type[Module], init: Mapping[str, Any]) -> Module:
     """The full network of these settings, its weights yet to come."""
     module = cls(**init | ALL_TRAINABLE | {"pretrained": False, "ckpt_path": None})
     set_settings(module, init)
     return module
 
 
-def set_settings(module: MaskClassificationSemantic, init: Mapping[str, Any]) -> None:
+def set_settings(module: Module, init: Mapping[str, Any]) -> None:
     """What a run was started with, in place of what rebuilding it took."""
     module.hparams.update(init)
 
@@ -256,16 +267,16 @@ def find_base(path: Path, init: Mapping[str, Any]) -> str | None:
     return base
 
 
-def load_heads(module: MaskClassificationSemantic, heads: Mapping[str, Tensor]) -> None:
+def load_heads(module: Module, heads: Mapping[str, Tensor]) -> None:
     """Everything outside the backbone, and nothing less."""
     load_exactly(module, heads, head_keys(module), HEADS_FILE)
 
 
-def head_keys(module: MaskClassificationSemantic) -> set[str]:
+def head_keys(module: Module) -> set[str]:
     return {key for key in module.state_dict() if not key.startswith(BACKBONE)}
 
 
-def load_exactly(module: MaskClassificationSemantic, state: Mapping[str, Tensor], wanted: Any, name: str) -> None:
+def load_exactly(module: Module, state: Mapping[str, Tensor], wanted: Any, name: str) -> None:
     """Loads the wanted keys; ValueError if others are there or some are not."""
     if wrong := set(wanted) ^ state.keys():
         raise ValueError(f"{name} does not fit this network: {len(wrong)} weights differ, {lora_config.listed(wrong)}")
@@ -284,19 +295,19 @@ def check_fingerprint(trained_on: str | None, found: str | None, what: str) -> N
 # Several adapters on one base
 
 
-def keep_base_heads(module: MaskClassificationSemantic, init: Mapping[str, Any]) -> None:
+def keep_base_heads(module: Module, init: Mapping[str, Any]) -> None:
     """While the checkpoint's heads are still in the network; fresh heads are not worth keeping."""
     if init["ckpt_path"] and init["load_ckpt_class_head"]:
         module.adapters[BASE] = in_use(module, init)
 
 
-def in_use(module: MaskClassificationSemantic, settings: Mapping[str, Any]) -> Adapter:
+def in_use(module: Module, settings: Mapping[str, Any]) -> Adapter:
     """A copy of the heads as they are now."""
     state = module.state_dict()
     return Adapter({key: state[key].detach().cpu().clone() for key in head_keys(module)}, dict(settings))
 
 
-def add_adapter(module: MaskClassificationSemantic, directory: str | Path, name: str) -> None:
+def add_adapter(module: Module, directory: str | Path, name: str) -> None:
     """See `MaskClassificationSemantic.add_adapter`. The heads are kept in memory, the base is not touched."""
     directory = find_artefact(directory)
     config = json.loads((directory / CONFIG_FILE).read_text()) if directory.is_dir() else {}
@@ -318,7 +329,7 @@ def add_adapter(module: MaskClassificationSemantic, directory: str | Path, name:
     module.adapters[name] = Adapter(heads, config["init"])
 
 
-def use_adapter(module: MaskClassificationSemantic, name: str) -> None:
+def use_adapter(module: Module, name: str) -> None:
     """See `MaskClassificationSemantic.use_adapter`."""
     if name not in module.adapter_names:
         why = "its checkpoint left no trained heads to use without the adapter; " if name == BASE else ""
@@ -330,7 +341,7 @@ def use_adapter(module: MaskClassificationSemantic, name: str) -> None:
     set_settings(module, settings)
 
 
-def merge_adapter(module: MaskClassificationSemantic) -> None:
+def merge_adapter(module: Module) -> None:
     """Adds the updates of the adapter in use to the weights, in float32: from then on it is a full network.
 
     Raises:

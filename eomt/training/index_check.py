@@ -5,29 +5,40 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from eomt.indices import IGNORE, OUTLIER
-from eomt.training.mask_classification_loss import classes_present, classes_seen
+from eomt.training.mask_classification_loss import MaskClassificationLoss, classes_present, classes_seen
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
     from torch.utils.data import Dataset
+    from torchmetrics import Metric
 
-    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+    from eomt.models.eomt import EoMT
 
 LOOKED_AT = 12  # items of each split
 CLASS, NO_OBJECT, OUTLYING, IGNORED = "a class", "no object", "an outlier", "ignored"
 
 logger = logging.getLogger(__name__)
 
+
+class Indexed(Protocol):
+    """The parts of a training module that take an index for something."""
+
+    network: EoMT
+    criterion: MaskClassificationLoss
+    confusion: Metric
+    hparams: Any
+
+
 Meanings = Mapping[str, Collection[int]]  # what indices are taken for
 
 
-def check_start(module: MaskClassificationSemantic, datamodule: LightningDataModule | None) -> None:
+def check_start(module: Indexed, datamodule: LightningDataModule | None) -> None:
     """Data, loss, head and metrics of a run agree on what each index means, and labels are among these indices.
 
     Reads some of the label maps. Warns of an outlier loss that would see no outlier.
@@ -60,7 +71,7 @@ def check_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
         )
 
 
-def indices_of(module: MaskClassificationSemantic, datamodule: LightningDataModule | None) -> dict[str, Meanings]:
+def indices_of(module: Indexed, datamodule: LightningDataModule | None) -> dict[str, Meanings]:
     """What each part of a run takes which indices for."""
     head, loss, metrics = module.network.num_classes, module.criterion, module.confusion
     parts = {
