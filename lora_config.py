@@ -1,36 +1,27 @@
-"""LoRA on any torch module: settings, applying, reporting, saving, loading and merging.
+"""LoRA on any torch module: settings from YAML, and applying them.
 
 Low-rank adaptation (https://arxiv.org/abs/2106.09685) keeps a linear layer's weight W [out, in] frozen and trains an
 update `scaling * B A`, with A [r, in] and B [out, r]. PEFT (https://github.com/huggingface/peft) does the adapting and
-is imported only when LoRA is asked for. What it does not do is tell you that the adapters train: `lora_audit` does.
+is imported only when LoRA is asked for, and torch only then: settings are checked without. `eomt.lora` has the rest of
+an adapter's life: the proof that it trains, files, merging.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
-import hashlib
 import logging
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
 
 log = logging.getLogger(__name__)
-
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own names
-BASE = "base"  # in place of an adapter's name: none of them
 
 SUPPORTED_OPTIONS = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")
 REFUSED_OPTIONS = {  # LoraConfig fields that another setting owns, or that do nothing good here: what to do instead
@@ -138,6 +129,8 @@ def _check_options(options: Mapping[str, Any], rank: int) -> None:
 
 def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:
     """PEFT's LoRA layers by their name in `module` (the name of the linear layer each one wraps)."""
+    from torch import nn
+
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -145,12 +138,12 @@ def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def is_lora(name: str) -> bool:
-    return any(part.startswith("lora_") for part in name.split("."))
-
-
 def _linear_names(module: nn.Module) -> list[str]:
     """Names of the linear layers, as they were before adaptation too."""
+    from torch import nn
+
+    from eomt.fingerprints import is_lora
+
     names = (n for n, m in module.named_modules() if n and isinstance(m, nn.Linear) and not is_lora(n))
     return [name.removesuffix(".base_layer") for name in names]
 
@@ -217,7 +210,8 @@ def find_targets(module: nn.Module, settings: LoRASettings) -> list[str]:
 # Applying ------------------------------------------------------------------------------------------------------------
 
 
-def _peft() -> ModuleType:
+def import_peft() -> ModuleType:
+    """The package peft; ImportError with a remedy where it is missing."""
     try:
         import peft
     except ImportError as error:
@@ -248,7 +242,9 @@ def apply_lora(module: nn.Module, settings: LoRASettings) -> PeftModel:
         ImportError: PEFT is missing.
         ValueError: already adapted, or a target or pattern matches nothing.
     """
-    peft = _peft()
+    from eomt.fingerprints import tensor_hashes
+
+    peft = import_peft()
     assert_not_adapted(module)
     targets, fused = _resolve_targets(module, settings)
     for option in ("rank_pattern", "alpha_pattern"):  # PEFT ignores patterns that match nothing
@@ -266,325 +262,18 @@ def apply_lora(module: nn.Module, settings: LoRASettings) -> PeftModel:
     )
     hashes = tensor_hashes(module)
     handle = peft.get_peft_model(module, config)
-    _settle(module, hashes)
+    finish_adapting(module, hashes)
     return handle
 
 
-def _settle(module: nn.Module, hashes: Mapping[str, str]) -> None:
+def finish_adapting(module: nn.Module, hashes: Mapping[str, str]) -> None:
     """New adapters follow the mode of their layer, and the module remembers which base weights they belong to."""
     for layer in adapted_layers(module).values():
         layer.train(layer.base_layer.training)
     module.lora_base_hashes = hashes  # a plain attribute, as PEFT's own `peft_config`
 
 
-def cast_base(module: nn.Module, dtype: torch.dtype) -> None:
-    """Converts the frozen linear layers and convolutions: fewer bytes, and what autocast to `dtype` computes anyway.
-
-    The module still belongs to the base it was loaded with; `lora_audit` expects the converted weights from here on.
-
-    Raises:
-        ValueError: the base was changed after the adapters were applied.
-    """
-    if tensor_hashes(module) != module.lora_base_hashes:
-        raise ValueError("base weights changed after the adapters were applied; load weights before apply_lora")
-    for layer in module.modules():
-        weights = list(layer.parameters(recurse=False))
-        if isinstance(layer, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in weights):
-            layer.to(dtype)
-    module.lora_cast_hashes = tensor_hashes(module)
-
-
-def update_norms(module: nn.Module) -> dict[str, float]:
-    """Frobenius norm of `scaling * B A` of each layer that the adapter in use adapts, by name; 0 before training."""
-    return {
-        name: update_norm(layer)[0]
-        for name, layer in adapted_layers(module).items()
-        if layer.active_adapters[0] in layer.lora_A
-    }
-
-
-def stored_updates(
-    state: Mapping[str, Tensor],
-    alpha: float,
-    use_rslora: bool = False,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> dict[str, dict[str, float]]:
-    """What `update_norms` says of a loaded adapter, from its tensors alone: `rank`, `scaling` and `norm` by layer.
-
-    Args:
-        state: the tensors of an adapter file or of a state dict, under their names there.
-        alpha, use_rslora, alpha_pattern: as the adapter was configured.
-    """
-    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in state.items():
-        if found := re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight", key):
-            factors[found[1]][found[2]] = tensor
-    updates = {}
-    for name, pair in factors.items():
-        rank = pair["A"].shape[0]
-        own = (value for pattern, value in (alpha_pattern or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
-        scaling = next(own, alpha) / (rank**0.5 if use_rslora else rank)
-        norm = factor_norm(pair["A"], pair["B"], scaling)[0]
-        updates[name] = {"rank": rank, "scaling": scaling, "norm": norm}
-    return updates
-
-
-def lora_factors(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, float]:
-    """A [r, in], B [out, r] as linear layers, and their scaling."""
-    adapter = layer.active_adapters[0]
-    return layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-
-
-def update_norm(layer: nn.Module) -> tuple[float, float]:
-    """||s B A||_F and its upper bound s ||B||_F ||A||_F, from r x r products: ||BA||^2 = sum(B'B * AA')."""
-    a, b, scaling = lora_factors(layer)
-    return factor_norm(a.weight, b.weight, scaling)
-
-
-def factor_norm(a: Tensor, b: Tensor, scaling: float) -> tuple[float, float]:
-    """`update_norm` of A [r, in] and B [out, r] themselves."""
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-    return scaling * square.sqrt().item(), scaling * (a.norm() * b.norm()).item()
-
-
-# Reporting -----------------------------------------------------------------------------------------------------------
-
-
-def tensor_hashes(module: nn.Module) -> dict[str, str]:
-    """SHA-256 of each base tensor (parameters and persistent buffers), by its name before adaptation."""
-    return hash_tensors(base_tensors(module))
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of the base tensors: the same before and after adaptation."""
-    return combine_hashes(tensor_hashes(module))
-
-
-def combine_hashes(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
-
-
-def base_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers but the adapters, under their names before adaptation."""
-    state = module.state_dict(keep_vars=True)
-    return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in state.items()
-        if isinstance(tensor, Tensor) and not is_lora(name)
-    }
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter lock
-        return dict(zip(tensors, pool.map(_hash, tensors.values()), strict=True))
-
-
-def _hash(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if not tensor.is_meta:  # no bytes there
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def trainable_report(module: nn.Module, title: str = "TRAINABLE PARAMETERS (LoRA)") -> str:
-    """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals."""
-    groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, ...]]] = defaultdict(list)
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            name = name.replace(".base_layer.", ".")
-            name = re.sub(r"(\.lora_\w+)\.\w+(\.weight)?$", r"\1", name)  # lora_A.default.weight
-            numbers = tuple(part for part in name.split(".") if part.isdigit())
-            groups[re.sub(r"(?<![^.])\d+(?![^.])", "#", name), tuple(p.shape)].append(numbers)
-    rows = []
-    for (pattern, shape), numbers in groups.items():
-        name = pattern.replace("#", "%s") % tuple(_span(column) for column in zip(*numbers, strict=True))
-        size = len(numbers) * torch.Size(shape).numel()
-        rows.append((name, f"{len(numbers)} x {list(shape)}" if len(numbers) > 1 else str(list(shape)), f"{size:,}"))
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in module.parameters())
-    share = 100 * trainable / max(total, 1)
-    totals = [f"Total trainable: {trainable:,}", f"Total frozen: {total - trainable:,}"]
-    return "\n".join([title, *lines, *totals, f"SUMMARY: {share:.2f}% trainable"])
-
-
-def _span(numbers: Iterable[str]) -> str:
-    """("0", "1", "2") -> "{0..2}", ("0", "2") -> "{0,2}", ("4", "4") -> "4"."""
-    values = sorted({int(number) for number in numbers})
-    if len(values) == 1:
-        return str(values[0])
-    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
-        return f"{{{values[0]}..{values[-1]}}}"
-    return "{" + ",".join(map(str, values)) + "}"
-
-
 def listed(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
-
-
-# Saving, loading, merging --------------------------------------------------------------------------------------------
-
-
-def save_adapter(handle: PeftModel, directory: str | Path) -> None:
-    """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, with the base's fingerprint as metadata.
-
-    Of several adapters, the one in use. In a run of several processes, call it from one.
-
-    Raises:
-        ValueError: none is in use.
-    """
-    from safetensors.torch import save_file
-
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    name = _adapter_in_use(handle)
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_state(handle, name).items()}
-    hashes = getattr(handle.get_base_model(), "lora_base_hashes", None)
-    metadata = {"format": "pt"} | ({"base_fingerprint": combine_hashes(hashes)} if hashes else {})
-    save_file(state, directory / WEIGHTS_FILE, metadata=metadata)
-    config = copy.copy(handle.peft_config[name])
-    config.target_modules, config.inference_mode = sorted(config.target_modules), True
-    config.save_pretrained(str(directory))
-
-
-def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
-    """One adapter's tensors under their names in a file; older PEFT takes `day2` for a part of `day`."""
-    own = {key: t for key, t in handle.state_dict().items() if is_lora(key) and name in key.split(".")}
-    return _peft().get_peft_model_state_dict(handle, own, adapter_name=name, save_embedding_layers=False)
-
-
-def load_adapter(module: nn.Module, directory: str | Path, is_trainable: bool = False) -> PeftModel:
-    """Adapts `module` in place with a saved adapter, and returns the handle as apply_lora does.
-
-    Without `is_trainable` the adapters are frozen and the module is put in eval mode, as PEFT does it.
-
-    Raises:
-        FileNotFoundError: the directory holds no adapter.
-        ValueError: already adapted, the adapter was trained on other base weights, or its tensors do not fit.
-    """
-    assert_not_adapted(module)
-    hashes = tensor_hashes(module)
-    saved = _check_adapter(directory, hashes)
-    handle = _peft().PeftModel.from_pretrained(module, str(directory), is_trainable=is_trainable, torch_device="cpu")
-    if wrong := _misfit(handle, "default", saved):
-        handle.unload()
-        raise ValueError(f"the adapter in {directory} {wrong}")
-    _settle(module, hashes)
-    return handle
-
-
-def _check_adapter(directory: str | Path, hashes: Mapping[str, str]) -> set[str]:
-    """The names of an adapter's tensors, if it was trained on the base of these hashes."""
-    from safetensors import safe_open
-
-    directory = Path(directory)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / file).is_file():
-            raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
-    with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-        saved, metadata = set(file.keys()), file.metadata() or {}
-    trained_on, here = metadata.get("base_fingerprint"), combine_hashes(hashes)
-    if trained_on not in (None, here):
-        raise ValueError(
-            f"the adapter in {directory} was trained on other base weights (fingerprint {trained_on[:12]}, here "
-            f"{here[:12]}): first load the base weights it was trained on, at the same sizes and precision"
-        )
-    return saved
-
-
-def _misfit(handle: PeftModel, name: str, saved: set[str]) -> str | None:
-    """What PEFT passes over in silence: tensors that are in the file alone, or in the module alone."""
-    expected = set(_adapter_state(handle, name))
-    if saved == expected:
-        return None
-    return (
-        f"does not fit this module (missing: {listed(sorted(expected - saved)) or 'none'}; unexpected: "
-        f"{listed(sorted(saved - expected)) or 'none'}): load it on the network it was trained with"
-    )
-
-
-def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
-    """Loads a further adapter of the same base beside those of `handle`; `use_adapter` switches to it.
-
-    Raises:
-        FileNotFoundError: the directory holds no adapter.
-        ValueError: the name is taken or impossible, the adapter was trained on other base weights, or does not fit.
-    """
-    module = handle.get_base_model()
-    if name in handle.peft_config:
-        raise ValueError(f"adapter name {name!r} is taken (there are {listed(handle.peft_config)}): choose another")
-    reserved = {part for key in module.state_dict() for part in key.split(".")} | {BASE, *dir(nn.ModuleDict)}
-    if name in reserved or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or is_lora(name):
-        raise ValueError(
-            f"adapter name {name!r}: letters, digits and _, a letter first, and no word that torch or the network's "
-            "layers use; for example 'night'"
-        )
-    hashes = getattr(module, "lora_base_hashes", None) or tensor_hashes(module)
-    saved = _check_adapter(directory, hashes)
-    was_base = active_adapter(handle) == BASE
-    was_training = {layer: layer.training for layer in module.modules()}
-    handle.load_adapter(str(directory), adapter_name=name, torch_device="cpu")
-    for layer, training in was_training.items():  # PEFT puts all in evaluation mode
-        layer.training = training
-    if wrong := _misfit(handle, name, saved):
-        handle.delete_adapter(name)
-        raise ValueError(f"the adapter in {directory} {wrong}")
-    _settle(module, hashes)
-    if was_base:  # layers that are new here are not
-        handle.base_model.disable_adapter_layers()
-
-
-def use_adapter(handle: PeftModel, name: str) -> None:
-    """Switches to one of several adapters, or to none (`base`); all are frozen from then on.
-
-    Raises:
-        ValueError: no such adapter.
-    """
-    if name not in (*handle.peft_config, BASE):
-        raise ValueError(f"there is no adapter {name!r}: there are {listed([*handle.peft_config, BASE])}")
-    if name == BASE:
-        handle.base_model.disable_adapter_layers()
-    else:
-        handle.base_model.enable_adapter_layers()
-        handle.set_adapter(name)
-    for parameter_name, p in handle.named_parameters():
-        if is_lora(parameter_name):
-            p.requires_grad_(False)
-
-
-def active_adapter(handle: PeftModel) -> str:
-    """The name of the adapter in use, or `base`."""
-    layers = adapted_layers(handle.get_base_model()).values()
-    return BASE if all(layer.disable_adapters for layer in layers) else handle.active_adapter
-
-
-def _adapter_in_use(handle: PeftModel) -> str:
-    name = active_adapter(handle)
-    if name == BASE:
-        raise ValueError(f"no adapter is in use: first call use_adapter with one of {listed(handle.peft_config)}")
-    return name
-
-
-def merge(handle: PeftModel) -> nn.Module:
-    """Adds the updates to the base weights, in float32, and returns the plain module with its original keys.
-
-    The whole module becomes float32, since rounding a small update into bfloat16 weights loses part of it; cast it
-    down afterwards if that loss is acceptable. The parameters stay frozen. Of several adapters, the one in use is
-    merged and the others are lost.
-
-    Raises:
-        ValueError: no adapter is in use, or the base was rounded by `cast_base`.
-    """
-    _adapter_in_use(handle)
-    if hasattr(handle.base_model.model, "lora_cast_hashes"):
-        raise ValueError(
-            "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"
-        )
-    module = handle.float().base_model.merge_and_unload(safe_merge=True)
-    if hasattr(module, "lora_base_hashes"):
-        del module.lora_base_hashes
-    return module

@@ -18,8 +18,8 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from eomt.fingerprints import fingerprint
     from eomt.reporting.run_report import estimate_cost, finish_run, print_start, validate_last_step
-    from lora_config import fingerprint
 
     cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own

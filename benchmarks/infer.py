@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from benchmarks.bench import Case, Work
 from benchmarks.peer import SIZES, our_network
 from benchmarks.step import autocast
+from eomt.lora.files import BASE, use_adapter
+from eomt.lora.merging import merge
 from eomt.models.eomt import EoMT
-from lora_config import BASE, LoRASettings, adapted_layers, apply_lora, merge, use_adapter
+from lora_config import LoRASettings, adapted_layers, apply_lora
 
 Logits = tuple[Tensor, Tensor]  # of masks [1, Q, H/4, W/4], of classes [1, Q, K + 1]
 

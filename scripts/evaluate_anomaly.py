@@ -207,7 +207,7 @@ def open_datasets(settings: dict[str, Any]) -> "list[AnomalyDataset]":
 
 def identity(module: "MaskClassificationSemantic", dataset: "AnomalyDataset", precision: str) -> str:
     """A folder's name for the logits of these weights, adapters among them, on these images."""
-    from lora_config import combine_hashes, hash_tensors
+    from eomt.fingerprints import combine_hashes, hash_tensors
 
     weights = combine_hashes(hash_tensors(module.network.state_dict()))
     facts = [weights, dict(module.hparams), dataset.fingerprint(), precision]

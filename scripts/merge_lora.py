@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from eomt.inference.artefacts import find_artefact, merge_adapter
+    from eomt.lora.updates import update_norms
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-    from lora_config import update_norms
 
     adapter = find_artefact(args.adapter)
     module = MaskClassificationSemantic.from_pretrained(adapter, args.ckpt_path).float()

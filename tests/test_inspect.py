@@ -13,7 +13,8 @@ from PIL import Image
 from test_pretrained import NAMES, build, open_, save_lightning, trained
 
 from eomt.diagnosis.inspection import by_number, inspect_model
-from lora_config import fingerprint, update_norms
+from eomt.fingerprints import fingerprint
+from eomt.lora.updates import update_norms
 
 run = partial(run_script, "inspect_model.py")
 

@@ -12,19 +12,12 @@ import torch
 from torch import nn
 
 import lora_config
-from lora_config import (
-    LoRASettings,
-    adapted_layers,
-    apply_lora,
-    assert_not_adapted,
-    find_targets,
-    fingerprint,
-    load_adapter,
-    merge,
-    save_adapter,
-    trainable_report,
-    update_norms,
-)
+from eomt.fingerprints import fingerprint
+from eomt.lora.files import load_adapter, save_adapter
+from eomt.lora.merging import merge
+from eomt.lora.report import trainable_report
+from eomt.lora.updates import update_norms
+from lora_config import LoRASettings, adapted_layers, apply_lora, assert_not_adapted, find_targets
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -416,8 +409,9 @@ def test_missing_peft_names_the_command_and_plain_import_does_not_need_it():
     code = (
         "import sys; sys.modules['peft'] = None\n"
         "import torch, lora_config\n"
+        "from eomt.lora.report import trainable_report\n"
         "module = torch.nn.Sequential(torch.nn.Linear(2, 2))\n"
-        "print(lora_config.trainable_report(module, 'T'), lora_config.adapted_layers(module))\n"
+        "print(trainable_report(module, 'T'), lora_config.adapted_layers(module))\n"
         "try: lora_config.apply_lora(module, lora_config.LoRASettings(target_modules='0'))\n"
         "except ImportError as error: print(error)\n"
     )

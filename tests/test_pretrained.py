@@ -9,9 +9,11 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
+from eomt.fingerprints import fingerprint
 from eomt.inference.artefacts import merge_adapter
+from eomt.lora.updates import update_norms
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from lora_config import adapted_layers, fingerprint, update_norms
+from lora_config import adapted_layers
 
 NAMES = [f"class {i}" for i in range(19)]
 

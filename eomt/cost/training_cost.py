@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 import eomt.models.eomt
 from eomt.cost.flops import flop_counter
+from eomt.lora.merging import cast_base
 from eomt.models.vit import attention_in_two
 from eomt.training.mask_classification_loss import Matches
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from lora_config import cast_base
 
 AUTOCAST = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 AUTOCAST |= {"32": None, "16": torch.float16, "bf16": torch.bfloat16}  # Lightning's older names

@@ -18,13 +18,14 @@ from eomt.cost.training_cost import build_without_weights
 from eomt.diagnosis.checks import Channels
 from eomt.diagnosis.files import read_evaluation, read_json, read_scores, read_settings
 from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample_to
+from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_lora
 from eomt.inference.artefacts import BASE_FILE, read_lightning, set_settings
+from eomt.lora.updates import stored_updates
 from eomt.models.checkpoint import CLASS_HEAD, NOT_WEIGHTS, OPTIONAL_KEYS, clean_key, describe, read_checkpoint
 from eomt.toys.scene import draw_scene
 from eomt.training.index_check import check_indices, indices_of
 from eomt.training.param_groups import param_groups
 from eomt.training.schedules import resolve_annealing
-from lora_config import base_tensors, combine_hashes, hash_tensors, is_lora, stored_updates
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule

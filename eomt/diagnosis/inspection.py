@@ -9,7 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from eomt.fingerprints import combine_hashes, hash_tensors, is_lora
 from eomt.inference.artefacts import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, find_artefact, read_lightning
+from eomt.lora.files import CONFIG_FILE as LORA_CONFIG
+from eomt.lora.files import WEIGHTS_FILE as LORA_WEIGHTS
+from eomt.lora.updates import stored_updates
 from eomt.models.checkpoint import (
     NOT_WEIGHTS,
     POS_EMBED,
@@ -20,9 +24,6 @@ from eomt.models.checkpoint import (
     read_safetensors,
     resample_pos_embed,
 )
-from lora_config import CONFIG_FILE as LORA_CONFIG
-from lora_config import WEIGHTS_FILE as LORA_WEIGHTS
-from lora_config import combine_hashes, hash_tensors, is_lora, stored_updates
 
 BACKBONE = "encoder.backbone."
 HEADS = {"q.": "queries", "class_head.": "class head", "mask_head.": "mask head", "upscale.": "upscale"}

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import lora_config
 from eomt import __version__
 from eomt.command_line import did_you_mean
+from eomt.fingerprints import fingerprint
+from eomt.lora import files as lora_files
+from eomt.lora.files import BASE
+from eomt.lora.merging import merge
 from eomt.models.checkpoint import load_checkpoint
-from lora_config import BASE, fingerprint, load_adapter, save_adapter
+from lora_config import listed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,7 +83,7 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(state, directory / WEIGHTS_FILE, metadata)
     else:
-        save_adapter(module.lora, directory)
+        lora_files.save_adapter(module.lora, directory)
         save_file({k: v for k, v in state.items() if not k.startswith(BACKBONE)}, directory / HEADS_FILE, metadata)
         if not (module.hparams.pretrained or module.hparams.ckpt_path):
             base = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
@@ -173,7 +176,7 @@ def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], 
     module.base_fingerprint = fingerprint(module.backbone)
     check_fingerprint(config["base_fingerprint"], module.base_fingerprint, f"the adapter {directory}")
     keep_base_heads(module, init)
-    module.attach(load_adapter(module.backbone, directory))
+    module.attach(lora_files.load_adapter(module.backbone, directory))
     load_heads(module, load_file(directory / HEADS_FILE))
     set_settings(module, init)
     return module
@@ -279,7 +282,7 @@ def head_keys(module: Module) -> set[str]:
 def load_exactly(module: Module, state: Mapping[str, Tensor], wanted: Any, name: str) -> None:
     """Loads the wanted keys; ValueError if others are there or some are not."""
     if wrong := set(wanted) ^ state.keys():
-        raise ValueError(f"{name} does not fit this network: {len(wrong)} weights differ, {lora_config.listed(wrong)}")
+        raise ValueError(f"{name} does not fit this network: {len(wrong)} weights differ, {listed(wrong)}")
     module.load_state_dict(state, strict=False)
 
 
@@ -324,8 +327,8 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
             )
     heads = load_file(directory / HEADS_FILE)
     if wrong := head_keys(module) ^ heads.keys():
-        raise ValueError(f"{directory / HEADS_FILE} does not fit this network: {lora_config.listed(wrong)}")
-    lora_config.add_adapter(module.lora, directory, name)
+        raise ValueError(f"{directory / HEADS_FILE} does not fit this network: {listed(wrong)}")
+    lora_files.add_adapter(module.lora, directory, name)
     module.adapters[name] = Adapter(heads, config["init"])
 
 
@@ -334,8 +337,8 @@ def use_adapter(module: Module, name: str) -> None:
     if name not in module.adapter_names:
         why = "its checkpoint left no trained heads to use without the adapter; " if name == BASE else ""
         raise ValueError(f"there is no adapter {name!r}: {why}there are {', '.join(module.adapter_names) or 'none'}")
-    module.adapters[lora_config.active_adapter(module.lora)] = in_use(module, module.hparams)
-    lora_config.use_adapter(module.lora, name)
+    module.adapters[lora_files.active_adapter(module.lora)] = in_use(module, module.hparams)
+    lora_files.use_adapter(module.lora, name)
     heads, settings = module.adapters[name]
     load_heads(module, heads)
     set_settings(module, settings)
@@ -349,6 +352,6 @@ def merge_adapter(module: Module) -> None:
     """
     if module.lora is None:
         raise ValueError("this network has no adapter to merge")
-    lora_config.merge(module.lora)
+    merge(module.lora)
     module.__dict__["lora"], module.base_fingerprint, module.adapters, module.strict_loading = None, None, {}, True
     set_settings(module, {**module.hparams, "use_lora": False, "ckpt_path": None, "delta_weights": False})

@@ -15,20 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_config import (
-    LoRASettings,
-    adapted_layers,
-    base_tensors,
-    combine_hashes,
-    find_targets,
-    hash_tensors,
-    is_lora,
-    listed,
-    lora_factors,
-    tensor_hashes,
-    update_norm,
-    update_norms,
-)
+from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_lora, tensor_hashes
+from eomt.lora.updates import lora_factors, update_norm, update_norms
+from lora_config import LoRASettings, adapted_layers, find_targets, listed
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eomt.cost.training_cost import Cost, training_cost
+from eomt.lora.report import trainable_report
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.trunk_cache import TrunkCache, cached_blocks
-from lora_config import trainable_report
 
 logger = logging.getLogger(__name__)
 

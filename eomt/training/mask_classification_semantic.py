@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from eomt.fingerprints import fingerprint
 from eomt.indices import IGNORE, OUTLIER
 from eomt.inference.artefacts import (
     Adapter,
@@ -25,6 +26,8 @@ from eomt.inference.artefacts import (
 )
 from eomt.inference.prediction import ImageLike, predict
 from eomt.inference.windows import classify
+from eomt.lora.files import BASE
+from eomt.lora.merging import cast_base
 from eomt.models.checkpoint import load_checkpoint
 from eomt.models.eomt import EoMT
 from eomt.models.vit import ViT
@@ -34,7 +37,7 @@ from eomt.training.mask_classification_loss import MaskClassificationLoss
 from eomt.training.optimizer import build_optimizer, build_scheduler
 from eomt.training.outlier_loss import OutlierLoss, OutlierLossName
 from eomt.training.schedules import LRSchedule, mask_probability, resolve_annealing
-from lora_config import BASE, LoRASettings, apply_lora, cast_base, fingerprint
+from lora_config import LoRASettings, apply_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -19,9 +19,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eomt.fingerprints import combine_hashes, hash_tensors
 from eomt.inference.prediction import evaluating
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from lora_config import combine_hashes, hash_tensors
 
 log = logging.getLogger(__name__)
 

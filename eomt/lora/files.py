@@ -1,0 +1,167 @@
+"""Adapters on disk in PEFT's format, tied to their base by its fingerprint, and several of them on one base."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from eomt.fingerprints import combine_hashes, is_lora, tensor_hashes
+from lora_config import adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own names
+BASE = "base"  # in place of an adapter's name: none of them
+
+
+def save_adapter(handle: PeftModel, directory: str | Path) -> None:
+    """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, with the base's fingerprint as metadata.
+
+    Of several adapters, the one in use. In a run of several processes, call it from one.
+
+    Raises:
+        ValueError: none is in use.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    name = adapter_in_use(handle)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_state(handle, name).items()}
+    hashes = getattr(handle.get_base_model(), "lora_base_hashes", None)
+    metadata = {"format": "pt"} | ({"base_fingerprint": combine_hashes(hashes)} if hashes else {})
+    save_file(state, directory / WEIGHTS_FILE, metadata=metadata)
+    config = copy.copy(handle.peft_config[name])
+    config.target_modules, config.inference_mode = sorted(config.target_modules), True
+    config.save_pretrained(str(directory))
+
+
+def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
+    """One adapter's tensors under their names in a file; older PEFT takes `day2` for a part of `day`."""
+    own = {key: t for key, t in handle.state_dict().items() if is_lora(key) and name in key.split(".")}
+    return import_peft().get_peft_model_state_dict(handle, own, adapter_name=name, save_embedding_layers=False)
+
+
+def load_adapter(module: nn.Module, directory: str | Path, is_trainable: bool = False) -> PeftModel:
+    """Adapts `module` in place with a saved adapter, and returns the handle as apply_lora does.
+
+    Without `is_trainable` the adapters are frozen and the module is put in eval mode, as PEFT does it.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: already adapted, the adapter was trained on other base weights, or its tensors do not fit.
+    """
+    assert_not_adapted(module)
+    hashes = tensor_hashes(module)
+    saved = _check_adapter(directory, hashes)
+    handle = import_peft().PeftModel.from_pretrained(
+        module, str(directory), is_trainable=is_trainable, torch_device="cpu"
+    )
+    if wrong := _misfit(handle, "default", saved):
+        handle.unload()
+        raise ValueError(f"the adapter in {directory} {wrong}")
+    finish_adapting(module, hashes)
+    return handle
+
+
+def _check_adapter(directory: str | Path, hashes: Mapping[str, str]) -> set[str]:
+    """The names of an adapter's tensors, if it was trained on the base of these hashes."""
+    from safetensors import safe_open
+
+    directory = Path(directory)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / file).is_file():
+            raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
+    with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+        saved, metadata = set(file.keys()), file.metadata() or {}
+    trained_on, here = metadata.get("base_fingerprint"), combine_hashes(hashes)
+    if trained_on not in (None, here):
+        raise ValueError(
+            f"the adapter in {directory} was trained on other base weights (fingerprint {trained_on[:12]}, here "
+            f"{here[:12]}): first load the base weights it was trained on, at the same sizes and precision"
+        )
+    return saved
+
+
+def _misfit(handle: PeftModel, name: str, saved: set[str]) -> str | None:
+    """What PEFT passes over in silence: tensors that are in the file alone, or in the module alone."""
+    expected = set(_adapter_state(handle, name))
+    if saved == expected:
+        return None
+    return (
+        f"does not fit this module (missing: {listed(sorted(expected - saved)) or 'none'}; unexpected: "
+        f"{listed(sorted(saved - expected)) or 'none'}): load it on the network it was trained with"
+    )
+
+
+def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
+    """Loads a further adapter of the same base beside those of `handle`; `use_adapter` switches to it.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: the name is taken or impossible, the adapter was trained on other base weights, or does not fit.
+    """
+    module = handle.get_base_model()
+    if name in handle.peft_config:
+        raise ValueError(f"adapter name {name!r} is taken (there are {listed(handle.peft_config)}): choose another")
+    reserved = {part for key in module.state_dict() for part in key.split(".")} | {BASE, *dir(nn.ModuleDict)}
+    if name in reserved or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or is_lora(name):
+        raise ValueError(
+            f"adapter name {name!r}: letters, digits and _, a letter first, and no word that torch or the network's "
+            "layers use; for example 'night'"
+        )
+    hashes = getattr(module, "lora_base_hashes", None) or tensor_hashes(module)
+    saved = _check_adapter(directory, hashes)
+    was_base = active_adapter(handle) == BASE
+    was_training = {layer: layer.training for layer in module.modules()}
+    handle.load_adapter(str(directory), adapter_name=name, torch_device="cpu")
+    for layer, training in was_training.items():  # PEFT puts all in evaluation mode
+        layer.training = training
+    if wrong := _misfit(handle, name, saved):
+        handle.delete_adapter(name)
+        raise ValueError(f"the adapter in {directory} {wrong}")
+    finish_adapting(module, hashes)
+    if was_base:  # layers that are new here are not
+        handle.base_model.disable_adapter_layers()
+
+
+def use_adapter(handle: PeftModel, name: str) -> None:
+    """Switches to one of several adapters, or to none (`base`); all are frozen from then on.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    if name not in (*handle.peft_config, BASE):
+        raise ValueError(f"there is no adapter {name!r}: there are {listed([*handle.peft_config, BASE])}")
+    if name == BASE:
+        handle.base_model.disable_adapter_layers()
+    else:
+        handle.base_model.enable_adapter_layers()
+        handle.set_adapter(name)
+    for parameter_name, p in handle.named_parameters():
+        if is_lora(parameter_name):
+            p.requires_grad_(False)
+
+
+def active_adapter(handle: PeftModel) -> str:
+    """The name of the adapter in use, or `base`."""
+    layers = adapted_layers(handle.get_base_model()).values()
+    return BASE if all(layer.disable_adapters for layer in layers) else handle.active_adapter
+
+
+def adapter_in_use(handle: PeftModel) -> str:
+    """The name of the adapter in use.
+
+    Raises:
+        ValueError: none is.
+    """
+    name = active_adapter(handle)
+    if name == BASE:
+        raise ValueError(f"no adapter is in use: first call use_adapter with one of {listed(handle.peft_config)}")
+    return name

@@ -1,0 +1,52 @@
+"""An adapter's base in fewer bytes while it trains, and the adapter added to its base afterwards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from eomt.fingerprints import tensor_hashes
+from eomt.lora.files import adapter_in_use
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def cast_base(module: nn.Module, dtype: torch.dtype) -> None:
+    """Converts the frozen linear layers and convolutions: fewer bytes, and what autocast to `dtype` computes anyway.
+
+    The module still belongs to the base it was loaded with; `lora_audit` expects the converted weights from here on.
+
+    Raises:
+        ValueError: the base was changed after the adapters were applied.
+    """
+    if tensor_hashes(module) != module.lora_base_hashes:
+        raise ValueError("base weights changed after the adapters were applied; load weights before apply_lora")
+    for layer in module.modules():
+        weights = list(layer.parameters(recurse=False))
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in weights):
+            layer.to(dtype)
+    module.lora_cast_hashes = tensor_hashes(module)
+
+
+def merge(handle: PeftModel) -> nn.Module:
+    """Adds the updates to the base weights, in float32, and returns the plain module with its original keys.
+
+    The whole module becomes float32, since rounding a small update into bfloat16 weights loses part of it; cast it
+    down afterwards if that loss is acceptable. The parameters stay frozen. Of several adapters, the one in use is
+    merged and the others are lost.
+
+    Raises:
+        ValueError: no adapter is in use, or the base was rounded by `cast_base`.
+    """
+    adapter_in_use(handle)
+    if hasattr(handle.base_model.model, "lora_cast_hashes"):
+        raise ValueError(
+            "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"
+        )
+    module = handle.float().base_model.merge_and_unload(safe_merge=True)
+    if hasattr(module, "lora_base_hashes"):
+        del module.lora_base_hashes
+    return module

@@ -1,0 +1,43 @@
+"""The table of trainable parameters."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def trainable_report(module: nn.Module, title: str = "TRAINABLE PARAMETERS (LoRA)") -> str:
+    """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals."""
+    groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, ...]]] = defaultdict(list)
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            name = name.replace(".base_layer.", ".")
+            name = re.sub(r"(\.lora_\w+)\.\w+(\.weight)?$", r"\1", name)  # lora_A.default.weight
+            numbers = tuple(part for part in name.split(".") if part.isdigit())
+            groups[re.sub(r"(?<![^.])\d+(?![^.])", "#", name), tuple(p.shape)].append(numbers)
+    rows = []
+    for (pattern, shape), numbers in groups.items():
+        name = pattern.replace("#", "%s") % tuple(_span(column) for column in zip(*numbers, strict=True))
+        size = len(numbers) * torch.Size(shape).numel()
+        rows.append((name, f"{len(numbers)} x {list(shape)}" if len(numbers) > 1 else str(list(shape)), f"{size:,}"))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    share = 100 * trainable / max(total, 1)
+    totals = [f"Total trainable: {trainable:,}", f"Total frozen: {total - trainable:,}"]
+    return "\n".join([title, *lines, *totals, f"SUMMARY: {share:.2f}% trainable"])
+
+
+def _span(numbers: Iterable[str]) -> str:
+    """("0", "1", "2") -> "{0..2}", ("0", "2") -> "{0,2}", ("4", "4") -> "4"."""
+    values = sorted({int(number) for number in numbers})
+    if len(values) == 1:
+        return str(values[0])
+    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}..{values[-1]}}}"
+    return "{" + ",".join(map(str, values)) + "}"
