@@ -1,3 +1,4 @@
+import hashlib
 from zipfile import ZipFile
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
 from eomt.data.statistics import count_classes
 from eomt.data.toy_streets import toy_streets
+from eomt.toys.objects import draw_cutout, draw_stranger
 from eomt.toys.scene import draw_scene
 
 
@@ -125,3 +127,27 @@ def test_labels_lie_on_the_things_they_name():
 def test_impossible_settings_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match=f"data.{next(iter(options))}"):
         draw(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("domain", "seed", "stored"),
+    [
+        ("clear", 0, "82931c25d1d9079a"),
+        ("clear", 1, "7ea1e72c732ff5aa"),
+        ("night_fog", 0, "b70e89218beb9f77"),
+        ("night_fog", 1, "5eb2b93074ad5e64"),
+    ],
+)
+def test_a_scene_is_pixel_for_pixel_what_earlier_versions_drew(domain, seed, stored):
+    assert digest(*draw_scene(np.random.default_rng(seed), (64, 128), domain)) == stored
+
+
+def test_unknown_objects_are_pixel_for_pixel_what_earlier_versions_drew():
+    rng = np.random.default_rng(3)
+    strangers = [draw_stranger(rng) for _ in range(12)]
+    assert digest(*draw_scene(np.random.default_rng(3), (64, 128), "clear", strangers)) == "e3d89e1c78c0c732"
+    assert digest(*(draw_cutout(np.random.default_rng((0, k))) for k in range(24))) == "238ce12a5949a176"
+
+
+def digest(*arrays):
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]

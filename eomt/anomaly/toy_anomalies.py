@@ -15,8 +15,10 @@ from rich.progress import track
 from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
 from eomt.indices import IGNORE, OUTLIER
+from eomt.toys.canvas import ROAD
 from eomt.toys.objects import draw_stranger
-from eomt.toys.scene import ROAD, Stranger, draw_scene
+from eomt.toys.scene import draw_scene
+from eomt.toys.things import Stranger
 
 VERSION = 1  # of the drawings; part of the folder's name
 STREAM = 2**20  # keeps these scenes apart from those of toy streets

@@ -11,7 +11,8 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from eomt.indices import OUTLIER
-from eomt.toys.scene import Canvas, Color, Stranger
+from eomt.toys.canvas import Canvas, Color
+from eomt.toys.things import Stranger
 
 Painter = Callable[[Canvas, float, float], None]
 
