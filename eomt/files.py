@@ -1,0 +1,125 @@
+"""Files and folders that are written as a whole or not at all, JSON and YAML, and where caches are kept."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from eomt.command_line import one_sentence
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # endings of picture files
+REQUIRED: Any = object()  # the default of a reader whose file must be there
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields the path of a draft, which becomes the file `path` when the block ends without an error.
+
+    The draft has the same file name, for libraries that look at the ending. Until it is complete and on the disk, the
+    earlier file stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder, path.name)
+        mode = _usual_mode(Path(folder))
+        yield draft
+        _to_disk(draft, mode)
+        os.replace(draft, path)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty draft folder, which becomes the folder `path` when the block ends without an error.
+
+    Until it is complete and on the disk, the earlier folder stays; between two renames there is none. The draft of a
+    writer that was killed is removed by the next one. Two writers of one folder at a time need a lock.
+    """
+    path = Path(path)
+    work = path.with_name(f".{path.name}.part")
+    draft, earlier = work / path.name, work / "earlier"
+    if earlier.exists() and not path.exists():
+        earlier.rename(path)  # a writer was killed between its renames
+    shutil.rmtree(work, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        mode = _usual_mode(work)
+        yield draft
+        for file in draft.rglob("*"):
+            if file.is_file():
+                _to_disk(file, mode)
+        if path.exists():
+            path.rename(earlier)
+        draft.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file in UTF-8, as a whole or not at all."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes JSON for people to read, as a whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
+    """Returns the mapping that a JSON file holds, or the default if there is no file.
+
+    Raises:
+        ValueError: the file is no JSON, or no mapping. FileNotFoundError: there is no file, and no default was given.
+    """
+    return _read(Path(path), "JSON", json.loads, default)
+
+
+def read_yaml(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
+    """Returns the mapping that a YAML file holds, or the default if there is no file; raises as `read_json` does."""
+    return _read(Path(path), "YAML", lambda text: yaml.safe_load(text) or {}, default)
+
+
+def cache_folder(name: str) -> Path:
+    """Returns the folder for caches of one kind, `$EOMT_CACHE/NAME` or else `~/.cache/eomt/NAME`."""
+    return Path(os.environ.get("EOMT_CACHE") or Path.home() / ".cache" / "eomt") / name
+
+
+def _read(path: Path, language: str, parse: Callable[[str], Any], default: Any) -> dict[str, Any]:
+    if not path.is_file():
+        if default is REQUIRED:
+            raise FileNotFoundError(f"{path} is missing")
+        return default
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} cannot be read: it is no {language} ({one_sentence(error)}); it may be half-written: write it "
+            "again or leave it out"
+        ) from error
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise ValueError(f"{path} holds a {kind}, where names and values should be: look at it")
+    return content
+
+
+def _usual_mode(folder: Path) -> int:
+    """The mode that the umask gives to new files; libraries that write through temporary files take another one."""
+    probe = folder / "mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
+
+
+def _to_disk(file: Path, mode: int) -> None:
+    """Waits until the file is on the disk, so that a machine that dies after the rename has the whole of it."""
+    file.chmod(mode)
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
