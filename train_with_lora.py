@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import did_you_mean, help_text, one_sentence, quiet_libraries, translate_flags
+from eomt.command_line import EXPECTED_ERRORS, did_you_mean, fail, help_text, quiet_libraries, translate_flags
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -86,7 +86,7 @@ def check(cfg) -> None:  # noqa: ANN001
     from omegaconf import OmegaConf
 
     from eomt.settings.config_check import check_config, check_type
-    from eomt.training.mask_classification_semantic import check_settings
+    from eomt.settings.model import ModelSettings
 
     parts = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
     options = {"name": str, "variant": str | None, "output_dir": str, "seed": int}
@@ -108,7 +108,7 @@ def check(cfg) -> None:  # noqa: ANN001
         check_type(plain[key], hint, key)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if not any(key.startswith("model.") for key in missing):
-        check_settings(**{key: value for key, value in plain["model"].items() if key != "_target_"})
+        ModelSettings.of(plain["model"])
     if missing:
         raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
     if cfg.resume:
@@ -191,12 +191,10 @@ def main() -> None:
 
     @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
     def run(cfg) -> None:  # noqa: ANN001
-        from eomt.lora.audit import AuditError
-
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         try:
             train(cfg, Path(HydraConfig.get().runtime.output_dir))
-        except (ValueError, ImportError, OSError, AuditError, HydraException, OmegaConfBaseException) as error:
+        except (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException) as error:
             if full_error:
                 raise
             sys.exit(fail(error, 1))
@@ -208,12 +206,6 @@ def main() -> None:
         if full_error:
             raise
         sys.exit(fail(error, 2))
-
-
-def fail(error: BaseException, code: int) -> int:
-    """Prints the error as one sentence and returns the exit code."""
-    print(f"error: {one_sentence(error)}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

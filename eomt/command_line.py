@@ -1,12 +1,21 @@
 """The command line of `train_with_lora.py`: the guide's flags, `--help`, and errors in one sentence."""
 
 import difflib
+import functools
 import logging
 import os
+import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+
+class RunError(RuntimeError):
+    """A run must not go on; the sentence says why."""
+
+
+EXPECTED_ERRORS = (ValueError, ImportError, OSError, RunError)  # of which a sentence says enough
 
 # flag: how many values it takes, and the override that it stands for
 FLAGS = {
@@ -130,6 +139,28 @@ def quiet_libraries() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
+
+
+def reports_errors(code: int = 1) -> Callable:
+    """Decorates a script's `main`: an expected error is printed as one sentence, and `code` is returned."""
+
+    def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def reporting(*args, **kwargs) -> int:
+            try:
+                return main(*args, **kwargs) or 0
+            except EXPECTED_ERRORS as error:
+                return fail(error, code)
+
+        return reporting
+
+    return decorate
+
+
+def fail(error: BaseException | str, code: int) -> int:
+    """Prints the error as one sentence and returns the exit code."""
+    print(f"error: {one_sentence(error) if isinstance(error, BaseException) else error}", file=sys.stderr)
+    return code
 
 
 def one_sentence(error: BaseException) -> str:

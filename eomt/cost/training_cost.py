@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import eomt.models.eomt
 from eomt.cost.flops import flop_counter
 from eomt.lora.merging import cast_base
 from eomt.models.vit import attention_in_two
-from eomt.training.mask_classification_loss import Matches
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from eomt.training.mask_classification_loss import MaskClassificationLoss, Matches
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic, build_loss, total
 
 AUTOCAST = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 AUTOCAST |= {"32": None, "16": torch.float16, "bf16": torch.bfloat16}  # Lightning's older names
@@ -101,6 +99,10 @@ def rehearsal(
     module = build_without_weights(settings)
     masked = torch.full((module.network.num_blocks,), float(begins_masked(settings)))  # the one value that is read
     targets = min(targets or TARGETS, module.hparams.num_classes, module.hparams.num_q)
+    with torch.device("meta"):
+        module.criterion = build_loss(module.settings, outliers=module.outlier_loss is not None, kind=MatchesAll)
+    module.criterion.targets = targets
+    module.network.mask_type = Tensor  # a fake tensor cannot become a `QueryMask`; `MaskedAttention` takes its place
     parameters = count_parameters(module)
     if dtype and device != "cpu":
         keep_norms_full(module)
@@ -120,12 +122,11 @@ def rehearsal(
 
         @cache
         def cost_of(batch_size: int) -> Cost:
-            assign_all(module, batch_size, targets)
             batch = empty_batch(module, batch_size)
             before = live.peak = live.bytes
             with flop_counter() as counter:
                 with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                    loss = module.training_step(batch, 0)
+                    loss = total(module.losses(*batch))
                 activations, forward = live.bytes - before, counter.get_total_flops()
                 if accumulate == 1:
                     optimizer.zero_grad()  # where Lightning does it: the last gradients outlive the forward pass
@@ -153,19 +154,18 @@ def build_without_weights(settings: Mapping[str, Any]) -> MaskClassificationSema
             module = MaskClassificationSemantic(**{**settings, **no_weights})
     finally:
         logging.disable(disabled)
-    module.log = module.log_dict = lambda *args, **options: None  # there is no trainer to log to
     if settings.get("base_dtype") == "bfloat16":
         cast_base(module.backbone, torch.bfloat16)
     return module
 
 
-def assign_all(module: MaskClassificationSemantic, batch_size: int, targets: int) -> None:
-    """Every image has this many classes, matched to some queries."""
+class MatchesAll(MaskClassificationLoss):
+    """The loss where every image has `targets` classes, matched to some queries, so that no value is read."""
 
-    def assign(cost: Tensor, seen: Tensor) -> Matches:
-        return Matches(*torch.zeros(2, len(cost), batch_size, targets, dtype=torch.int64))
+    targets = TARGETS
 
-    module.criterion.assign = assign
+    def assign(self, cost: Tensor, seen: Tensor) -> Matches:
+        return Matches(*torch.zeros(2, *cost.shape[:2], self.targets, dtype=torch.int64))
 
 
 def empty_batch(module: MaskClassificationSemantic, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -201,9 +201,7 @@ def keep_norms_full(module: nn.Module) -> None:
 @contextmanager
 def fake_tensors() -> Iterator["LiveBytes"]:
     """Tensors made in this context have no values; it yields what would be alive of them."""
-    a_subclass_of_one = patch.object(eomt.models.eomt, "QueryMask", Tensor)  # which a fake tensor cannot become
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with a_subclass_of_one, fake, LiveBytes() as live, MaskedAttention():
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, MaskedAttention():
         yield live
 
 

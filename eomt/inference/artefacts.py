@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import zipfile
 from collections.abc import Mapping
@@ -49,6 +48,8 @@ class Module(Protocol):
     base_fingerprint: str | None
     trained_precision: str | None
 
+    @classmethod
+    def setting_names(cls) -> set[str]: ...
     def attach(self, lora: PeftModel) -> None: ...
     def adapter_parameters(self) -> list[nn.Parameter]: ...
     def trained_keys(self) -> set[str]: ...
@@ -186,7 +187,7 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
     """A Lightning checkpoint of a run: all weights, or those that a LoRA run trains."""
     checkpoint = read_lightning(path)
     init = checkpoint.get("hyper_parameters", {})
-    unknown = init.keys() - inspect.signature(cls).parameters.keys()
+    unknown = init.keys() - cls.setting_names()
     if not init or unknown:
         raise ValueError(bare_weights(path))
     if not init["use_lora"]:

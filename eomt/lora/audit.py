@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eomt.command_line import RunError
 from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_lora, tensor_hashes
 from eomt.lora.updates import lora_factors, update_norm, update_norms
 from lora_config import LoRASettings, adapted_layers, find_targets, listed
@@ -22,7 +23,7 @@ from lora_config import LoRASettings, adapted_layers, find_targets, listed
 log = logging.getLogger(__name__)
 
 
-class AuditError(RuntimeError):
+class AuditError(RunError):
     """LoRA would not train what it should; the sentence names the layers."""
 
 

@@ -65,6 +65,8 @@ class EoMT(nn.Module):
     annealed to 0, so that the deployed network needs no masks (section 3.2).
     """
 
+    mask_type: type[Tensor] = QueryMask  # of `attention_mask`
+
     def __init__(
         self,
         encoder: ViT,
@@ -188,4 +190,4 @@ class EoMT(nn.Module):
         inside = prediction.mask_logits(self.encoder.grid_size).flatten(2) > 0  # [B, Q, N]
         inside |= torch.rand(inside.shape[:2], device=inside.device)[..., None] > prob
         others = self.num_q + self.encoder.num_prefix_tokens
-        return F.pad(inside, (others, 0), value=True)[:, None].as_subclass(QueryMask)
+        return F.pad(inside, (others, 0), value=True)[:, None].as_subclass(self.mask_type)

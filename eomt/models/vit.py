@@ -9,30 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eomt.settings.model import check_img_size
+
 PLAIN_FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules: one sequence of blocks over patch tokens
-
-
-def nearest_multiple(size: int, step: int) -> int:
-    """The positive multiple of `step` closest to `size`."""
-    return max(step, step * round(size / step))
-
-
-def check_img_size(img_size: Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Returns (height, width), or raises ValueError naming the nearest valid size.
-
-    The patch grid must be whole, otherwise border pixels would silently belong to no token.
-    """
-    if len(img_size) != 2:
-        raise ValueError(f"img_size {list(img_size)}: two numbers are needed, [height, width]")
-    if patch_size < 1:
-        raise ValueError(f"patch_size {patch_size}: must be at least 1")
-    height, width = img_size
-    if height < 1 or width < 1 or height % patch_size or width % patch_size:
-        valid = f"[{nearest_multiple(height, patch_size)}, {nearest_multiple(width, patch_size)}]"
-        raise ValueError(
-            f"img_size [{height}, {width}]: both sides must be multiples of patch_size {patch_size}; try {valid}"
-        )
-    return height, width
 
 
 class ViT(nn.Module):

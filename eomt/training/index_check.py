@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eomt.indices import IGNORE, OUTLIER
-from eomt.training.mask_classification_loss import MaskClassificationLoss, classes_present, classes_seen
+from eomt.training.mask_classification_loss import Loss, classes_present, classes_seen
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
@@ -30,7 +30,8 @@ class Indexed(Protocol):
     """The parts of a training module that take an index for something."""
 
     network: EoMT
-    criterion: MaskClassificationLoss
+    criterion: Loss
+    outlier_loss: Callable | None
     confusion: Metric
     hparams: Any
 
@@ -61,9 +62,10 @@ def check_start(module: Indexed, datamodule: LightningDataModule | None) -> None
             "data.cut_paste.where=anywhere if they show no road"
         )
     trained[:, OUTLIER] |= pasting is not None
-    classes_present(trained, module.criterion.num_classes, module.criterion.outliers)
-    classes_present(validated, module.criterion.num_classes, outliers=True)
-    if module.criterion.outliers and not trained[:, OUTLIER].any():
+    outliers = module.outlier_loss is not None
+    classes_present(trained, module.network.num_classes, outliers)
+    classes_present(validated, module.network.num_classes, outliers=True)
+    if outliers and not trained[:, OUTLIER].any():
         logger.warning(
             "outlier_loss %s, but data.cut_paste is not set and no training image that was looked at holds outliers "
             "(label %d): without them the loss has inliers alone",
@@ -73,17 +75,18 @@ def check_start(module: Indexed, datamodule: LightningDataModule | None) -> None
 
 def indices_of(module: Indexed, datamodule: LightningDataModule | None) -> dict[str, Meanings]:
     """What each part of a run takes which indices for."""
-    head, loss, metrics = module.network.num_classes, module.criterion, module.confusion
+    head, metrics = module.network.num_classes, module.confusion
+    loss = getattr(module.criterion, "num_classes", head)  # a loss of somebody else's may not say
     parts = {
         "head": {CLASS: range(head), NO_OBJECT: [head]},
-        "loss": {CLASS: range(loss.num_classes), NO_OBJECT: [loss.num_classes], IGNORED: [IGNORE]},
+        "loss": {CLASS: range(loss), NO_OBJECT: [loss], IGNORED: [IGNORE]},
         "metrics": {CLASS: range(metrics.num_classes), IGNORED: [metrics.ignore_index]},
     }
     if datamodule is not None:
         parts["data"] = {CLASS: range(datamodule.num_classes), IGNORED: [IGNORE]}
         if datamodule.cut_paste:
             parts["data"][OUTLYING] = [OUTLIER]
-    if loss.outliers:
+    if module.outlier_loss is not None:
         parts["loss"][OUTLYING] = parts["metrics"][OUTLYING] = [OUTLIER]
     return parts
 

@@ -8,7 +8,7 @@ are never built.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from eomt.indices import IGNORE, OUTLIER
 from eomt.models.eomt import Prediction
+from eomt.settings.model import LossSettings
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
@@ -80,9 +81,9 @@ def matching_cost(
     mask_values: Tensor,
     target_values: Tensor,
     class_logits: Tensor,
-    mask_coefficient: float = 5.0,
-    dice_coefficient: float = 5.0,
-    class_coefficient: float = 2.0,
+    mask_coefficient: float = LossSettings.mask_coefficient,
+    dice_coefficient: float = LossSettings.dice_coefficient,
+    class_coefficient: float = LossSettings.class_coefficient,
 ) -> Tensor:
     """Cost of giving query q the mask of class k, [B, Q, K].
 
@@ -210,6 +211,18 @@ def choose_points(masks: Tensor, drawn: Tensor, num_candidates: int, num_uncerta
     return torch.cat((uncertain, uniform.expand(*masks.shape[:2], -1)), 2)
 
 
+class Loss(Protocol):
+    """A training loss: `model.loss={_target_: mine.FocalLoss}` puts another one in place of the published one."""
+
+    def __call__(self, predictions: Sequence[Prediction], labels: Tensor) -> dict[str, Tensor]:
+        """Weighted terms by name, each [L], of L predictions of the same B images; the last prediction is deployed.
+
+        Args:
+            labels: uint8 [B, H, W]: classes 0..K-1, 255 where nothing is to be learned.
+        """
+        ...
+
+
 class MaskClassificationLoss(nn.Module):
     """The training loss of one or several predictions against label maps.
 
@@ -228,13 +241,13 @@ class MaskClassificationLoss(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        num_points: int = 12544,
-        oversample_ratio: float = 3.0,
-        importance_sample_ratio: float = 0.75,
-        mask_coefficient: float = 5.0,
-        dice_coefficient: float = 5.0,
-        class_coefficient: float = 2.0,
-        no_object_coefficient: float = 0.1,
+        num_points: int = LossSettings.num_points,
+        oversample_ratio: float = LossSettings.oversample_ratio,
+        importance_sample_ratio: float = LossSettings.importance_sample_ratio,
+        mask_coefficient: float = LossSettings.mask_coefficient,
+        dice_coefficient: float = LossSettings.dice_coefficient,
+        class_coefficient: float = LossSettings.class_coefficient,
+        no_object_coefficient: float = LossSettings.no_object_coefficient,
         class_weights: Sequence[float] | None = None,
         scale: float = 1.0,
         margin: float = 0.0,

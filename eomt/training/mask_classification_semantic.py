@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -29,187 +30,118 @@ from eomt.inference.windows import classify
 from eomt.lora.files import BASE
 from eomt.lora.merging import cast_base
 from eomt.models.checkpoint import load_checkpoint
-from eomt.models.eomt import EoMT
+from eomt.models.eomt import EoMT, Prediction
 from eomt.models.vit import ViT
-from eomt.settings.model import check_same_settings, check_values
+from eomt.settings.model import LossSettings, ModelSettings, Part, check_same_settings
 from eomt.training.index_check import check_start
-from eomt.training.mask_classification_loss import MaskClassificationLoss
-from eomt.training.optimizer import build_optimizer, build_scheduler
-from eomt.training.outlier_loss import OutlierLoss, OutlierLossName
-from eomt.training.schedules import LRSchedule, mask_probability, resolve_annealing
-from lora_config import LoRASettings, apply_lora
+from eomt.training.mask_classification_loss import Loss, MaskClassificationLoss
+from eomt.training.optimizer import build_scheduler, fused_adamw
+from eomt.training.outlier_loss import OutlierLoss
+from eomt.training.param_groups import param_groups
+from eomt.training.schedules import mask_probability, resolve_annealing
+from lora_config import apply_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
-Head = Literal["linear", "arcface"]
-
 
 class MaskClassificationSemantic(lightning.LightningModule):
     """EoMT for semantic segmentation.
 
+    Its settings are those of `ModelSettings`: YAML names them, and `hparams` keeps them all. A subclass may have
+    further arguments: it hands on `*args, **settings`, and keeps its own with `save_hyperparameters("name")`.
+
     Args:
-        img_size: (height, width) of training crops and evaluation windows, multiples of `patch_size`.
-        num_classes: K of the data set.
-        lr: base learning rate of heads and backbone.
-        use_lora: freeze the backbone and train low-rank adapters in it (see `lora_config`).
-        lora_rank, lora_alpha, lora_dropout, lora_target_modules, lora_blocks, lora_options: see `LoRASettings`.
-        lora_lr: learning rate of the adapters; None: `lr`.
-        backbone_name, patch_size, pretrained, backbone_kwargs: see `ViT`.
-        num_q, num_blocks, masked_attn_enabled: see `EoMT`.
-        attn_mask_annealing_enabled: fade the attention masks out during training. None: yes, unless training starts
-            from an EoMT checkpoint, which has learned to do without: then masks are off.
-        attn_mask_annealing_start, attn_mask_annealing_end: when each masked block's mask starts and ends to fade, in
-            steps or fractions of the run; None: evenly, as published.
-        ckpt_path: EoMT weights to start from (see `load_checkpoint`).
-        load_ckpt_class_head: False trains a fresh class head, for another set of classes or another `head`.
-        delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints).
-        freeze: parts that do not train.
-        unfreeze_last_n: of the backbone, train only the last N blocks and the final norm. Adapters take its place
-            where `use_lora` is set, too.
-        llrd: layer-wise learning-rate decay of the backbone; 1.0 is none.
-        llrd_masked_blocks: False exempts the blocks that see the queries from it.
-        weight_decay: of all but the adapters.
-        lr_schedule, poly_power: decay after warm-up, see `lr_factor`.
-        warmup_steps: warm-up of heads and adapters, then of the backbone, which waits for the first; in steps (int) or
-            fractions of the run (float).
-        head: "linear" class logits, or "arcface": cosines times `arcface_scale` (see `CosineHead`), with an angular
-            margin for the known classes in the loss (see `add_margin`).
-        arcface_scale, arcface_margin: of that head; the margin in radians.
-        num_points .. no_object_coefficient: see `MaskClassificationLoss`.
-        outlier_loss: what pixels labelled 254 train, and inliers beside them; see `OutlierLoss`. None: such labels are
-            an error.
-        outlier_weight, inlier_margin, outlier_margin: of that loss.
-        class_weights, class_names, class_colors: K weights for the class loss; K names and RGB colours for reports.
-        checkpoint_predictions: a step takes longer and keeps less; see `EoMT`.
-        base_dtype: "bfloat16" keeps the frozen base of a LoRA run in half the bytes while it trains. The results are
-            those of float32, which bf16-mixed rounds in every step. To predict or merge, load the saved adapter.
-        compile: `torch.compile` the blocks and the upscaling.
+        *args: `img_size` and `num_classes`, if they are not given by name.
+        encoder: in place of timm's; see `eomt.models.eomt.Encoder`.
+        loss: in place of `MaskClassificationLoss`; see `Loss`.
+        outlier_loss: a name, or a loss of one's own; see `OutlierLoss`.
+        optimizer: makes the optimiser from the parameter groups of `param_groups`; None: AdamW.
+        **settings: see `ModelSettings`.
 
     Raises:
         ValueError: impossible values, before anything is built where that is possible.
     """
 
+    settings_type = ModelSettings
+
     def __init__(
         self,
-        img_size: Sequence[int],
-        num_classes: int,
-        lr: float = 1e-4,
-        use_lora: bool = False,
-        lora_rank: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.05,
-        lora_target_modules: Sequence[str] = ("attn.qkv", "attn.proj"),
-        lora_blocks: int | Literal["all"] = "all",
-        lora_options: Mapping[str, Any] | None = None,
-        lora_lr: float | None = 3e-4,
-        backbone_name: str = "vit_large_patch14_reg4_dinov2",
-        patch_size: int = 16,
-        pretrained: bool = True,
-        backbone_kwargs: Mapping[str, Any] | None = None,
-        num_q: int = 100,
-        num_blocks: int = 4,
-        masked_attn_enabled: bool = True,
-        attn_mask_annealing_enabled: bool | None = None,
-        attn_mask_annealing_start: Sequence[int | float] | None = None,
-        attn_mask_annealing_end: Sequence[int | float] | None = None,
-        ckpt_path: str | None = None,
-        load_ckpt_class_head: bool = True,
-        delta_weights: bool = False,
-        head: Head = "linear",
-        arcface_scale: float = 30.0,
-        arcface_margin: float = 0.5,
-        freeze: Sequence[Part] = (),
-        unfreeze_last_n: int | None = None,
-        llrd: float = 0.8,
-        llrd_masked_blocks: bool = True,
-        weight_decay: float = 0.05,
-        lr_schedule: LRSchedule = "poly",
-        poly_power: float = 0.9,
-        warmup_steps: Sequence[int | float] = (0.025, 0.05),
-        num_points: int = 12544,
-        oversample_ratio: float = 3.0,
-        importance_sample_ratio: float = 0.75,
-        mask_coefficient: float = 5.0,
-        dice_coefficient: float = 5.0,
-        class_coefficient: float = 2.0,
-        no_object_coefficient: float = 0.1,
-        outlier_loss: OutlierLossName | None = None,
-        outlier_weight: float = 1.0,
-        inlier_margin: float | None = None,
-        outlier_margin: float | None = None,
-        class_weights: Sequence[float] | None = None,
-        class_names: Sequence[str] | None = None,
-        class_colors: Sequence[Sequence[int]] | None = None,
-        checkpoint_predictions: bool = False,
-        base_dtype: Literal["float32", "bfloat16"] = "float32",
-        compile: bool = False,
+        *args: Any,
+        encoder: nn.Module | None = None,
+        loss: Loss | None = None,
+        outlier_loss: str | Callable[[Prediction, Tensor], dict[str, Tensor]] | None = None,
+        optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.lora_settings = check_settings(**self.hparams)
-        self.outlier_loss: OutlierLoss | None = None
-        if outlier_loss:
-            self.outlier_loss = OutlierLoss(outlier_loss, num_classes, outlier_weight, inlier_margin, outlier_margin)
-        elif inlier_margin is not None or outlier_margin is not None:
-            logger.warning("inlier_margin and outlier_margin are of outlier_loss, which is null: they do nothing")
-        cosine_scale, margin = (arcface_scale, arcface_margin) if head == "arcface" else (None, 0.0)
+        own_outlier_loss = outlier_loss if callable(outlier_loss) else None
+        named_loss = None if own_outlier_loss else outlier_loss
+        self.settings = chosen = ModelSettings(*args, **settings, outlier_loss=named_loss)
+        self.save_hyperparameters({field.name: getattr(chosen, field.name) for field in fields(chosen)})
+        self.outlier_loss = own_outlier_loss or build_outlier_loss(chosen)
+        self.criterion = loss or build_loss(chosen, outliers=self.outlier_loss is not None)
+        self.make_optimizer = optimizer or fused_adamw
 
-        from_hub = pretrained and (delta_weights or not ckpt_path)  # a checkpoint replaces every weight
-        encoder = ViT(img_size, patch_size, backbone_name, from_hub, backbone_kwargs)
-        self.network = EoMT(
-            encoder, num_classes, num_q, num_blocks, masked_attn_enabled, checkpoint_predictions, cosine_scale
-        )
-        if ckpt_path:  # weights before adapters: afterwards the names no longer fit
-            report = load_checkpoint(self.network, ckpt_path, load_ckpt_class_head, delta_weights)
-            logger.info("%s", report)
-            if not self.anneals:
-                self.network.attn_mask_probs.zero_()
-        self.base_fingerprint = fingerprint(self.backbone) if use_lora else None
+        self.network = build_network(chosen, encoder)
+        if chosen.ckpt_path:  # weights before adapters: afterwards the names no longer fit
+            self.load_start()
+        self.base_fingerprint = fingerprint(self.backbone) if chosen.use_lora else None
         self.lora: PeftModel | None = None
         self.adapters: dict[str, Adapter] = {}  # those not in use, and the base's heads
         self.trained_precision: str | None = None  # of the run that a saved network comes from
-        if use_lora:
-            if not (pretrained or ckpt_path):
-                logger.warning("use_lora with pretrained=false and no ckpt_path: the frozen backbone is random")
-            self.attach(apply_lora(self.backbone, self.lora_settings))
-        self.freeze_parts(freeze)
-        if unfreeze_last_n and use_lora:
-            logger.warning(
-                "use_lora and unfreeze_last_n %d: LoRA takes its place, no block is unfrozen", unfreeze_last_n
-            )
-        elif unfreeze_last_n:
-            self.train_last_blocks(unfreeze_last_n)
+        self.lora_settings = chosen.lora
+        if chosen.use_lora:
+            self.adapt()
+        self.choose_trainable()
 
-        self.criterion = MaskClassificationLoss(
-            num_classes,
-            num_points,
-            oversample_ratio,
-            importance_sample_ratio,
-            mask_coefficient,
-            dice_coefficient,
-            class_coefficient,
-            no_object_coefficient,
-            class_weights,
-            cosine_scale or 1.0,
-            margin,
-            outliers=self.outlier_loss is not None,
-        )
         self.cached_blocks = 0
         self.total_steps = 0
         self.validated_step: int | None = None
         self.class_pixels: dict[str, int] = {}  # of the labels that were validated on
-        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
-        if compile:
-            for part in (*encoder.blocks, self.network.upscale):
+        self.confusion = MulticlassConfusionMatrix(chosen.num_classes, ignore_index=IGNORE, validate_args=False)
+        if chosen.compile:
+            for part in (*self.network.encoder.blocks, self.network.upscale):
                 part.compile()
+
+    @classmethod
+    def setting_names(cls) -> set[str]:
+        """The names of all arguments that are plain settings; those of a subclass, too."""
+        own = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
+        return {field.name for field in fields(cls.settings_type)} | own - {"self", "args", "kwargs", "settings"}
+
+    def load_start(self) -> None:
+        """Loads the weights that training starts from."""
+        settings = self.settings
+        report = load_checkpoint(
+            self.network, settings.ckpt_path, settings.load_ckpt_class_head, settings.delta_weights
+        )
+        logger.info("%s", report)
+        if not self.anneals:
+            self.network.attn_mask_probs.zero_()
+
+    def adapt(self) -> None:
+        """Freezes the backbone and puts adapters into it."""
+        if not (self.settings.pretrained or self.settings.ckpt_path):
+            logger.warning("use_lora with pretrained=false and no ckpt_path: the frozen backbone is random")
+        self.attach(apply_lora(self.backbone, self.lora_settings))
+
+    def choose_trainable(self) -> None:
+        """Freezes what the settings say."""
+        self.freeze_parts(self.settings.freeze)
+        last = self.settings.unfreeze_last_n
+        if last and self.settings.use_lora:
+            logger.warning("use_lora and unfreeze_last_n %d: LoRA takes its place, no block is unfrozen", last)
+        elif last:
+            self.train_last_blocks(last)
 
     @property
     def backbone(self) -> nn.Module:
-        return self.network.encoder.backbone
+        """What was pretrained, and what LoRA adapts: an encoder's `backbone`, or all of it."""
+        encoder = self.network.encoder
+        return getattr(encoder, "backbone", encoder)
 
     @property
     def class_names(self) -> list[str]:
@@ -278,18 +210,20 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
         After `train_from`, tokens [B, P + N, C] instead of images.
         """
-        images, labels = batch
+        terms = self.losses(*batch)
+        loss = total(terms)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"train/{name}": term[-1].detach() for name, term in terms.items()})
+        return loss
+
+    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the loss of a batch, each with an entry for every prediction; see `training_step`."""
         if self.cached_blocks:
             predictions = self.network.predictions_from(images.float(), self.rope, self.cached_blocks)
         else:
             predictions = self.network.predictions(images / 255)
         terms = self.criterion(predictions, labels)
-        if self.outlier_loss:
-            terms |= self.outlier_loss(predictions[-1], labels)
-        loss = sum(term.sum() for term in terms.values())
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"train/{name}": term[-1].detach() for name, term in terms.items()})
-        return loss
+        return terms | self.outlier_loss(predictions[-1], labels) if self.outlier_loss else terms
 
     def train_from(self, depth: int) -> None:
         """Training batches hold the output of the first `depth` blocks from now on; see `TrunkCache`."""
@@ -330,12 +264,22 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = self.optimizer()
-        scheduler = build_scheduler(optimizer, self.hparams, self.count_steps())
+        scheduler = build_scheduler(optimizer, self.settings, self.count_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def optimizer(self) -> torch.optim.AdamW:
-        """For the parameters that train; see `build_optimizer`."""
-        return build_optimizer(self.network, self.adapter_parameters(), self.hparams)
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the parameters that train."""
+        settings = self.settings
+        groups = param_groups(
+            self.network,
+            self.adapter_parameters(),
+            lr=settings.lr,
+            lora_lr=settings.lora_lr or settings.lr,
+            llrd=settings.llrd,
+            decay_masked_blocks=settings.llrd_masked_blocks,
+            weight_decay=settings.weight_decay,
+        )
+        return self.make_optimizer(groups)
 
     # Evaluation
 
@@ -431,6 +375,11 @@ class MaskClassificationSemantic(lightning.LightningModule):
         use_adapter(self, name)
 
 
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The loss: the sum of all terms over all predictions."""
+    return sum(term.sum() for term in terms.values())
+
+
 def iou_per_class(confusion: Tensor) -> Tensor:
     """Confusion counts [K, K] (target, prediction) -> IoU [K] in [0, 1], NaN for a class in neither."""
     hit = confusion.diagonal().double()
@@ -438,14 +387,47 @@ def iou_per_class(confusion: Tensor) -> Tensor:
     return torch.where(union > 0, hit / union.clamp(min=1), torch.nan)
 
 
-def check_settings(**settings: Any) -> LoRASettings:
-    """The arguments of `MaskClassificationSemantic`, checked without building it; returns those of LoRA.
+def build_network(settings: ModelSettings, encoder: nn.Module | None = None) -> EoMT:
+    """EoMT over timm's encoder, or over another one."""
+    if encoder is None:
+        encoder = ViT(
+            settings.img_size,
+            settings.patch_size,
+            settings.backbone_name,
+            pretrained=settings.from_hub,
+            backbone_kwargs=settings.backbone_kwargs,
+        )
+    return EoMT(
+        encoder,
+        settings.num_classes,
+        num_q=settings.num_q,
+        num_blocks=settings.num_blocks,
+        masked_attn_enabled=settings.masked_attn_enabled,
+        checkpoint_predictions=settings.checkpoint_predictions,
+        cosine_scale=settings.cosine_scale,
+    )
 
-    Raises:
-        ValueError: an impossible value.
-    """
-    bound = inspect.signature(MaskClassificationSemantic).bind(**settings)
-    bound.apply_defaults()
-    hp = bound.arguments
-    check_values(hp)
-    return LoRASettings(**{name: hp[f"lora_{name}"] for name in LoRASettings.__dataclass_fields__})
+
+def build_loss(
+    settings: ModelSettings, outliers: bool, kind: type[MaskClassificationLoss] = MaskClassificationLoss
+) -> MaskClassificationLoss:
+    """The published loss with these settings, or a subclass of it."""
+    coefficients = {field.name: getattr(settings, field.name) for field in fields(LossSettings)}
+    return kind(
+        settings.num_classes,
+        class_weights=settings.class_weights,
+        scale=settings.cosine_scale or 1.0,
+        margin=settings.arcface_margin if settings.head == "arcface" else 0.0,
+        outliers=outliers,
+        **coefficients,
+    )
+
+
+def build_outlier_loss(settings: ModelSettings) -> OutlierLoss | None:
+    """The loss on outliers that the settings name; warns of margins that do nothing."""
+    margins = {"inlier_margin": settings.inlier_margin, "outlier_margin": settings.outlier_margin}
+    if settings.outlier_loss:
+        return OutlierLoss(settings.outlier_loss, settings.num_classes, settings.outlier_weight, **margins)
+    if any(margin is not None for margin in margins.values()):
+        logger.warning("inlier_margin and outlier_margin are of outlier_loss, which is null: they do nothing")
+    return None

@@ -7,7 +7,7 @@ at that resolution are those of a cell's middle, except that a cell with a part 
 
 import logging
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from torch import Tensor
 from eomt.anomaly.scores import rba, semantic_scores
 from eomt.indices import IGNORE, OUTLIER
 from eomt.models.eomt import Prediction
+from eomt.settings.model import OutlierLossName
 
-OutlierLossName = Literal["rba", "mask2anomaly"]
 SURE = -math.tanh(1)  # s of a pixel that one sure query claims: -0.76
 
 logger = logging.getLogger(__name__)

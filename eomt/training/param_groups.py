@@ -14,7 +14,7 @@ def backbone_rates(network: EoMT, lr: float, llrd: float, decay_masked_blocks: b
     `decay_masked_blocks=False` the blocks that see the queries keep `lr`.
     """
     blocks = network.encoder.blocks
-    rates = {id(p): lr * llrd ** (len(blocks) - 1) for p in network.encoder.backbone.parameters()}
+    rates = {id(p): lr * llrd ** (len(blocks) - 1) for p in network.encoder.parameters()}
     rates |= {id(p): lr for p in network.encoder.norm.parameters()}
     for i, block in enumerate(blocks):
         exempt = not decay_masked_blocks and i >= len(blocks) - network.num_blocks
@@ -39,7 +39,7 @@ def param_groups(
     rates = backbone_rates(network, lr, llrd, decay_masked_blocks)
     adapter_ids = {id(p) for p in adapters}
 
-    def settings() -> Iterator[tuple[nn.Parameter, tuple[str, float, float]]]:
+    def kinds() -> Iterator[tuple[nn.Parameter, tuple[str, float, float]]]:
         for p in network.parameters():
             if not p.requires_grad:
                 continue
@@ -51,7 +51,7 @@ def param_groups(
                 yield p, ("heads", lr, weight_decay)
 
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for p, key in settings():
+    for p, key in kinds():
         groups.setdefault(key, []).append(p)
     return [
         {"params": params, "kind": kind, "lr": rate, "weight_decay": decay}

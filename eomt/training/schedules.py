@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
-LRSchedule = Literal["poly", "cosine"]
+from eomt.settings.model import LRSchedule
 
 
 def resolve_steps(name: str, value: int | float, total_steps: int) -> int:
