@@ -3,23 +3,20 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import EXPECTED_ERRORS, did_you_mean, fail, help_text, quiet_libraries, translate_flags
+from eomt.command_line import EXPECTED_ERRORS, fail, help_text, quiet_libraries, translate_flags
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     """One run, from configuration to summary."""
-    import lightning
-    import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
-
-    from eomt.fingerprints import fingerprint
-    from eomt.reporting.run_report import estimate_cost, finish_run, print_start, validate_last_step
 
     cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
@@ -28,6 +25,13 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     if os.environ.get("LOCAL_RANK", "0") == "0":
         keep_earlier_run(output_dir, cfg.resume)
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+
+    import lightning
+    import torch
+
+    from eomt.fingerprints import fingerprint
+    from eomt.reporting.run_report import estimate_cost, finish_run, print_start, validate_last_step
+
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     quiet_libraries()
@@ -82,51 +86,26 @@ def preset_for(images: int) -> str:
 
 
 def check(cfg) -> None:  # noqa: ANN001
-    """Everything that can be known to be wrong before data and network are built."""
+    """Everything that can be known to be wrong before data and network are built; first of all what needs no torch."""
     from omegaconf import OmegaConf
 
-    from eomt.settings.config_check import check_config, check_type
-    from eomt.settings.model import ModelSettings
-
-    parts = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
-    options = {"name": str, "variant": str | None, "output_dir": str, "seed": int}
-    options |= {"resume": str | None, "patience": int | None, "trunk_cache": bool, "views": int}
-    for key in cfg:
-        if key not in (*parts, *options, "experiment", "lora", "lora_preset"):
-            raise ValueError(f"{key} is unknown at the top of the configuration{did_you_mean(key, [*parts, *options])}")
-    for part, entries in parts.items():
-        if part not in cfg:
-            raise ValueError(f"the configuration has no {part}: begin it with `defaults: [cityscapes, _self_]`")
-        if absent := [entry for entry in entries if entry not in cfg[part]]:
-            raise ValueError(f"{part}.{absent[0]} cannot be left out: it writes or proves what the run leaves")
+    from eomt.settings.config_check import check_config
+    from eomt.settings.run import check_run
 
     plain = OmegaConf.to_container(cfg, resolve=True)
+    check_run(plain, OmegaConf.missing_keys(cfg))
     if plain["model"].get("num_classes") is None:
         plain["model"]["num_classes"] = 1  # the data set says, later
     check_config(plain)
-    for key, hint in options.items():
-        check_type(plain[key], hint, key)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if not any(key.startswith("model.") for key in missing):
-        ModelSettings.of(plain["model"])
-    if missing:
-        raise ValueError(f"{missing[0]} is required: give {missing[0]}=VALUE")
     if cfg.resume:
         check_resume(cfg.resume, plain["model"])
-    if any(word in str(cfg.trainer.get("strategy")) for word in ("fsdp", "deepspeed")):
-        raise ValueError(
-            f"trainer.strategy {cfg.trainer.strategy}: sharded weights can neither be audited nor saved as an adapter "
-            "here; use ddp"
-        )
 
 
 def check_resume(checkpoint: str, model: dict[str, Any]) -> None:
-    """Raises ValueError or FileNotFoundError where a run cannot go on from there; nothing has been touched yet."""
+    """Raises ValueError where a run cannot go on from there; nothing has been touched yet."""
     from eomt.inference.artefacts import read_lightning
     from eomt.settings.model import check_same_settings
 
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"resume {checkpoint}: no such checkpoint; a run keeps checkpoints/last.ckpt")
     content = read_lightning(Path(checkpoint))
     if "optimizer_states" not in content:
         raise ValueError(
@@ -173,17 +152,22 @@ def classes_of(datamodule, num_classes: int | None) -> dict:  # noqa: ANN001
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line: exit code 0; 1 for a run that cannot or must not go on; 2 for a mistyped command."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(words):
         print(help_text(CONFIGS))
-        return
+        return 0
     try:
-        sys.argv[1:] = translate_flags(sys.argv[1:])
+        words = translate_flags(words)
     except ValueError as error:
-        sys.exit(fail(error, 2))
+        return fail(error, 2)
+    with own_process_state([sys.argv[0], *words]) as full_error:
+        return run_with_hydra(full_error)
 
+
+def run_with_hydra(full_error: bool) -> int:
+    """Composes the configuration that the command line asks for, and trains."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -205,8 +189,24 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if full_error:
             raise
-        sys.exit(fail(error, 2))
+        return fail(error, 2)
+    return 0
+
+
+@contextmanager
+def own_process_state(argv: Sequence[str]) -> Iterator[bool]:
+    """Hydra reads `sys.argv` and `HYDRA_FULL_ERROR`: both are afterwards as before; yields whether the latter was 1."""
+    before, setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = list(argv)
+    try:
+        yield setting == "1"
+    finally:
+        sys.argv = before
+        if setting is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = setting
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,8 @@ from torchvision.transforms.v2 import functional as F
 
 from benchmarks.bench import Case, Work, bandwidth
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID, cityscapes
-from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
+from eomt.data.dataset import SegmentationDataset
+from eomt.data.sources import IndexDecoder, Sample, Source
 from eomt.data.transforms import TrainTransform
 from eomt.indices import IGNORE
 from eomt.toys.scene import draw_scene

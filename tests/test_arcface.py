@@ -14,10 +14,11 @@ from eomt.cost.training_cost import training_cost
 from eomt.data.toy_streets import toy_streets
 from eomt.diagnosis.inspection import inspect_model
 from eomt.indices import OUTLIER
+from eomt.inference import windows as semantic_inference
 from eomt.inference.artefacts import merge_adapter
 from eomt.inference.windows import classify
 from eomt.models.cosine_head import CosineHead
-from eomt.training import mask_classification_loss, semantic_inference
+from eomt.training import mask_classification_loss
 from eomt.training.callbacks import AuditLoRA
 from eomt.training.mask_classification_loss import MaskClassificationLoss, add_margin
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic

@@ -1,6 +1,6 @@
 """Every configuration composes, agrees with the signatures, and builds what it names."""
 
-import inspect
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.toy_streets import write_toy_streets
 from eomt.settings.config_check import check_config
+from eomt.settings.model import ModelSettings
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from train_with_lora import preset_for
 
@@ -100,12 +101,12 @@ def test_presets_set_rank_dropout_and_rate_and_the_command_line_still_overrules_
 
 def test_the_model_yaml_and_the_signature_agree_on_every_default():
     yaml = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "base.yaml"))
-    parameters = inspect.signature(MaskClassificationSemantic).parameters
+    settings = {field.name: field.default for field in dataclasses.fields(ModelSettings)}
     from_data = {"num_classes", "class_weights", "class_names", "class_colors"}
-    assert set(parameters) - from_data == set(yaml) - {"_target_", "num_classes"}
-    for name, parameter in parameters.items():
-        if name in yaml and parameter.default is not inspect.Parameter.empty:
-            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+    assert set(settings) - from_data == set(yaml) - {"_target_", "num_classes"}
+    for name, default in settings.items():
+        if name in yaml and default is not dataclasses.MISSING:
+            default = list(default) if isinstance(default, tuple) else default
             assert yaml[name] == default, name
 
 

@@ -15,7 +15,8 @@ from eomt.anomaly.cutouts import KNOWN_IN_COCO, CocoCutOuts, FolderCutOuts, ToyC
 from eomt.data.camvid import CAMVID
 from eomt.data.cityscapes import CITYSCAPES, cityscapes
 from eomt.data.datamodule import SegmentationDataModule
-from eomt.data.dataset import Sample, SegmentationDataset, Source
+from eomt.data.dataset import SegmentationDataset
+from eomt.data.sources import Sample, Source
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.toy_streets import write_toy_streets
 from eomt.data.transforms import draw_crop, nearest

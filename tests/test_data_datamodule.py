@@ -8,10 +8,11 @@ import torch
 import yaml
 from PIL import Image
 
-from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
-from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
+from eomt.data.datamodule import SegmentationDataModule
+from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
+from eomt.data.sources import IndexDecoder, LoaderOptions, Sample, Source
 from eomt.data.statistics import ClassCounts, class_weights, count_classes
 from eomt.indices import IGNORE
 

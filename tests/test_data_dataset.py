@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from eomt.data.dataset import ColorDecoder, IndexDecoder, Sample, SegmentationDataset, Source
+from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
+from eomt.data.sources import ColorDecoder, IndexDecoder, Sample, Source
 from eomt.indices import IGNORE
 
 CLASSES = LabelSet(("road", "car"), ((128, 64, 128), (0, 0, 142)))

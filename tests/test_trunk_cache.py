@@ -10,7 +10,7 @@ from conftest import TINY
 from filelock import FileLock
 
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
-from eomt.data.dataset import IndexDecoder
+from eomt.data.sources import IndexDecoder
 from eomt.data.toy_streets import toy_streets
 from eomt.indices import IGNORE
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic

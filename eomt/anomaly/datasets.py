@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from eomt.anomaly.components import ANOMALY_TRACK, OBSTACLE_TRACK, Track
 from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
 from eomt.command_line import did_you_mean
-from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
+from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
+from eomt.data.sources import IndexDecoder, Sample, Source
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = LabelSet(("normal", "anomalous"), ((110, 110, 120), (255, 120, 0)))

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
-from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source
 from eomt.data.labels import LabelSet
+from eomt.data.sources import IndexDecoder, LoaderOptions, Sample, Source, Splits
 from eomt.indices import IGNORE
+
+if TYPE_CHECKING:
+    from eomt.data.datamodule import SegmentationDataModule
 
 CAMVID = LabelSet(
     names=(
@@ -51,7 +54,7 @@ def camvid(
     val_share: float | None = None,
     val_sequences: Sequence[str] | None = None,
     **loader: Unpack[LoaderOptions],
-) -> SegmentationDataModule:
+) -> "SegmentationDataModule":
     """CamVid, whole or some of its sequences.
 
     Args:
@@ -67,6 +70,16 @@ def camvid(
         FileNotFoundError: A folder is missing, or the annotation of an image.
         ValueError: An unknown sequence, an impossible share, or nothing to validate on.
     """
+    return splits(root, sequences, val_share, val_sequences).feed(**loader)
+
+
+def splits(
+    root: str,
+    sequences: Sequence[str] | None = None,
+    val_share: float | None = None,
+    val_sequences: Sequence[str] | None = None,
+) -> Splits:
+    """The samples of `camvid`, with its arguments and errors."""
     if val_share is not None and not 0 < val_share < 1:
         raise ValueError(f"data.val_share must lie between 0 and 1, got {val_share}; null uses the val folder.")
     train, val = _frames(Path(root), "train"), [] if val_share else _frames(Path(root), "val")
@@ -82,9 +95,7 @@ def camvid(
             f"{Path(root, 'val')} has no image of {', '.join(val_chosen)}; set data.val_share (0.4, say) to hold out "
             "the last frames of each sequence, or data.val_sequences."
         )
-    return SegmentationDataModule(
-        SegmentationDataset(train, CAMVID, _DECODER), SegmentationDataset(val, CAMVID, _DECODER), **loader
-    )
+    return Splits(train, val, CAMVID, _DECODER)
 
 
 def _frames(root: Path, split: str) -> list[Sample]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
-from eomt.data.dataset import IndexDecoder, Sample, SegmentationDataset, Source, open_archive
 from eomt.data.labels import LabelSet
+from eomt.data.sources import IndexDecoder, LoaderOptions, Sample, Source, Splits, open_archive
 from eomt.indices import IGNORE, OUTLIER
+
+if TYPE_CHECKING:
+    from eomt.data.datamodule import SegmentationDataModule
 
 # Official table (cityscapesScripts, helpers/labels.py): name, label id, colour; the train id is the position.
 _CLASSES = (
@@ -47,7 +50,7 @@ _DECODERS = {
 _DOWNLOAD = "download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com"
 
 
-def cityscapes(root: str, **loader: Unpack[LoaderOptions]) -> SegmentationDataModule:
+def cityscapes(root: str, **loader: Unpack[LoaderOptions]) -> "SegmentationDataModule":
     """Cityscapes' official train and val splits.
 
     Args:
@@ -60,18 +63,19 @@ def cityscapes(root: str, **loader: Unpack[LoaderOptions]) -> SegmentationDataMo
         FileNotFoundError: Images, labels or the label of an image are missing.
         ValueError: A zip is not complete.
     """
+    return splits(root).feed(**loader)
+
+
+def splits(root: str) -> Splits:
+    """The samples of `cityscapes`, with its errors."""
     images, labels = find_pictures(Path(root), "leftImg8bit"), find_pictures(Path(root), "gtFine")
     pairs = {split: _images_and_stems(images, split, root) for split in ("train", "val")}
     kind = _choose_kind([stem for stems in pairs.values() for stem in stems], labels, root)
     train, val = (
-        SegmentationDataset(
-            [Sample(Path(stem).name, image, labels[f"{stem}_gtFine_{kind}.png"]) for stem, image in stems.items()],
-            CITYSCAPES,
-            _DECODERS[kind],
-        )
+        [Sample(Path(stem).name, image, labels[f"{stem}_gtFine_{kind}.png"]) for stem, image in stems.items()]
         for stems in pairs.values()
     )
-    return SegmentationDataModule(train, val, **loader)
+    return Splits(train, val, CITYSCAPES, _DECODERS[kind])
 
 
 def find_pictures(root: Path, part: str) -> dict[str, Source]:

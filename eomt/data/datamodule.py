@@ -10,26 +10,12 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose
-from typing_extensions import Required, TypedDict
 
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.transforms import TrainTransform
-
-
-class LoaderOptions(TypedDict, total=False):
-    """What every dataset's factory hands on to SegmentationDataModule, which has the defaults."""
-
-    img_size: Required[Sequence[int]]
-    batch_size: int
-    num_workers: int
-    scale_range: Sequence[float]
-    color_jitter: bool
-    flip: bool
-    class_weights: Literal["inverse", "effective_number"] | None
-    cut_paste: Any | None
 
 
 class SegmentationDataModule(LightningDataModule):

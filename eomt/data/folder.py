@@ -3,15 +3,17 @@
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from typing_extensions import Unpack
 
-from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
-from eomt.data.dataset import ColorDecoder, IndexDecoder, LabelDecoder, Sample, SegmentationDataset, Source
 from eomt.data.labels import LabelSet
+from eomt.data.sources import ColorDecoder, IndexDecoder, LabelDecoder, LoaderOptions, Sample, Source, Splits
 from eomt.indices import IGNORE
+
+if TYPE_CHECKING:
+    from eomt.data.datamodule import SegmentationDataModule
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -25,7 +27,7 @@ def folder(
     val_share: float = 0.2,
     split_seed: int = 0,
     **loader: Unpack[LoaderOptions],
-) -> SegmentationDataModule:
+) -> "SegmentationDataModule":
     """Images and masks with the same path below their folders, whatever their extensions.
 
     Args:
@@ -42,6 +44,22 @@ def folder(
         FileNotFoundError: A folder or file is missing, or the mask of an image.
         ValueError: The YAML is wrong, a first mask does not fit it, or the split is impossible.
     """
+    data = splits(classes, images, masks, val_images, val_masks, val_share, split_seed).feed(**loader)
+    for dataset in (data.train_set.with_transform(None), data.val_set):
+        dataset[0]  # a mask of the other kind or size fails here, not in the middle of training
+    return data
+
+
+def splits(
+    classes: str,
+    images: str,
+    masks: str,
+    val_images: str | None = None,
+    val_masks: str | None = None,
+    val_share: float = 0.2,
+    split_seed: int = 0,
+) -> Splits:
+    """The samples of `folder`, with its arguments and errors; no picture is read."""
     label_set, decoder = read_classes(Path(classes))
     if (val_images is None) != (val_masks is None):
         raise ValueError(
@@ -52,10 +70,7 @@ def folder(
         train, val = _split(train, val_share, split_seed)
     else:
         val = _pairs(Path(val_images), Path(val_masks))
-    splits = [SegmentationDataset(samples, label_set, decoder) for samples in (train, val)]
-    for split in splits:
-        split[0]  # a mask of the other kind or size fails here, not in the middle of training
-    return SegmentationDataModule(*splits, **loader)
+    return Splits(train, val, label_set, decoder)
 
 
 def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:

@@ -1,11 +1,14 @@
 """The classes of a dataset: their names and the colours they are drawn in."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from eomt.indices import MAX_CLASSES, OUTLIER, OUTLIER_COLOR
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class LabelSet:
 
     def colorize(self, labels: Tensor) -> Tensor:
         """Draws train indices [H, W] uint8 as RGB [H, W, 3] uint8; outliers are cyan, other non-classes black."""
+        import torch
+
         palette = torch.zeros(256, 3, dtype=torch.uint8)
         palette[OUTLIER] = torch.tensor(OUTLIER_COLOR)
         palette[: len(self)] = torch.tensor(self.colors, dtype=torch.uint8)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
@@ -19,8 +19,11 @@ from rich.progress import track
 from typing_extensions import Unpack
 
 from eomt.data.cityscapes import cityscapes
-from eomt.data.datamodule import LoaderOptions, SegmentationDataModule
+from eomt.data.sources import LoaderOptions
 from eomt.toys.scene import draw_scene
+
+if TYPE_CHECKING:
+    from eomt.data.datamodule import SegmentationDataModule
 
 VERSION = 1  # of the drawings; part of the folder's name
 DOMAINS = ("clear", "night_fog")
@@ -35,7 +38,7 @@ def toy_streets(
     size: Sequence[int] = (128, 256),
     data_seed: int = 0,
     **loader: Unpack[LoaderOptions],
-) -> SegmentationDataModule:
+) -> "SegmentationDataModule":
     """Toy streets with the 19 classes of Cityscapes; all but train and motorcycle occur.
 
     Args:

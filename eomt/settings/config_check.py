@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -43,12 +44,26 @@ def check_call(node: Mapping[str, Any], path: str) -> None:
 
 
 def argument_types(target: Callable) -> tuple[dict[str, Any], bool]:
-    """Type of every argument by name, and whether it takes any others as well (`**kwargs` without a TypedDict)."""
-    function = target.__init__ if inspect.isclass(target) else target
+    """Type of every argument by name, and whether it takes any others as well (`**kwargs` without a TypedDict).
+
+    A class with a `settings_type` takes that dataclass's fields, too, and so do its subclasses.
+    """
+    if not hasattr(target, "settings_type"):
+        return signature_types(target.__init__ if inspect.isclass(target) else target)
+    types = typing.get_type_hints(target.settings_type)
+    for base in target.__mro__:
+        if hasattr(base, "settings_type") and "__init__" in vars(base):
+            types |= signature_types(base.__init__)[0]
+    return types, False
+
+
+def signature_types(function: Callable) -> tuple[dict[str, Any], bool]:
+    """`argument_types` of a function, from its signature alone."""
     function = inspect.unwrap(function)
     parameters = inspect.signature(function).parameters
+    arguments = {name: hint for name, hint in inspect.get_annotations(function).items() if name != "return"}
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(SimpleNamespace(__annotations__=arguments), getattr(function, "__globals__", {}))
     except (NameError, TypeError):  # a library's annotations that only its own type checker can read
         hints = {}
     types, open_ended = {}, False

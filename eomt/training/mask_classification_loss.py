@@ -8,7 +8,7 @@ are never built.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -211,6 +211,7 @@ def choose_points(masks: Tensor, drawn: Tensor, num_candidates: int, num_uncerta
     return torch.cat((uncertain, uniform.expand(*masks.shape[:2], -1)), 2)
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A training loss: `model.loss={_target_: mine.FocalLoss}` puts another one in place of the published one."""
 

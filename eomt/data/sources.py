@@ -1,0 +1,169 @@
+"""Where pictures and label maps are, and how label pictures are decoded: all that is known of data without torch."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+from PIL import Image
+from typing_extensions import Required, TypedDict
+
+from eomt.data.labels import LabelSet
+
+if TYPE_CHECKING:
+    from eomt.data.datamodule import SegmentationDataModule
+
+UNKNOWN = 253  # in lookup tables: a value that no class lists, unless there are as many classes
+
+LabelDecoder = Callable[[Image.Image, str], np.ndarray]
+
+
+class LoaderOptions(TypedDict, total=False):
+    """Every dataset's function hands these on to SegmentationDataModule, which has the defaults."""
+
+    img_size: Required[Sequence[int]]
+    batch_size: int
+    num_workers: int
+    scale_range: Sequence[float]
+    color_jitter: bool
+    flip: bool
+    class_weights: Literal["inverse", "effective_number"] | None
+    cut_paste: Any | None
+
+
+@lru_cache(maxsize=8)
+def _archive_of_process(path: str, pid: int) -> ZipFile:
+    # A forked worker must not share its parent's file handle: the two would move each other's position.
+    try:
+        return ZipFile(path)
+    except BadZipFile as error:
+        raise ValueError(f"{path} is no complete zip archive ({error}); download it again.") from error
+
+
+def open_archive(path: str | Path) -> ZipFile:
+    """The zip at `path`, opened once per process; only its central directory is read.
+
+    Raises:
+        ValueError: The file is truncated or no zip.
+    """
+    return _archive_of_process(str(path), os.getpid())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the bytes of one picture are: a plain file, or a member of a zip archive."""
+
+    path: str
+    member: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}" if self.member else self.path
+
+    def check_complete(self) -> None:
+        """Raises ValueError for a plain file that is empty or ends before its picture does."""
+        if self.member is not None:
+            return  # an archive knows its members' sizes
+        with open(self.path, "rb") as file:
+            start = file.read(8)
+            file.seek(max(0, os.stat(self.path).st_size - 4096))
+            tail = file.read()
+        ending = {b"\x89P": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}.get(start[:2], b"")  # PNG, JPEG
+        if not start or ending not in tail:
+            raise ValueError(f"{self} is incomplete ({os.stat(self.path).st_size} bytes); copy or download it again.")
+
+    def read(self) -> bytes:
+        """The file's bytes; raises ValueError where an archive's checksum says that they are damaged."""
+        if self.member is None:
+            return Path(self.path).read_bytes()
+        try:
+            return open_archive(self.path).read(self.member)
+        except BadZipFile as error:  # a wrong checksum
+            raise ValueError(f"{self} is damaged ({error}); download the archive again.") from error
+
+    def identity(self) -> str:
+        """Byte size, and the checksum where an archive knows it: cheap, nothing is decoded."""
+        if self.member is None:
+            return str(os.stat(self.path).st_size)
+        entry = open_archive(self.path).getinfo(self.member)
+        return f"{entry.file_size}:{entry.CRC:08x}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its label map, under a name that is unique in the dataset."""
+
+    name: str
+    image: Source
+    label: Source
+
+
+class IndexDecoder:
+    """Decodes single-channel label pictures through a 256-entry table.
+
+    Args:
+        train_index: Maps pixel values 0..255 to train indices, OUTLIER or IGNORE; many to one is fine.
+        remedy: What to do about a value that is not in the table; the end of the error's sentence.
+    """
+
+    def __init__(self, train_index: Mapping[int, int], remedy: str) -> None:
+        self.table = [UNKNOWN] * 256
+        for value, index in train_index.items():
+            self.table[value] = index
+        self.known = sorted(train_index)
+        self.remedy = remedy
+
+    def __call__(self, picture: Image.Image, source: str) -> np.ndarray:
+        values = np.asarray(picture)
+        if values.ndim != 2:
+            raise ValueError(
+                f"{source} must have a single channel of class ids, it has mode {picture.mode}; {self.remedy}"
+            )
+        if values.dtype != np.uint8:  # 1-bit or 16-bit pictures
+            if values.max() > 255:
+                raise ValueError(f"{source} has the value {values.max()}, label values are 0..255; {self.remedy}")
+            values = values.astype(np.uint8)
+        labels = np.array(Image.fromarray(values).point(self.table))  # in a sixth of the time that numpy takes
+        if (doubtful := labels == UNKNOWN).any() and len(unknown := np.setdiff1d(values[doubtful], self.known)):
+            raise ValueError(f"{source} has the value {unknown[0]}, which no class lists; {self.remedy}")
+        return labels
+
+
+class ColorDecoder:
+    """Decodes RGB label pictures; `train_index` maps (R, G, B) to a train index or IGNORE."""
+
+    def __init__(self, train_index: Mapping[tuple[int, int, int], int], remedy: str) -> None:
+        codes = {(r << 16) | (g << 8) | b: index for (r, g, b), index in train_index.items()}
+        self.codes = np.array(sorted(codes), dtype=np.int32)
+        self.indices = np.array([codes[code] for code in sorted(codes)], dtype=np.uint8)
+        self.remedy = remedy
+
+    def __call__(self, picture: Image.Image, source: str) -> np.ndarray:
+        if picture.mode not in ("RGB", "RGBA", "P"):
+            raise ValueError(f"{source} must be an RGB colour mask, it has mode {picture.mode}; {self.remedy}")
+        rgb = np.asarray(picture.convert("RGB")).astype(np.int32)
+        values = (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
+        position = np.searchsorted(self.codes, values).clip(max=len(self.codes) - 1)
+        if (unknown := self.codes[position] != values).any():
+            color = tuple(int(channel) for channel in rgb[unknown][0])
+            raise ValueError(f"{source} has the colour {color}, which no class lists; {self.remedy}")
+        return self.indices[position]
+
+
+class Splits(NamedTuple):
+    """The samples of both splits, their classes, and how their label pictures are decoded."""
+
+    train: Sequence[Sample]
+    val: Sequence[Sample]
+    classes: LabelSet
+    decode_labels: LabelDecoder
+
+    def feed(self, **loader: Any) -> "SegmentationDataModule":
+        """The data module of these samples; see it for the arguments and errors."""
+        from eomt.data.datamodule import SegmentationDataModule, SegmentationDataset
+
+        train, val = (SegmentationDataset(part, self.classes, self.decode_labels) for part in (self.train, self.val))
+        return SegmentationDataModule(train, val, **loader)

@@ -1,0 +1,102 @@
+"""What is wrong with a run's configuration, said before torch is there: names, values, paths.
+
+Everything here takes plain, resolved mappings. What needs torch is checked by `check_config` and by what is built.
+"""
+
+import inspect
+import pkgutil
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from eomt.command_line import did_you_mean
+from eomt.settings.config_check import argument_types, check_call, check_type
+from eomt.settings.model import ModelSettings
+
+MODEL = "eomt.training.mask_classification_semantic.MaskClassificationSemantic"
+PARTS = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
+OPTIONS = {
+    "name": str,
+    "variant": str | None,
+    "output_dir": str,
+    "seed": int,
+    "resume": str | None,
+    "patience": int | None,
+    "trunk_cache": bool,
+    "views": int,
+}
+RECORDS = ("experiment", "lora", "lora_preset")  # choices that may leave their names
+
+
+def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
+    """Everything that can be known to be wrong without torch.
+
+    Args:
+        config: of `train_with_lora.py`, plain and resolved.
+        missing: dotted names of values that are required and not given.
+
+    Raises:
+        ValueError: a key that is unknown or left out, or a value that cannot be meant. FileNotFoundError: a file or
+            folder is not there.
+    """
+    check_parts(config)
+    for key, hint in OPTIONS.items():
+        check_type(config[key], hint, key)
+    if not any(key.startswith("model.") for key in missing):
+        check_model(config["model"])
+    if missing:
+        first = sorted(missing)[0]
+        raise ValueError(f"{first} is required: give {first}=VALUE")
+    check_data(config["data"])
+    if config["resume"] and not Path(config["resume"]).is_file():
+        raise FileNotFoundError(f"resume {config['resume']}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+    strategy = config["trainer"].get("strategy")
+    if any(word in str(strategy) for word in ("fsdp", "deepspeed")):
+        raise ValueError(
+            f"trainer.strategy {strategy}: sharded weights can neither be audited nor saved as an adapter here; use ddp"
+        )
+
+
+def check_parts(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for an unknown key at the top, or a part that is left out."""
+    for key in config:
+        if key not in (*PARTS, *OPTIONS, *RECORDS):
+            raise ValueError(f"{key} is unknown at the top of the configuration{did_you_mean(key, [*PARTS, *OPTIONS])}")
+    for part, entries in PARTS.items():
+        if part not in config:
+            raise ValueError(f"the configuration has no {part}: begin it with `defaults: [cityscapes, _self_]`")
+        if absent := [entry for entry in entries if entry not in config[part]]:
+            raise ValueError(f"{part}.{absent[0]} cannot be left out: it writes or proves what the run leaves")
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Names, types and values of the model's settings; a module of somebody else's may have further names."""
+    settings = {"num_classes": 1, **{key: value for key, value in model.items() if value is not None}}
+    if model.get("_target_", MODEL) == MODEL:
+        hints, _ = argument_types(ModelSettings)
+        own = {name: value for name, value in settings.items() if name not in MODEL_PARTS and name != "_target_"}
+        for name, value in own.items():
+            if name not in hints:
+                raise ValueError(f"model.{name} is unknown{did_you_mean(name, [*hints, *MODEL_PARTS])}")
+            if not (isinstance(value, Mapping) and "_target_" in value):
+                check_type(value, hints[name], f"model.{name}")
+    ModelSettings.of(settings)
+
+
+MODEL_PARTS = ("encoder", "loss", "optimizer")  # objects that YAML may describe
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """The arguments of a data set's function, and the places of its files where it has a function `splits`.
+
+    `splits` takes the function's own arguments, imports no torch, and raises what is wrong.
+    """
+    try:
+        target = pkgutil.resolve_name(data["_target_"])
+    except (KeyError, ImportError, AttributeError, ValueError):
+        return  # `check_config` says so
+    check_call(data, "data")
+    splits = getattr(sys.modules.get(target.__module__), "splits", None)
+    if splits:
+        splits(**{name: data[name] for name in inspect.signature(splits).parameters if name in data})
