@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,6 +92,12 @@ class ViT(nn.Module):
         tokens = self.backbone._pos_embed(self.backbone.patch_embed(self.normalize(images)))
         tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
         return self.backbone.norm_pre(tokens), rope
+
+
+# When a compiled graph first runs, torch from 2.14 on looks for aliases of custom operators, of which there are none
+# here, and refuses any subclass of Tensor.
+if hasattr(torch._functorch.config, "check_custom_op_aliasing"):
+    torch._functorch.config.check_custom_op_aliasing = False
 
 
 class QueryMask(Tensor):
