@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test soak check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -19,8 +19,11 @@ setup: .venv/installed ## make .venv from pyproject.toml; a second call reuses i
 demo: setup ## train a tiny EoMT on toy streets, adapt it with and without LoRA, print the table
 	$(BIN)/python scripts/demo.py
 
-test: setup ## run all tests
-	$(BIN)/python -m pytest
+test: setup ## run all tests but those of soak, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+soak: setup ## run the long tests that quick ones cover, 30 minutes at most
+	timeout 1800 $(BIN)/python -m pytest -m soak -n 2 --durations=15
 
 check: setup ## lint and format checks
 	$(BIN)/ruff check .

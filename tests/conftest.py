@@ -1,19 +1,22 @@
-"""Shared by all tests: two threads, no network, the reference numbers."""
+"""Shared by all tests: one thread, no network, the reference numbers, the ways to start a command line."""
 
 import json
 import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["OMP_NUM_THREADS"] = "1"  # two workers share the cores; what a test starts inherits it
 
 import lightning
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 
 from eomt.models.checkpoint import load_checkpoint
@@ -22,7 +25,7 @@ from eomt.models.vit import ViT
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -93,11 +96,22 @@ def fit(module, data, *callbacks, **trainer):
     return trainer
 
 
-def run_script(name, *arguments, cwd=ROOT):
-    """A script of `scripts/`, as a user starts it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
-    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+def run_python(path, *arguments, cwd=ROOT, cold=False, **environment):
+    """A file below the root as a user starts it, in a fork that has the libraries, or cold: in a new interpreter."""
+    command = [sys.executable if cold else warm.python(), ROOT / path, *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200", **environment}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1200
+    )
+
+
+def run_script(name, *arguments, **options):
+    """The same for a file of `scripts/`."""
+    return run_python(f"scripts/{name}", *arguments, **options)
+
+
+run_training = partial(run_python, "train_with_lora.py")
+run_cold = partial(run_python, cold=True)
 
 
 @pytest.fixture

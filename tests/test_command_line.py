@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
+from conftest import run_cold
 
 from eomt.command_line import translate_flags
 
@@ -16,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 def run(*arguments, cwd=None, **environment):
     return subprocess.run(
-        [sys.executable, str(ROOT / "train_with_lora.py"), *arguments],
+        [warm.python(), str(ROOT / "train_with_lora.py"), *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdin=subprocess.DEVNULL,
         cwd=cwd,
     )
@@ -27,7 +29,7 @@ def run(*arguments, cwd=None, **environment):
 
 def test_help_shows_groups_lora_options_and_three_examples_without_loading_torch():
     started = time.perf_counter()
-    result = run("--help")
+    result = run_cold("train_with_lora.py", "--help")
     print(f"--help took {time.perf_counter() - started:.2f} s")
     assert result.returncode == 0
     for words in (

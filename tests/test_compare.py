@@ -12,6 +12,7 @@ from zipfile import is_zipfile
 
 import numpy as np
 import pytest
+import warm
 from filelock import FileLock
 from PIL import Image
 
@@ -19,12 +20,14 @@ ROOT = Path(__file__).parent.parent
 TINY = ["model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}", "model.num_blocks=2"]
 TINY += ["model.num_q=25", "model.num_points=128"]
 DATA = ["data.num_train=8", "data.num_val=3", "data.size=[64,128]", "data.num_workers=0"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def compare(*arguments, code=0):
-    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=ENVIRONMENT)
+    command = [warm.python(), str(ROOT / "scripts" / "compare.py"), *map(str, arguments)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=ENVIRONMENT, timeout=1200
+    )
     assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
@@ -38,9 +41,9 @@ def settings(toy_cache, tmp_path_factory):
     """The overrides of every matrix here; the source network that they start from is trained once."""
     data = [*DATA, f"data.root={toy_cache}"]
     source = tmp_path_factory.mktemp("source")
-    command = [sys.executable, str(ROOT / "train_with_lora.py"), "experiment=toy_source", *data, *TINY]
+    command = [warm.python(), str(ROOT / "train_with_lora.py"), "experiment=toy_source", *data, *TINY]
     command += ["data.batch_size=4", "trainer.max_epochs=2", f"output_dir={source}"]
-    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True)
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, timeout=600)
     start = [f"model.ckpt_path={source}/model", "data.batch_size=4", "trainer.max_epochs=2"]
     return ["experiment=toy_night", *data, *TINY, *start]
 

@@ -1,10 +1,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from PIL import Image
 
 from eomt.data.toy_streets import write_toy_streets
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def report(*arguments):
     return subprocess.run(
-        [sys.executable, "scripts/dataset_report.py", *map(str, arguments)],
+        [warm.python(), "scripts/dataset_report.py", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from conftest import ROOT, run_script
 from PIL import Image
@@ -64,10 +64,10 @@ def root(tmp_path_factory):
 
 def train(root, output, *arguments):
     data = [f"data.{key}={root / key}" for key in ("images", "masks")] + [f"data.classes={root / 'classes.yaml'}"]
-    command = [sys.executable, ROOT / "train_with_lora.py", "data=folder", *data, *MODEL, "data.batch_size=2"]
+    command = [warm.python(), ROOT / "train_with_lora.py", "data=folder", *data, *MODEL, "data.batch_size=2"]
     command += ["data.num_workers=0", "trainer.max_epochs=2", "model.lr=1e-3", f"output_dir={output}", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return output
 

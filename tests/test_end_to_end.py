@@ -13,6 +13,7 @@ from zipfile import is_zipfile
 import numpy as np
 import pytest
 import torch
+import warm
 
 ROOT = Path(__file__).parent.parent
 MODEL = ["model=tiny", "model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}"]
@@ -21,7 +22,7 @@ DATA = ["data=toy_streets", "data.num_train=8", "data.num_val=3", "data.size=[64
 
 
 def command_line(toy_cache, folder, *arguments):
-    command = [sys.executable, str(ROOT / "train_with_lora.py"), *DATA, f"data.root={toy_cache}", *MODEL]
+    command = [warm.python(), str(ROOT / "train_with_lora.py"), *DATA, f"data.root={toy_cache}", *MODEL]
     return [*command, f"output_dir={folder}", *arguments]
 
 
@@ -31,7 +32,8 @@ def train(toy_cache, folder, *arguments, code=0):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
     return result
@@ -42,8 +44,8 @@ def summary_of(folder):
 
 
 def run_evaluate(*arguments, code=0):
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    command = [warm.python(), str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
@@ -116,7 +118,7 @@ def test_every_form_of_an_adapter_scores_what_the_run_reported_and_nothing_is_re
 
 def test_a_merged_adapter_scores_what_the_adapter_does_in_float32(adapted, tmp_path):
     script, adapter = ROOT / "scripts" / "merge_lora.py", adapted[0] / "adapter"
-    subprocess.run([sys.executable, script, adapter, tmp_path / "merged"], check=True, capture_output=True)
+    subprocess.run([warm.python(), script, adapter, tmp_path / "merged"], check=True, capture_output=True)
     data = [*DATA, f"data.root={adapted[2]}", "data.domain=night_fog", "--precision", "32-true"]
     apart, merged = (
         evaluate(model, tmp_path / f"{model.name}_scores", *data) for model in (adapter, tmp_path / "merged")
@@ -284,7 +286,7 @@ def test_a_run_that_was_killed_and_resumed_ends_as_if_nothing_had_happened(sourc
     train(toy_cache, tmp_path / "whole", *arguments)
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     slow = ["trainer.limit_val_batches=3", "callbacks.samples.every_n_epochs=1"]  # time to be killed in
-    process = subprocess.Popen(command_line(toy_cache, tmp_path / "killed", *arguments, *slow))
+    process = subprocess.Popen([sys.executable, *command_line(toy_cache, tmp_path / "killed", *arguments, *slow)[1:]])
     while process.poll() is None and not is_zipfile(last):
         time.sleep(0.01)
     process.kill()

@@ -43,7 +43,7 @@ class Job:
 
 
 def launch(*words, **environment):
-    env = os.environ | {"OMP_NUM_THREADS": "2"} | environment
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(SCRIPT), *words]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, env=env)
 

@@ -6,12 +6,12 @@ import logging
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
+import warm
 from conftest import TINY, fit, prediction
 
 from eomt.anomaly.cut_paste import CutPaste
@@ -461,8 +461,8 @@ def test_every_variant_for_anomalies_trains(source, toy_cache, tmp_path, variant
 
 def start(*words):
     return subprocess.run(
-        [sys.executable, str(ROOT / "train_with_lora.py"), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        [warm.python(), str(ROOT / "train_with_lora.py"), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

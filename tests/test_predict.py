@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import TINY
 from PIL import Image
 
@@ -64,11 +65,11 @@ def values(path):
 
 def run(*arguments, code=0):
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        [warm.python(), str(SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
     assert "Traceback" not in result.stderr

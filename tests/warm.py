@@ -1,8 +1,8 @@
 """A stand-in for the Python interpreter that has the libraries imported already.
 
-Importing torch, Lightning and timm takes longer than most tests of a command line. `python()` is an executable that runs
-a script as `sys.executable` does, with its own arguments, folder, environment, streams and exit code, in a process that
-was forked from one in which the libraries are imported. Scripts that start `sys.executable` start it, too.
+Importing torch, Lightning and timm takes longer than most tests. `python()` names an executable: it runs
+a script as `sys.executable` does, with its own arguments, folder, environment, streams and exit code, in a fork of a
+process in which the libraries are imported. Scripts that start `sys.executable` start it, too.
 """
 
 import gc
