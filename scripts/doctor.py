@@ -48,13 +48,13 @@ def main() -> int:
         parser.error(f"{strange[0]}: only the data can be chosen here, with data=NAME data.key=value")
 
     from eomt.command_line import quiet_libraries
-    from eomt.diagnosis.doctor import examine
+    from eomt.diagnosis.doctor import diagnose
 
     quiet_libraries()
     run = run_of(path)
     try:
         data, no_data = find_data(run, args.overrides, path)
-        findings = examine(path, run, data, no_data, args.ckpt_path)
+        findings = diagnose(path, run, data, no_data, args.ckpt_path)
         show(findings)
         if args.json:
             write(findings, path, run, args.json)

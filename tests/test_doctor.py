@@ -1,4 +1,4 @@
-"""scripts/doctor.py: a healthy run passes, and each fault that is planted in one is found."""
+"""scripts/doctor.py: a sound run passes every check, and each planted fault is found."""
 
 import json
 import os
@@ -34,8 +34,8 @@ from eomt.diagnosis.checks import (
     check_normalisation,
     check_trained_weights,
 )
-from eomt.diagnosis.doctor import examine
-from eomt.diagnosis.facts import share_clipped, spread
+from eomt.diagnosis.doctor import diagnose
+from eomt.diagnosis.pixels import share_clipped, spread
 from eomt.models.vit import ViT
 from eomt.toys.scene import draw_scene
 
@@ -90,7 +90,7 @@ def tuned(root, full, tmp_path_factory):
 
 @pytest.fixture
 def copy(full, lora, tuned, tmp_path):
-    """A run to plant a fault in."""
+    """A copy of a run, in which a test plants a fault."""
 
     def copied(name):
         shutil.copytree({"full": full, "lora": lora, "tuned": tuned}[name], tmp_path / name)
@@ -143,7 +143,7 @@ def write_scores(path, *results):
 
 def failed(path, data=None):
     """Evidence by check that fails."""
-    return {name: f.evidence for name, f in examine(path, path, data).items() if f.passed is False}
+    return {name: f.evidence for name, f in diagnose(path, path, data).items() if f.passed is False}
 
 
 def only(path, check, data=None):
@@ -153,10 +153,10 @@ def only(path, check, data=None):
     return found[check]
 
 
-def test_a_healthy_lora_run_passes_every_check(copy, data):
+def test_a_sound_lora_run_passes_every_check(copy, data):
     path = copy("lora")
     write_scores(path, SCORE)
-    findings = examine(path, path, data())
+    findings = diagnose(path, path, data())
     assert {name: f.evidence for name, f in findings.items() if not f.passed} == {}
     assert len(findings) == 12
     evidence = {name: f.evidence for name, f in findings.items()}
@@ -167,8 +167,8 @@ def test_a_healthy_lora_run_passes_every_check(copy, data):
     assert "num_blocks 2, num_classes 3, num_q 10" in evidence["sizes"] and "config.yaml" in evidence["sizes"]
 
 
-def test_a_healthy_full_run_passes_every_check_that_has_something_to_look_at(full, data):
-    findings = examine(full, full, data())
+def test_a_sound_full_run_passes_every_check_that_has_something_to_look_at(full, data):
+    findings = diagnose(full, full, data())
     assert not any(f.passed is False for f in findings.values()), findings
     without = {name: f.evidence for name, f in findings.items() if f.passed is None}
     assert without.keys() == {"adapter updates", "lora audit", "trained weights", "anomaly scores"}
@@ -176,26 +176,26 @@ def test_a_healthy_full_run_passes_every_check_that_has_something_to_look_at(ful
     assert "faded out at step 6 of 6" in findings["mask annealing"].evidence
 
 
-def test_a_healthy_run_that_freezes_a_head_passes_from_its_folder_and_its_checkpoint(root, full, tmp_path):
+def test_a_sound_run_that_freezes_a_head_passes_from_its_folder_and_its_checkpoint(root, full, tmp_path):
     path = train(root, tmp_path / "run", "--use_lora", f"model.ckpt_path={full}/model", "model.freeze=[mask_head]")
     for artefact in (path, path / "checkpoints" / "last.ckpt"):  # which leaves the frozen head out
-        findings = examine(artefact, path)
+        findings = diagnose(artefact, path)
         assert not any(f.passed is False for f in findings.values()), findings
-    assert "6 frozen ones have not" in examine(path, path)["trained weights"].evidence
+    assert "6 frozen ones have not" in diagnose(path, path)["trained weights"].evidence
 
 
 @pytest.mark.parametrize("file", ["best.ckpt", "last.ckpt"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_healthy_lightning_checkpoint_passes(full, lora, kind, file):
+def test_a_sound_lightning_checkpoint_passes(full, lora, kind, file):
     path = {"full": full, "lora": lora}[kind]
-    findings = examine(path / "checkpoints" / file, path)
+    findings = diagnose(path / "checkpoints" / file, path)
     assert not any(f.passed is False for f in findings.values()), findings
     assert findings["checkpoint keys"].passed
 
 
 def test_a_model_without_its_run_is_not_checked_for_what_only_a_run_tells(full, tmp_path):
     shutil.copytree(full / "model", tmp_path / "model")
-    findings = examine(tmp_path / "model", tmp_path / "model")
+    findings = diagnose(tmp_path / "model", tmp_path / "model")
     assert {name for name, f in findings.items() if f.passed} == {
         "checkpoint keys",
         "sizes",
@@ -208,7 +208,7 @@ def test_a_model_without_its_run_is_not_checked_for_what_only_a_run_tells(full, 
 
 def test_weights_without_a_configuration_are_looked_at_as_far_as_they_tell(full, tmp_path):
     shutil.copy(full / "model" / "model.safetensors", tmp_path / "model.safetensors")
-    findings = examine(tmp_path / "model.safetensors", tmp_path)
+    findings = diagnose(tmp_path / "model.safetensors", tmp_path)
     assert findings["sizes"].passed is None and findings["sizes"].evidence == "only the weights tell their sizes"
     assert findings["normalisation"].passed is None
     assert not any(f.passed is False for f in findings.values())
@@ -406,10 +406,10 @@ def test_how_long_an_older_run_was_to_be_follows_from_its_last_checkpoint_or_is_
     edit_config(path, "trainer", max_epochs=4)
     assert "fades from step 10 to 12" in only(path, "mask annealing")
     shutil.rmtree(path / "checkpoints")
-    finding = examine(path, path)["mask annealing"]
+    finding = diagnose(path, path)["mask annealing"]
     assert finding.passed is None and "no planned_steps, and no checkpoints/last.ckpt" in finding.evidence
     (path / "config.yaml").unlink()
-    finding = examine(path, path)["mask annealing"]
+    finding = diagnose(path, path)["mask annealing"]
     assert finding.passed is None and "neither summary.json nor config.yaml" in finding.evidence
 
 
@@ -422,7 +422,7 @@ def test_a_run_writes_how_long_it_was_to_be_and_what_it_was_validated_on(full):
 def test_masks_of_which_the_weights_say_nothing_are_not_looked_at(copy):
     path = copy("lora")
     edit_tensors(path / "adapter" / "heads.safetensors", lambda tensors: tensors.pop("network.attn_mask_probs"))
-    finding = examine(path, path)["mask annealing"]
+    finding = diagnose(path, path)["mask annealing"]
     assert finding.passed is None and "no attn_mask_probs" in finding.evidence
 
 
@@ -451,14 +451,14 @@ def test_an_iou_of_an_older_run_tells_no_class_without_pixels_from_one_never_fou
     edit_json(path / "summary.json", lambda s: s["class_iou"].update(wall=None))
     assert "1 of 3 classes have no pixel: wall" in only(path, "evaluation classes")
     edit_json(path / "summary.json", lambda s: s["class_iou"].update(wall=0.0))
-    finding = examine(path, path)["evaluation classes"]
+    finding = diagnose(path, path)["evaluation classes"]
     assert finding.passed is None and "wall may have no pixel: an IoU of 0" in finding.evidence
-    assert examine(path, path, data())["evaluation classes"].passed
+    assert diagnose(path, path, data())["evaluation classes"].passed
     emptied = data()
     emptied.val_set.decode_labels = lambda picture, source: np.where(np.asarray(picture) == 1, 2, picture).astype("u1")
     assert "1 of 3 classes have no pixel: wall" in only(path, "evaluation classes", emptied)
     edit_json(path / "summary.json", lambda s: s["data"].update(val="others"))
-    assert examine(path, path, emptied)["evaluation classes"].passed is None
+    assert diagnose(path, path, emptied)["evaluation classes"].passed is None
 
 
 def test_an_evaluation_that_cannot_be_read_fails_alone(copy):
@@ -588,9 +588,9 @@ def noise(key):
 def test_start_weights_that_were_replaced_are_not_compared_with(copy, tmp_path, name, artefact, key):
     path = copy(name)
     replace_start(path, tmp_path / "same", artefact)
-    assert examine(path, path)["trained weights"].passed
+    assert diagnose(path, path)["trained weights"].passed
     replace_start(path, tmp_path / "others", artefact, noise(key))
-    finding = examine(path, path)["trained weights"]
+    finding = diagnose(path, path)["trained weights"]
     assert finding.passed is None and "are no longer those that the run started from" in finding.evidence
     assert str(tmp_path / "others") in finding.evidence
 
@@ -599,7 +599,7 @@ def test_an_adapter_s_own_hash_tells_of_a_base_that_was_replaced(copy, tmp_path)
     path = copy("lora")
     edit_json(path / "summary.json", lambda s: s.pop("start_fingerprint"))
     replace_start(path, tmp_path / "start", "adapter", noise("network.encoder.backbone.blocks.0.attn.qkv.weight"))
-    assert "are no longer those" in examine(path, path)["trained weights"].evidence
+    assert "are no longer those" in diagnose(path, path)["trained weights"].evidence
 
 
 def test_an_adapter_whose_base_was_replaced_fails_with_both_fingerprints(copy, tmp_path):
@@ -620,7 +620,7 @@ def test_a_folder_of_start_weights_that_is_empty_is_named(copy, tmp_path):
     path = copy("lora")
     (tmp_path / "empty").mkdir()
     edit_settings(path / "adapter", ckpt_path=str(tmp_path / "empty"))
-    findings = examine(path, path)
+    findings = diagnose(path, path)
     assert findings["trained weights"].evidence == f"the run started from {tmp_path / 'empty'}, which holds no weights"
     assert not any(f.passed is False for f in findings.values()) and findings["adapter updates"].passed
 

@@ -21,7 +21,7 @@ CLIPPED = 0.4
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `passed` is None where there was nothing to look at, and `evidence` says why."""
+    """The result of a check: `passed` is None where there was nothing to look at, and `evidence` says why."""
 
     passed: bool | None
     evidence: str
@@ -40,7 +40,7 @@ class Channels:
 
     @classmethod
     def of(cls, images: Tensor) -> Channels:
-        """Those of float images [N, 3, H, W]."""
+        """Measures float images [N, 3, H, W]."""
         std, mean = torch.std_mean(images.double(), dim=(0, 2, 3), correction=0)
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
@@ -56,7 +56,7 @@ def check_adapter_updates(norms: Mapping[str, float]) -> Finding:
 
 
 def check_lora_audit(results: Mapping[str, Mapping[str, Any]]) -> Finding:
-    """What `lora_audit` found while the run trained."""
+    """Every check that `lora_audit` made while the run trained has passed."""
     failed = [f"{name}: {check['detail']}" for name, check in results.items() if not check["passed"]]
     if failed:
         return Finding(False, f"{len(failed)} of {len(results)} checks failed; {'; '.join(failed)}")
@@ -70,7 +70,7 @@ def check_trainable_parameters(asked: int, trained: int) -> Finding:
 
 
 def check_trained_weights(trainable: Collection[str], unchanged: Mapping[str, bool]) -> Finding:
-    """What should train differs from the weights that the run started from, and nothing else does.
+    """Tensors that should train differ from the weights that the run started from, and no others do.
 
     Args:
         trainable: names of the parameters that should train.
@@ -148,8 +148,8 @@ def check_normalisation(shown: Channels, seen: Channels, expected: Channels, sou
     """
     std = [a / b if b else math.inf for a, b in zip(shown.std, seen.std, strict=True)]
     mean = [m - s * y for m, s, y in zip(shown.mean, std, seen.mean, strict=True)]
-    facts = f"{source}: mean {triple(shown.mean)} and deviation {triple(shown.std)} become {triple(seen.mean)} and "
-    facts += f"{triple(seen.std)}; {100 * clipped:.1f} % of the stored values are 0 or 255"
+    facts = f"{source}: mean {_triple(shown.mean)} and deviation {_triple(shown.std)} become {_triple(seen.mean)} and "
+    facts += f"{_triple(seen.std)}; {100 * clipped:.1f} % of the stored values are 0 or 255"
     if min(shown.std) < 0.01:  # a picture of street scenes in fog at night has 0.05
         return Finding(False, f"images hardly differ from one grey, as if divided by 255 twice; {facts}")
     if clipped > CLIPPED:
@@ -158,19 +158,19 @@ def check_normalisation(shown: Channels, seen: Channels, expected: Channels, sou
     ways["once"] = once
     ways["not at all"] = ((0.0,) * 3, (1.0,) * 3)
     ways["twice"] = tuple(m * (1 + s) for m, s in zip(*once, strict=True)), tuple(s * s for s in expected.std)
-    way = next((name for name, (m, s) in ways.items() if near(mean, m) and near(std, s)), None)
-    used = f"minus {triple(mean)} over {triple(std)}, the backbone expects {triple(expected.mean)} over "
-    used += triple(expected.std)
+    way = next((name for name, (m, s) in ways.items() if _near(mean, m) and _near(std, s)), None)
+    used = f"minus {_triple(mean)} over {_triple(std)}, the backbone expects {_triple(expected.mean)} over "
+    used += _triple(expected.std)
     if way == "once":
         return Finding(True, f"normalised once; {facts}")
     return Finding(False, f"normalised {way or 'otherwise than the backbone expects'}: {used}; {facts}")
 
 
-def near(a: Sequence[float], b: Sequence[float]) -> bool:
+def _near(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-3) for x, y in zip(a, b, strict=True))
 
 
-def triple(values: Iterable[float]) -> str:
+def _triple(values: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value:.3f}" for value in values) + ")"
 
 
@@ -205,11 +205,11 @@ def check_label_indices(
         problems.append(f"{pixels[value]:,} pixels have the label {value}, which means {meaning} to the network")
     if pixels is not None and not any(value < num_classes for value in pixels):
         problems.append("no pixel has the label of a class")
-    looked = "no data to compare with" if pixels is None else f"labels in the data: {spans(sorted(pixels))}"
+    looked = "no data to compare with" if pixels is None else f"labels in the data: {_spans(sorted(pixels))}"
     return Finding(not problems, "; ".join([*problems, indices, looked]))
 
 
-def spans(values: Sequence[int]) -> str:
+def _spans(values: Sequence[int]) -> str:
     """[0, 1, 2, 255] -> `0..2, 255`."""
     runs: list[list[int]] = []
     for value in values:

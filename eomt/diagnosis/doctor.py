@@ -21,20 +21,20 @@ from eomt.diagnosis.checks import (
     check_trainable_parameters,
     check_trained_weights,
 )
-from eomt.diagnosis.facts import NothingThere, Patient
+from eomt.diagnosis.facts import NothingToCheck, RunFacts
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule
 
 
-def examine(
+def diagnose(
     path: str | Path,
     run: str | Path,
     data: SegmentationDataModule | None = None,
     no_data: str = "none given",
     ckpt_path: str | Path | None = None,
 ) -> dict[str, Finding]:
-    """Every check on what a run left, by name.
+    """Runs every check on the files that a run left, and returns the findings by name.
 
     Args:
         path: an adapter/ or model/ folder, a run's folder, a Lightning checkpoint or a file of weights.
@@ -48,33 +48,33 @@ def examine(
         FileNotFoundError: neither weights nor a run are there, or nothing at `ckpt_path`.
         ValueError: weights that cannot be read.
     """
-    patient = Patient(Path(path), Path(run), data, no_data, ckpt_path)
+    run_facts = RunFacts(Path(path), Path(run), data, no_data, ckpt_path)
     facts: dict[Callable[..., Finding], Callable[[], tuple]] = {
-        check_adapter_updates: patient.updates,
-        check_lora_audit: patient.audit,
-        check_trainable_parameters: patient.parameters,
-        check_trained_weights: patient.trained_weights,
-        check_gradients: patient.gradients,
-        check_checkpoint_keys: patient.keys,
-        check_sizes: patient.sizes,
-        check_normalisation: patient.pixels,
-        check_label_indices: patient.labels,
-        check_mask_annealing: patient.annealing,
-        check_evaluation_classes: patient.classes,
-        check_anomaly_scores: patient.scores,
+        check_adapter_updates: run_facts.updates,
+        check_lora_audit: run_facts.audit,
+        check_trainable_parameters: run_facts.parameters,
+        check_trained_weights: run_facts.trained_weights,
+        check_gradients: run_facts.gradients,
+        check_checkpoint_keys: run_facts.keys,
+        check_sizes: run_facts.sizes,
+        check_normalisation: run_facts.pixels,
+        check_label_indices: run_facts.labels,
+        check_mask_annealing: run_facts.annealing,
+        check_evaluation_classes: run_facts.classes,
+        check_anomaly_scores: run_facts.scores,
     }
-    return {name_of(check): attempt(check, gather) for check, gather in facts.items()}
+    return {_name_of(check): _attempt(check, gather) for check, gather in facts.items()}
 
 
-def name_of(check: Callable[..., Finding]) -> str:
+def _name_of(check: Callable[..., Finding]) -> str:
     return check.__name__.removeprefix("check_").replace("_", " ")
 
 
-def attempt(check: Callable[..., Finding], gather: Callable[[], tuple]) -> Finding:
+def _attempt(check: Callable[..., Finding], gather: Callable[[], tuple]) -> Finding:
     """The check on its facts; what cannot be read or is wrong in itself is a fault, with its own sentence."""
     try:
         return check(*gather())
-    except NothingThere as why:
+    except NothingToCheck as why:
         return Finding(None, str(why))
     except (ValueError, OSError) as error:
         return Finding(False, str(error))
