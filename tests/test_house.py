@@ -3,30 +3,51 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = [ROOT / "train_with_lora.py", *sorted(ROOT.glob("lora_*.py")), *sorted((ROOT / "eomt").rglob("*.py"))]
-FORBIDDEN = {  # folder or file: what it must not import
-    "eomt/models": (
-        "lightning",
-        "hydra",
-        "omegaconf",
-        "peft",
-        "eomt.training",
-        "eomt.data",
-        "lora_config",
-        "lora_audit",
-    ),
-    "eomt/data": ("eomt.models", "eomt.training", "hydra", "omegaconf"),
-    "eomt/training": ("hydra", "omegaconf"),
-    "eomt": ("hydra", "train_with_lora", "scripts"),
-    "lora_config.py": ("lightning", "hydra", "omegaconf", "eomt", "timm"),
-    "lora_audit.py": ("lightning", "hydra", "omegaconf", "eomt", "timm"),
+FILES = [ROOT / "train_with_lora.py", ROOT / "lora_config.py", *sorted((ROOT / "eomt").rglob("*.py"))]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+ORDER = (  # a room may import those that stand before it; README shows the same tree
+    "eomt.command_line",
+    "eomt.files",
+    "eomt.indices",
+    "eomt.fingerprints",
+    "lora_config",
+    "eomt.lora",
+    "eomt.settings",
+    "eomt.models",
+    "eomt.toys",
+    "eomt.data",
+    "eomt.inference",
+    "eomt.anomaly",
+    "eomt.training",
+    "eomt.cost",
+    "eomt.reporting",
+    "eomt.comparison",
+    "eomt.diagnosis",
+    "train_with_lora",
+)
+FORBIDDEN = {  # room: libraries that it must not import
+    "lora_config": ("lightning", "hydra", "omegaconf", "timm"),
+    "eomt.lora": ("lightning", "hydra", "omegaconf", "timm"),
+    "eomt.models": ("lightning", "hydra", "omegaconf", "peft"),
+    "eomt.data": ("hydra", "omegaconf"),
+    "eomt.inference": ("hydra", "omegaconf"),
+    "eomt.anomaly": ("hydra", "omegaconf", "lightning"),
+    "eomt.training": ("hydra", "omegaconf"),
+    "eomt.cost": ("hydra", "omegaconf"),
+    "eomt": ("unittest",),  # nothing is patched
 }
-OF_DATA_FOR_TRAINING = {"eomt.data.labels"}
+WITHOUT_TORCH = ("eomt.command_line", "eomt.files", "eomt.indices", "lora_config", "eomt.settings")
+HEAVY = ("torch", "timm", "lightning", "peft", "torchvision", "torchmetrics", "matplotlib")
+LINES, FUNCTION_LINES = 400, 60
+REASONS = {  # longer functions, and why
+    ("eomt/training/mask_classification_semantic.py", "__init__"): "its flat arguments are the YAML keys",
+}
 LONG = 5  # lines of a public function from which on it needs a docstring
 OPTIONAL = ("wandb", "matplotlib", "transformers", "peft")
 
@@ -54,6 +75,22 @@ def names(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def module(path):
+    return names(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def room(name):
+    """The entry of ORDER that a module belongs to; None for the package itself and for what is not ours."""
+    return next((entry for entry in ORDER if is_inside(name, entry)), None)
+
+
+def upward(name, source):
+    """What a module imports from rooms that do not stand before its own."""
+    own = ORDER.index(room(name))
+    found = {imported for imported in imports(source) if room(imported) and ORDER.index(room(imported)) > own}
+    return sorted({room(imported) for imported in found})
+
+
 def test_every_import_form_is_seen():
     source = (
         "import hydra.utils\ndef f():\n    from eomt import data\n    import peft as p\nfrom lightninglike import x"
@@ -61,18 +98,57 @@ def test_every_import_form_is_seen():
     assert broken(source, ("hydra", "eomt.data", "peft", "lightning")) == ["eomt.data", "hydra", "peft"]
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_rooms_import_only_what_they_may(room):
-    files = [path for path in FILES if names(path) == room or names(path).startswith(f"{room}/")]
+def test_an_import_of_a_higher_room_is_seen_also_for_type_hints():
+    source = "if TYPE_CHECKING:\n    from eomt.training import callbacks\nfrom eomt.models.vit import ViT"
+    assert upward("eomt.inference.windows", source) == ["eomt.training"]
+
+
+def test_every_file_has_a_place_in_the_order():
+    assert not [name for name in map(module, FILES) if name != "eomt" and room(name) is None]
+
+
+def test_rooms_import_only_rooms_that_stand_before_them():
+    found = {module(path): upward(module(path), path.read_text()) for path in FILES if module(path) != "eomt"}
+    assert not {name: rooms for name, rooms in found.items() if rooms}
+
+
+def test_no_two_files_know_each_other_in_a_circle():
+    known = {module(path) for path in (*FILES, *SCRIPTS)}
+    graph = {module(path): known & set(imports(path.read_text())) - {module(path)} for path in (*FILES, *SCRIPTS)}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_rooms_import_only_the_libraries_they_may(place):
+    files = [path for path in FILES if is_inside(module(path), place)]
     assert files
-    found = {names(path): broken(path.read_text(), FORBIDDEN[room]) for path in files}
+    found = {names(path): broken(path.read_text(), FORBIDDEN[place]) for path in files}
     assert not {name: packages for name, packages in found.items() if packages}
 
 
-def test_training_takes_nothing_but_labels_from_data():
-    for path in (ROOT / "eomt" / "training").glob("*.py"):
-        modules = {module for module in imports(path.read_text()) if is_inside(module, "eomt.data")}
-        assert all(any(is_inside(m, allowed) for allowed in OF_DATA_FOR_TRAINING) for m in modules), names(path)
+def test_settings_are_imported_without_torch():
+    light = [module(path) for path in FILES if room(module(path)) in WITHOUT_TORCH]
+    code = f"import sys\nfor name in {HEAVY!r}: sys.modules[name] = None\nimport importlib\n"
+    code += f"for name in {light!r}: importlib.import_module(name)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_readme_shows_every_room():
+    text = (ROOT / "README.md").read_text()
+    places = [entry.replace(".", "/") for entry in ORDER]
+    missing = [place for place in places if not any(f"    {place}{end}" in text for end in ("/ ", ".py "))]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=names)
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= FUNCTION_LINES}
+    assert source.count("\n") <= LINES and not {
+        name: n for name, n in long.items() if (names(path), name) not in REASONS
+    }
 
 
 def test_nothing_takes_a_hydra_configuration_but_the_entry_points():
