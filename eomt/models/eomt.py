@@ -7,7 +7,7 @@ published code, so its checkpoints load as they are.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eomt.models.cosine_head import CosineHead
 from eomt.models.scale_block import ScaleBlock
-from eomt.models.vit import QueryMask, ViT, attend
+from eomt.models.vit import QueryMask, attend
 
 
 class Prediction(NamedTuple):
@@ -48,11 +48,31 @@ def multiply(embeddings: Tensor, features: Tensor) -> Tensor:
     return masks.mT.unflatten(2, features.shape[2:])
 
 
+class Encoder(Protocol):
+    """What EoMT asks of an encoder: an `nn.Module` with these; `ViT` is one over timm.
+
+    LoRA adapts its `backbone` if it has one, or else all of it. `norm` and `blocks` say which learning rate decays how
+    far. Attention goes through `F.scaled_dot_product_attention`, where a block hands on its `attn_mask`.
+    """
+
+    img_size: tuple[int, int]  # height, width in pixels
+    patch_size: int
+    grid_size: tuple[int, int]  # patches down, across
+    embed_dim: int
+    num_prefix_tokens: int  # class and register tokens, before the patches
+    blocks: nn.ModuleList  # each: (x [B, N, C], attn_mask=None) -> [B, N, C], with `rope=` where `embed` returns one
+    norm: nn.Module
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images [B, 3, H, W] in [0, 1] -> tokens [B, prefix + N, C], and rotary embeddings or None."""
+        ...
+
+
 class EoMT(nn.Module):
     """Encoder-only mask transformer.
 
     Args:
-        encoder: the ViT.
+        encoder: a `ViT`, or another `Encoder`.
         num_classes: K known classes; class logits have one more, "no object", in the last place.
         num_q: number of queries, Q.
         num_blocks: how many last blocks see the queries, L.
@@ -69,7 +89,7 @@ class EoMT(nn.Module):
 
     def __init__(
         self,
-        encoder: ViT,
+        encoder: Encoder,
         num_classes: int,
         num_q: int = 100,
         num_blocks: int = 4,
@@ -105,7 +125,7 @@ class EoMT(nn.Module):
 
         # Rotary positions are for patches only, and the queries stand before them.
         for block in encoder.blocks[depth - num_blocks :]:
-            if hasattr(block.attn, "num_prefix_tokens"):
+            if hasattr(getattr(block, "attn", None), "num_prefix_tokens"):
                 block.attn.num_prefix_tokens = encoder.num_prefix_tokens + num_q
 
     @property

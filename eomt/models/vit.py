@@ -111,7 +111,7 @@ class QueryMask(Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):  # noqa: ANN001
         with torch._C.DisableTorchFunctionSubclass():
             if function is F.scaled_dot_product_attention:
-                return attention_in_two(*args, **kwargs)
+                return attention_in_two(*args, **(kwargs or {}))
             return function(*args, **(kwargs or {}))
 
 
