@@ -279,7 +279,7 @@ def test_two_runs_with_one_seed_are_the_same_on_a_cpu(toy_cache, tmp_path):
     assert summary_of(tmp_path / "a")["miou"] == summary_of(tmp_path / "b")["miou"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_run_that_was_killed_and_resumed_ends_as_if_nothing_had_happened(source, toy_cache, tmp_path, workers):
     arguments = ["data.batch_size=4", "trainer.max_epochs=4", "variant=lora_r4", f"model.ckpt_path={source[0]}/model"]
     arguments += [f"data.num_workers={workers}", "trainer.check_val_every_n_epoch=2", "model.lora_dropout=0.3"]

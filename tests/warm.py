@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -121,3 +122,5 @@ if __name__ == "__main__":
     request = serve(socket.socket(fileno=int(sys.argv[2])))
     if request:
         run(request, sys.argv[3])
+    else:
+        shutil.rmtree(Path(sys.argv[3]).parent)
