@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from eomt.cost.flops import flop_counter
 from eomt.lora.merging import cast_base
 from eomt.models.vit import attention_in_two
+from eomt.training.build import build_loss
 from eomt.training.mask_classification_loss import MaskClassificationLoss, Matches
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic, build_loss, total
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic, total
 
 AUTOCAST = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 AUTOCAST |= {"32": None, "16": torch.float16, "bf16": torch.bfloat16}  # Lightning's older names
@@ -95,14 +96,8 @@ def rehearsal(
     """
     if str(precision) not in AUTOCAST:
         raise ValueError(f"precision {precision}: the cost is known for {', '.join(AUTOCAST)}")
-    dtype = AUTOCAST[str(precision)]
-    module = build_without_weights(settings)
+    dtype, module = AUTOCAST[str(precision)], build_for_rehearsal(settings, targets or TARGETS)
     masked = torch.full((module.network.num_blocks,), float(begins_masked(settings)))  # the one value that is read
-    targets = min(targets or TARGETS, module.hparams.num_classes, module.hparams.num_q)
-    with torch.device("meta"):
-        module.criterion = build_loss(module.settings, outliers=module.outlier_loss is not None, kind=MatchesAll)
-    module.criterion.targets = targets
-    module.network.mask_type = Tensor  # a fake tensor cannot become a `QueryMask`; `MaskedAttention` takes its place
     parameters = count_parameters(module)
     if dtype and device != "cpu":
         keep_norms_full(module)
@@ -113,8 +108,8 @@ def rehearsal(
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 module.train_from(cached_blocks)
         weights = live.bytes
-        for p in module.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
+        for p in (p for p in module.parameters() if p.requires_grad):
+            p.grad = torch.empty_like(p)
         gradients = live.bytes - weights
         optimizer = module.optimizer()
         optimizer.step()  # makes its state
@@ -136,6 +131,16 @@ def rehearsal(
             return Cost(batch_size, *parameters, *flops, weights, gradients, state, activations, live.peak)
 
         yield cost_of
+
+
+def build_for_rehearsal(settings: Mapping[str, Any], targets: int) -> MaskClassificationSemantic:
+    """The module without weights, whose step reads no value: at most `targets` classes are matched in every image."""
+    module = build_without_weights(settings)
+    with torch.device("meta"):
+        module.criterion = build_loss(module.settings, outliers=module.outlier_loss is not None, kind=MatchesAll)
+    module.criterion.targets = min(targets, module.hparams.num_classes, module.hparams.num_q)
+    module.network.mask_type = Tensor  # a fake tensor cannot become a `QueryMask`; `MaskedAttention` takes its place
+    return module
 
 
 def begins_masked(settings: Mapping[str, Any]) -> bool:

@@ -70,7 +70,9 @@ def camvid(
         FileNotFoundError: A folder is missing, or the annotation of an image.
         ValueError: An unknown sequence, an impossible share, or nothing to validate on.
     """
-    return splits(root, sequences, val_share, val_sequences).feed(**loader)
+    from eomt.data.datamodule import feed
+
+    return feed(splits(root, sequences, val_share, val_sequences), **loader)
 
 
 def splits(

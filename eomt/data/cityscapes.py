@@ -63,7 +63,9 @@ def cityscapes(root: str, **loader: Unpack[LoaderOptions]) -> "SegmentationDataM
         FileNotFoundError: Images, labels or the label of an image are missing.
         ValueError: A zip is not complete.
     """
-    return splits(root).feed(**loader)
+    from eomt.data.datamodule import feed
+
+    return feed(splits(root), **loader)
 
 
 def splits(root: str) -> Splits:

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import Compose
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
+from eomt.data.sources import Splits
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.transforms import TrainTransform
 
@@ -161,6 +162,14 @@ class SegmentationDataModule(LightningDataModule):
                 f"A step needs batch_size {self.batch_size} x {processes} process(es) = {needed} training images, "
                 f"there are {there}; set data.batch_size to {max(1, there // processes)} or less."
             )
+
+
+def feed(splits: Splits, **loader: Any) -> SegmentationDataModule:
+    """The data module of these samples; see it for the arguments and errors."""
+    train, val = (
+        SegmentationDataset(part, splits.classes, splits.decode_labels) for part in (splits.train, splits.val)
+    )
+    return SegmentationDataModule(train, val, **loader)
 
 
 class LazyLoader(DataLoader):

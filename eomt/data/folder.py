@@ -44,7 +44,9 @@ def folder(
         FileNotFoundError: A folder or file is missing, or the mask of an image.
         ValueError: The YAML is wrong, a first mask does not fit it, or the split is impossible.
     """
-    data = splits(classes, images, masks, val_images, val_masks, val_share, split_seed).feed(**loader)
+    from eomt.data.datamodule import feed
+
+    data = feed(splits(classes, images, masks, val_images, val_masks, val_share, split_seed), **loader)
     for dataset in (data.train_set.with_transform(None), data.val_set):
         dataset[0]  # a mask of the other kind or size fails here, not in the middle of training
     return data

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -13,9 +13,6 @@ from PIL import Image
 from typing_extensions import Required, TypedDict
 
 from eomt.data.labels import LabelSet
-
-if TYPE_CHECKING:
-    from eomt.data.datamodule import SegmentationDataModule
 
 UNKNOWN = 253  # in lookup tables: a value that no class lists, unless there are as many classes
 
@@ -160,10 +157,3 @@ class Splits(NamedTuple):
     val: Sequence[Sample]
     classes: LabelSet
     decode_labels: LabelDecoder
-
-    def feed(self, **loader: Any) -> "SegmentationDataModule":
-        """The data module of these samples; see it for the arguments and errors."""
-        from eomt.data.datamodule import SegmentationDataModule, SegmentationDataset
-
-        train, val = (SegmentationDataset(part, self.classes, self.decode_labels) for part in (self.train, self.val))
-        return SegmentationDataModule(train, val, **loader)

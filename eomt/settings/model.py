@@ -94,6 +94,7 @@ class AdapterSettings(Checked):
         return LoRASettings(**{field.name: getattr(self, f"lora_{field.name}") for field in fields(LoRASettings)})
 
     def check(self) -> None:
+        """See `Checked.check`."""
         super().check()
         self.positive("lora_lr")
         _ = self.lora  # which checks itself
@@ -112,6 +113,7 @@ class LossSettings(Checked):
     no_object_coefficient: float = 0.1
 
     def check(self) -> None:
+        """See `Checked.check`."""
         super().check()
         self.positive("num_points")
         if not 0 <= self.importance_sample_ratio <= 1:
@@ -130,6 +132,7 @@ class OutlierSettings(Checked):
     outlier_margin: float | None = None
 
     def check(self) -> None:
+        """See `Checked.check`."""
         super().check()
         self.positive("outlier_weight")
         self.chosen("outlier_loss", (None, "rba", "mask2anomaly"))
@@ -158,6 +161,7 @@ class OptimizerSettings(Checked):
     warmup_steps: Sequence[int | float] = (0.025, 0.05)
 
     def check(self) -> None:
+        """See `Checked.check`."""
         super().check()
         self.positive("lr", "llrd", "poly_power")
         if self.llrd > 1:
@@ -202,6 +206,7 @@ class NetworkSettings(Checked):
         return self.arcface_scale if self.head == "arcface" else None
 
     def check(self) -> None:
+        """See `Checked.check`."""
         super().check()
         self.positive("num_q", "num_blocks", "arcface_scale")
         self.chosen("head", ("linear", "arcface"))
@@ -260,6 +265,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         return self.pretrained and (self.delta_weights or not self.ckpt_path)
 
     def check(self) -> None:
+        """See `Checked.check`."""
         check_img_size(self.img_size, self.patch_size)
         if self.ckpt_path and not Path(self.ckpt_path).expanduser().exists():
             raise FileNotFoundError(f"ckpt_path {self.ckpt_path}: no such file or folder")

@@ -30,13 +30,12 @@ from eomt.inference.windows import classify
 from eomt.lora.files import BASE
 from eomt.lora.merging import cast_base
 from eomt.models.checkpoint import load_checkpoint
-from eomt.models.eomt import EoMT, Prediction
-from eomt.models.vit import ViT
-from eomt.settings.model import LossSettings, ModelSettings, Part, check_same_settings
+from eomt.models.eomt import Prediction
+from eomt.settings.model import ModelSettings, Part, check_same_settings
+from eomt.training.build import build_loss, build_network, build_outlier_loss
 from eomt.training.index_check import check_start
-from eomt.training.mask_classification_loss import Loss, MaskClassificationLoss
+from eomt.training.mask_classification_loss import Loss
 from eomt.training.optimizer import build_scheduler, fused_adamw
-from eomt.training.outlier_loss import OutlierLoss
 from eomt.training.param_groups import param_groups
 from eomt.training.schedules import mask_probability, resolve_annealing
 from lora_config import apply_lora
@@ -385,49 +384,3 @@ def iou_per_class(confusion: Tensor) -> Tensor:
     hit = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - hit
     return torch.where(union > 0, hit / union.clamp(min=1), torch.nan)
-
-
-def build_network(settings: ModelSettings, encoder: nn.Module | None = None) -> EoMT:
-    """EoMT over timm's encoder, or over another one."""
-    if encoder is None:
-        encoder = ViT(
-            settings.img_size,
-            settings.patch_size,
-            settings.backbone_name,
-            pretrained=settings.from_hub,
-            backbone_kwargs=settings.backbone_kwargs,
-        )
-    return EoMT(
-        encoder,
-        settings.num_classes,
-        num_q=settings.num_q,
-        num_blocks=settings.num_blocks,
-        masked_attn_enabled=settings.masked_attn_enabled,
-        checkpoint_predictions=settings.checkpoint_predictions,
-        cosine_scale=settings.cosine_scale,
-    )
-
-
-def build_loss(
-    settings: ModelSettings, outliers: bool, kind: type[MaskClassificationLoss] = MaskClassificationLoss
-) -> MaskClassificationLoss:
-    """The published loss with these settings, or a subclass of it."""
-    coefficients = {field.name: getattr(settings, field.name) for field in fields(LossSettings)}
-    return kind(
-        settings.num_classes,
-        class_weights=settings.class_weights,
-        scale=settings.cosine_scale or 1.0,
-        margin=settings.arcface_margin if settings.head == "arcface" else 0.0,
-        outliers=outliers,
-        **coefficients,
-    )
-
-
-def build_outlier_loss(settings: ModelSettings) -> OutlierLoss | None:
-    """The loss on outliers that the settings name; warns of margins that do nothing."""
-    margins = {"inlier_margin": settings.inlier_margin, "outlier_margin": settings.outlier_margin}
-    if settings.outlier_loss:
-        return OutlierLoss(settings.outlier_loss, settings.num_classes, settings.outlier_weight, **margins)
-    if any(margin is not None for margin in margins.values()):
-        logger.warning("inlier_margin and outlier_margin are of outlier_loss, which is null: they do nothing")
-    return None
