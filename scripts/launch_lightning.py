@@ -50,9 +50,10 @@ CHECK_MATRIX = """
 import sys
 sys.path.insert(0, "scripts")
 import compare
-def run_matrix(overrides, config_name):
+from eomt.comparison.matrix import check_matrix, parse_matrix
+def run_matrix(overrides, config_name, check):
     try:
-        compare.check_matrix(compare.parse_matrix(overrides, config_name)[0])
+        check_matrix(parse_matrix(overrides, config_name)[0], check)
     except FileNotFoundError:
         if FILES_ARE_HERE: raise
     return 0

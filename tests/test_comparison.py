@@ -234,7 +234,7 @@ def test_folders_without_runs_and_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"target.npz counts mIoU 0\.\d+, target.json says 0.1000"):
         load_runs([run])
     (run / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"summary\.json cannot be read: it is no JSON"):
         load_runs([run])
 
 

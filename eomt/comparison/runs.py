@@ -1,7 +1,6 @@
 """Run folders, read back: what a run was meant to be, what it reported, and how it was evaluated."""
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from eomt.anomaly.datasets import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
+from eomt.files import read_json, read_yaml
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
     """Run folders at or below a folder; adds the variants that matrix files name to `order`."""
     matrix = folder / "matrix.json"
     if matrix.is_file():
-        order += _read_json(matrix).get("variants", [])
+        order += read_json(matrix, {}).get("variants", [])
     elif any((folder / name).is_file() for name in ("config.yaml", "summary.json", "cell.json")):
         yield folder
         return
@@ -197,21 +196,9 @@ def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
             yield from _find_runs(child, order)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); write it again or leave the run out") from None
-
-
 def _load_run(folder: Path) -> Run:
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{folder / 'config.yaml'} is no YAML ({error}); restore it or leave the run out") from None
-    summary, cell = _read_json(folder / "summary.json"), _read_json(folder / "cell.json")
+    config = read_yaml(folder / "config.yaml", {})
+    summary, cell = read_json(folder / "summary.json", {}), read_json(folder / "cell.json", {})
     evaluations = {domain: _load_evaluation(folder / "evaluation" / domain) for domain in ("target", "source")}
     evaluations["target"] = evaluations["target"] or _own_validation(config, summary)
     seeds = (config.get("seed"), summary.get("seed"), cell.get("seed"))
@@ -248,7 +235,7 @@ def _derived_variant(config: dict[str, Any], summary: dict[str, Any]) -> str:
 def _load_evaluation(path: Path) -> Evaluation | None:
     """`path`.json with `path`.npz, whose scores must agree."""
     file, arrays = path.with_suffix(".json"), path.with_suffix(".npz")
-    facts = _read_json(file)
+    facts = read_json(file, {})
     if not facts:
         return None
     scores, counts = facts["class_iou"], None
@@ -282,7 +269,7 @@ def _load_anomalies(folder: Path) -> dict[str, AnomalyEvaluation]:
 
 
 def _load_anomaly(path: Path) -> AnomalyEvaluation:
-    facts = _read_json(path)
+    facts = read_json(path, {})
     if not facts.get("results"):
         raise ValueError(f"{path} holds no results of anomaly scores: evaluate again or delete it")
     results = {

@@ -1,0 +1,164 @@
+"""One cell of a matrix: a run that is trained, evaluated and scored, in processes of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eomt.files import read_json, write_json
+from eomt.settings.compose import ROOT
+
+TOYS = "toy_anomalies"  # the benchmark that is drawn where it is needed
+
+
+@dataclass
+class Cell:
+    """What Hydra sweeps over: one run of a matrix."""
+
+    variant: str
+    seed: int
+    matrix: str
+
+
+def run_cell(cell: Cell) -> None:
+    """Runs one cell of the matrix, unless it is finished, or running in another process."""
+    from filelock import FileLock, Timeout
+    from hydra.core.hydra_config import HydraConfig
+
+    matrix = Path(cell.matrix)
+    facts = read_json(matrix / "matrix.json", {})
+    folder = matrix / cell.variant / f"seed_{cell.seed}"
+    count = len(facts["variants"]) * len(facts["seeds"])
+    title = f"[{HydraConfig.get().job.num + 1}/{count}] {cell.variant}, seed {cell.seed}"
+    try:
+        with FileLock(matrix / f".{cell.variant}_{cell.seed}.lock", timeout=0):
+            if finished(folder, facts):
+                print(f"== {title}: finished before, kept", flush=True)
+            else:
+                train_and_evaluate(cell, title, matrix, facts, folder)
+    except Timeout:
+        print(f"== {title}: another process runs it, left alone", flush=True)
+
+
+def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, Any], folder: Path) -> None:
+    """One cell, in processes of its own; whatever happens to it, the others go on."""
+    print(f"== {title}", flush=True)
+    script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
+    train = [*script, *facts["overrides_of"][cell.variant], *fixed(cell.variant, cell.seed, folder), *resume(folder)]
+    evaluate = [sys.executable, str(ROOT / "scripts" / "compare.py"), "evaluate", str(folder), *facts["source"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    with one_device(matrix, facts["devices"]) as environment:
+        error = None if status(folder) == "finished" else run_logged(train, folder / "run.log", environment)
+        error = error or run_logged(evaluate, folder / "run.log", environment)
+        anomaly_errors = {} if error else score_anomalies(folder, facts, environment)
+    cell_facts = {"variant": cell.variant, "seed": cell.seed, "status": "failed" if error else "finished"}
+    cell_facts |= {
+        "error": error,
+        "anomaly_errors": anomaly_errors,
+        "command": ["python", "train_with_lora.py", *train[2:]],
+    }
+    write_json(folder / "cell.json", cell_facts)
+    minutes, seconds = divmod(round(time.time() - started), 60)
+    outcome = (
+        f"failed: {error}" if error else "finished" + "".join(f", no scores: {e}" for e in anomaly_errors.values())
+    )
+    print(f"== {title}: {outcome} after {minutes} min {seconds} s", flush=True)
+
+
+def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
+    """What a matrix sets for each run; the artefact of the last step is no choice among the evaluated images."""
+    return [f"variant={variant}", f"seed={seed}", f"output_dir='{folder}'", "callbacks.save_best.keep=last"]
+
+
+def finished(folder: Path, facts: dict[str, Any]) -> bool:
+    evaluated = not facts["source"] or (folder / "evaluation" / "source.json").is_file()
+    ended = evaluated and read_json(folder / "cell.json", {}).get("status") == "finished"
+    return ended and not without_scores(folder, facts["anomaly"])
+
+
+def without_scores(run: Path, benchmarks: Sequence[str]) -> list[str]:
+    """The anomaly benchmarks that the run has no results on, or went on after them; the picture comes last."""
+    return [name for name in benchmarks if outdated(run, run / "anomaly" / f"{name}.png")]
+
+
+def outdated(run: Path, scores: Path) -> bool:
+    """Whether the run has no such scores, or went on after them."""
+    return not scores.is_file() or scores.stat().st_mtime < (run / "summary.json").stat().st_mtime
+
+
+def status(folder: Path) -> str | None:
+    return read_json(folder / "summary.json", {}).get("status")
+
+
+def resume(folder: Path) -> list[str]:
+    """The override that continues a half-finished run.
+
+    It starts anew without a whole checkpoint, and after a failed audit, of which the rest of a run shows too little.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    if zipfile.is_zipfile(last) and not (status(folder) or "").startswith("failed: LoRA audit"):
+        return [f"resume='{last}'"]
+    if status(folder) != "finished":
+        shutil.rmtree(folder, ignore_errors=True)
+    return []
+
+
+def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> str | None:
+    """Runs a command, its output both shown and appended to the log; returns its error, or None."""
+    before = log.stat().st_size if log.is_file() else 0
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        while part := process.stdout.read1():
+            sys.stdout.buffer.write(part)
+            sys.stdout.buffer.flush()
+            file.write(part)
+    if process.returncode == 0:
+        return None
+    if process.returncode < 0:
+        return f"killed by signal {-process.returncode}; 9 often means that memory ran out"
+    output = log.read_bytes()[before:].decode(errors="replace")
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # its sentence comes last
+    return (errors or lines or [f"exit code {process.returncode}"])[-1]
+
+
+@contextmanager
+def one_device(matrix: Path, devices: Sequence[int]) -> Iterator[dict[str, str]]:
+    """An environment that shows one of the GPUs, free until the end of the block; without `devices` all of them."""
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "0"}
+    if not devices:
+        yield environment
+        return
+    from filelock import FileLock, Timeout
+
+    while True:
+        for device in devices:
+            try:
+                with FileLock(matrix / f".device_{device}.lock", timeout=1):
+                    yield {**environment, "CUDA_VISIBLE_DEVICES": str(device)}
+                    return
+            except Timeout:
+                continue
+
+
+def score_anomalies(run: Path, facts: dict[str, Any], environment: dict[str, str]) -> dict[str, str]:
+    """Scores the run's artefact on the benchmarks it has no results on; returns the errors of those that failed."""
+    errors = {}
+    for name in without_scores(run, facts["anomaly"]):
+        artefact = run / read_json(run / "summary.json", {})["artefact"]
+        command = [sys.executable, str(ROOT / "scripts" / "evaluate_anomaly.py"), str(artefact), f"data={name}"]
+        command += [] if name == TOYS else [f"data.root={facts['anomaly_root']}"]
+        if error := run_logged(command, run / "run.log", environment):
+            errors[name] = error
+        shutil.rmtree(run / "anomaly" / "logits", ignore_errors=True)  # gigabytes, of every cell
+    return errors

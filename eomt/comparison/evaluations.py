@@ -1,0 +1,89 @@
+"""Evaluating the runs that a report shows, as far as they have not been evaluated yet."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eomt.command_line import quiet_libraries
+from eomt.comparison.cells import outdated, score_anomalies
+from eomt.files import read_json, read_yaml, write_json
+from eomt.settings.compose import data_of_run, open_data
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
+    """Scores the run's artefact on its own validation images and on the source domain: `evaluation/` in its folder.
+
+    Raises:
+        ValueError: the artefact does not score what the run reported.
+    """
+    from eomt.training.evaluation import evaluate
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+    quiet_libraries()
+    summary = read_json(run / "summary.json", {})
+    if not summary:
+        raise FileNotFoundError(f"{run} has no summary.json: give the folder of a run that ended")
+    module = MaskClassificationSemantic.from_pretrained(run / summary["artefact"])
+    settings = read_yaml(run / "config.yaml")["trainer"]
+    options = {key: settings[key] for key in ("precision", "accelerator")} | {"progress": sys.stderr.isatty()}
+    name, data = data_of_run(run)
+    target = evaluate(module, data, description=name, **options)
+    exact = not summary["machine"]["gpus"] and not module.hparams.compile  # kernels of a GPU choose their own order
+    if summary["miou"] is not None and abs(target.miou - summary["miou"]) > (1e-6 if exact else 1e-3):
+        raise ValueError(
+            f"{run / summary['artefact']} scores {target.miou:.7f}, but its run reported {summary['miou']:.7f}: "
+            "data or device have changed since, evaluate where it was trained"
+        )
+    target.save(run / "evaluation", "target")
+    if source:
+        name, data = open_data(source, module.hparams.img_size, batch_size=1)
+        evaluate(module, data, description=name, **options).save(run / "evaluation", "source")
+
+
+def report_runs(
+    folders: Sequence[Path], output: Path, baseline: str | None, score: str | None, allow_different: bool
+) -> None:
+    """Evaluates what has not been evaluated yet, and writes the report."""
+    from eomt.comparison.page import write_report
+    from eomt.comparison.runs import load_runs
+
+    for run in load_runs(folders):
+        matrix = {"source": [], "anomaly": []} | read_json(run.path.resolve().parents[1] / "matrix.json", {})
+        if run.error is None and outdated(run.path, run.path / "evaluation" / "target.json"):
+            print(f"evaluating {run.path}")
+            evaluate_run(run.path, matrix["source"])
+        untried = [name for name in matrix["anomaly"] if name not in run.anomaly_errors]
+        if run.error is None and (errors := score_anomalies(run.path, matrix | {"anomaly": untried}, dict(os.environ))):
+            write_json(run.path / "cell.json", run.cell | {"anomaly_errors": run.anomaly_errors | errors})
+        old = [name for name in run.anomalies if outdated(run.path, run.path / "anomaly" / f"{name}.json")]
+        if run.error is None and old:
+            raise ValueError(
+                f"{run.path}/anomaly/{old[0]}.json is older than the run's end: score again with "
+                f"scripts/evaluate_anomaly.py {run.path} data={old[0]}, or delete it"
+            )
+    write_report(load_runs(folders), output, baseline, allow_different, predictions, score)
+    print(f"{output}/report.html, report.md, report.csv, report.tex")
+
+
+def predictions(run: Path, names: Sequence[str]) -> "dict[str, tuple[Tensor, Tensor, Tensor]]":
+    """Image, target and what the run's artefact sees, of validation images by name."""
+    import torch
+    from rich.progress import track
+
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+    module = MaskClassificationSemantic.from_pretrained(run / read_json(run / "summary.json", {})["artefact"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module.to(device)
+    images = data_of_run(run)[1].val_set
+    pictures = {}
+    with torch.autocast(device, torch.bfloat16, enabled="bf16" in (module.trained_precision or "")):
+        for name in track(names, f"pictures of {run}", transient=True):
+            image, target = images[images.names.index(name)]
+            pictures[name] = (image, target, module.predict(image))
+    return pictures
