@@ -48,7 +48,6 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
     if missing:
         first = sorted(missing)[0]
         raise ValueError(f"{first} is required: give {first}=VALUE")
-    check_data(config["data"])
     if config["resume"] and not Path(config["resume"]).is_file():
         raise FileNotFoundError(f"resume {config['resume']}: no such checkpoint; a run keeps checkpoints/last.ckpt")
     strategy = config["trainer"].get("strategy")
@@ -56,6 +55,7 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
         raise ValueError(
             f"trainer.strategy {strategy}: sharded weights can neither be audited nor saved as an adapter here; use ddp"
         )
+    check_data(config["data"])
 
 
 def check_parts(config: Mapping[str, Any]) -> None:
