@@ -239,7 +239,7 @@ def test_as_many_patches_in_another_arrangement_are_resampled_too(tmp_path, form
 
 
 def test_position_embeddings_of_an_unknown_arrangement_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"12 patches are no 3x3 grid.*own img_size"):
+    with pytest.raises(ValueError, match=r"12 patches are no square.*own img_size"):
         load_checkpoint(build(), save_bin(tmp_path, published(build((32, 96)))))
 
 
@@ -359,13 +359,132 @@ def test_weights_do_not_load_into_a_network_that_has_adapters_already(network, c
 # Differences, and DINOv3
 
 
-def test_delta_weights_add_to_the_pretrained_backbone_and_replace_the_rest(source, network, checkpoint):
-    base = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    load_checkpoint(network, checkpoint, delta_weights=True)
-    delta = source.state_dict()
-    for key, tensor in network.state_dict().items():
-        is_backbone = key.startswith("encoder.backbone.")
-        assert torch.equal(tensor, delta[key] + base[key] if is_backbone else delta[key]), key
+def differences(trained, base):
+    """What the published code writes of DINOv3 networks: `encoder.*` and buffers as differences, the rest as it is."""
+    before = base.state_dict()
+    return {
+        f"network.{key}": tensor - before[key] if key.startswith("encoder.") else tensor.clone()
+        for key, tensor in trained.state_dict().items()
+    }
+
+
+def pretrained_and_trained(**settings):
+    """A backbone with norm weights like those of pretrained ones, and a network that was trained from it."""
+    base = build(**settings)
+    trained = build(**settings)
+    for key, tensor in trained.state_dict().items():
+        if key.startswith("encoder.backbone."):
+            tensor.copy_(base.state_dict()[key] + 0.01 * torch.randn_like(tensor))
+        elif "pixel_" in key:
+            tensor.copy_(base.state_dict()[key])
+    return base, trained
+
+
+@pytest.mark.parametrize("setting", [True, None])
+def test_a_published_file_of_differences_gives_the_trained_network(tmp_path, setting):
+    base, trained = pretrained_and_trained()
+    path = save_bin(tmp_path, differences(trained, base))
+    load_checkpoint(base, path, delta_weights=setting)
+    for key, tensor in trained.state_dict().items():
+        torch.testing.assert_close(base.state_dict()[key], tensor, atol=1e-6, rtol=0)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for ours, theirs in zip(base(image), trained(image), strict=True):
+            torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_mask_probabilities_that_are_a_difference_to_ones_are_those_of_a_network_without_masks(tmp_path):
+    base, trained = pretrained_and_trained()
+    state = differences(trained, base) | {"network.attn_mask_probs": -torch.ones(2)}
+    load_checkpoint(base, save_bin(tmp_path, state))
+    assert base.attn_mask_probs.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("without", ["", "pixel_", "norm"])
+@pytest.mark.parametrize("is_difference", [True, False])
+def test_delta_weights_that_contradict_the_file_are_refused(tmp_path, is_difference, without):
+    base, trained = pretrained_and_trained()
+    state = differences(trained, base) if is_difference else published(trained)
+    if without == "norm":  # of the backbone they cannot be left out, but say nothing when they are in between
+        state |= {key: torch.full_like(t, 0.2) for key, t in state.items() if "norm" in key and "backbone" in key}
+    state = {key: t for key, t in state.items() if "pixel_" not in key or without != "pixel_"}
+    content = "differences to a pretrained backbone" if is_difference else "whole weights"
+    message = f"holds {content}, as norm weights and pixel_std tell.*set delta_weights={str(is_difference).lower()}"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(base, save_bin(tmp_path, state), delta_weights=not is_difference)
+
+
+def test_signs_that_disagree_are_refused(source, network, tmp_path):
+    state = published(source) | {"network.encoder.pixel_std": torch.zeros(1, 3, 1, 1)}
+    with pytest.raises(ValueError, match=r"norm weights of the backbone are 0\.\d+ on average and pixel_std is 0"):
+        load_checkpoint(network, save_bin(tmp_path, state))
+
+
+def test_where_the_file_does_not_tell_the_setting_decides(tmp_path):
+    state = {
+        key: torch.full_like(t, 0.2) if "norm" in key else t
+        for key, t in published(build()).items()
+        if "pixel_" not in key
+    }
+    for setting in (True, False):
+        network = build()
+        before = network.encoder.norm.weight.clone()
+        load_checkpoint(network, save_bin(tmp_path, state), delta_weights=setting)
+        torch.testing.assert_close(network.encoder.norm.weight, 0.2 + before * setting)
+
+
+def test_differences_on_a_random_base_are_refused(tmp_path):
+    base, trained = pretrained_and_trained()
+    path = save_bin(tmp_path, differences(trained, base))
+    with pytest.raises(ValueError, match="this backbone is random: set pretrained=true"):
+        module(ckpt_path=str(path))
+
+
+# Two files in one folder, and patch grids of files that do not say their image size
+
+
+@pytest.mark.parametrize("fitting", ["model.safetensors", "pytorch_model.bin"])
+def test_of_two_files_in_a_folder_the_one_that_fits_is_taken(source, network, tmp_path, fitting):
+    other = published(build(num_q=7))
+    in_safetensors, in_bin = (
+        (published(source), other) if fitting == "model.safetensors" else (other, published(source))
+    )
+    save_file(in_safetensors, tmp_path / "model.safetensors")
+    save_bin(tmp_path, in_bin)
+    report = load_checkpoint(network, tmp_path)
+    assert_same(network, source)
+    assert Path(report.path).name == fitting
+
+
+def test_two_files_of_which_none_fits_are_both_named(network, tmp_path):
+    save_file(published(build(num_q=7)), tmp_path / "model.safetensors")
+    save_bin(tmp_path, published(build(num_q=8)))
+    with pytest.raises(ValueError, match=r"model.safetensors has num_q 7.*pytorch_model.bin has num_q 8"):
+        load_checkpoint(network, tmp_path)
+
+
+def with_smooth_positions(network):
+    """Position embeddings as training makes them: those of neighbours are alike."""
+    rows, columns = network.encoder.grid_size
+    embeddings = network.encoder.backbone.pos_embed.data[0, -rows * columns :]
+    y, x = torch.meshgrid(torch.linspace(0, rows / 8, rows), torch.linspace(0, columns / 8, columns), indexing="ij")
+    rate = torch.rand(2, embeddings.shape[1], generator=torch.Generator().manual_seed(0)) * 6
+    embeddings.copy_(torch.sin(y[..., None] * rate[0] + x[..., None] * rate[1]).flatten(0, 1))
+    return network
+
+
+@pytest.mark.parametrize("size", [(128, 64), (128, 128), (64, 64)])
+def test_the_grid_of_a_bare_state_dict_is_worked_out_and_said(tmp_path, size):
+    source, network = with_smooth_positions(build((64, 128))), build(size)
+    report = load_checkpoint(network, save_bin(tmp_path, published(source)))
+    assert "position embeddings were of 4x8 patches" in str(report)
+    expect_resampled(network, source, (4, 8), (size[0] // 16, size[1] // 16))
+
+
+def test_a_bare_state_dict_of_the_same_grid_stays_as_it_is(tmp_path):
+    source, network = with_smooth_positions(build((64, 128))), build((64, 128))
+    assert not load_checkpoint(network, save_bin(tmp_path, published(source))).resampled
+    assert_same(network, source)
 
 
 def dinov3_state():

@@ -8,7 +8,14 @@ from conftest import backbone_kwargs
 from eomt.models.eomt import EoMT
 from eomt.models.vit import ViT
 from eomt.training.param_groups import param_groups
-from eomt.training.schedules import default_annealing, lr_factor, mask_probability, resolve_steps, resolve_warmup
+from eomt.training.schedules import (
+    default_annealing,
+    lr_factor,
+    mask_probability,
+    resolve_annealing,
+    resolve_steps,
+    resolve_warmup,
+)
 
 RECIPES = {
     "default_llrd_0.8": {"lr": 1e-4, "llrd": 0.8, "decay_masked_blocks": True},
@@ -71,10 +78,44 @@ def test_annealing_follows_the_published_probabilities(reference):
         assert ours == pytest.approx(probs, abs=1e-7)  # published in float32
 
 
-def test_default_annealing_is_the_published_cityscapes_one_within_the_run():
-    starts, ends = default_annealing(4)
-    assert [round(s * 19902) for s in starts] == pytest.approx([3317, 8292, 13268, 18242], abs=2)
-    assert [round(e * 19902) for e in ends] == pytest.approx([6634, 11609, 16585, 19902], abs=2)
+CITYSCAPES_STEPS = 19902
+PUBLISHED_ANNEALING = {  # configs/dinov2/cityscapes/semantic/
+    "eomt_base_640.yaml": ([3317, 8292, 13268], [6634, 11609, 16585]),
+    "eomt_large_1024.yaml": ([3317, 6634, 9951, 13268], [6634, 9951, 13268, 16585]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ANNEALING)
+def test_the_default_annealing_is_that_of_the_published_file(name):
+    starts, ends = PUBLISHED_ANNEALING[name]
+    spans = resolve_annealing(None, None, len(starts), CITYSCAPES_STEPS)
+    assert [step for span in spans for step in span] == pytest.approx(
+        [step for span in zip(starts, ends, strict=True) for step in span], abs=1
+    )
+
+
+def test_five_masks_fade_evenly_from_a_sixth_to_four_sixths_of_the_run():
+    starts, ends = default_annealing(5)
+    assert starts == pytest.approx([1 / 6, 0.29167, 0.41667, 0.54167, 4 / 6], abs=1e-5)
+    assert [end - start for start, end in zip(starts, ends, strict=True)] == pytest.approx([1 / 6] * 5)
+
+
+@pytest.mark.parametrize("num_blocks", range(1, 13))
+def test_the_last_sixth_of_the_run_is_without_masks(num_blocks):
+    assert all(
+        mask_probability(step, *span) == 0
+        for step in range(501, 600)
+        for span in resolve_annealing(None, None, num_blocks, 600)
+    )
+    assert all(
+        mask_probability(step, *span) == 1
+        for step in range(99)
+        for span in resolve_annealing(None, None, num_blocks, 600)
+    )
+
+
+def test_the_mask_of_a_single_block_fades_in_the_middle_of_the_run():
+    assert resolve_annealing(None, None, 1, 1200) == [(500, 700)]
 
 
 def test_cosine_falls_smoothly_to_zero():

@@ -271,6 +271,9 @@ def resample_to(
     patches = math.prod(size) // patch_size**2
     if old_size in (None, size) and tensor.shape[1] - patches in (0, 1, registers):
         return False
-    old = math.prod(old_size) // patch_size**2 if old_size else math.isqrt(tensor.shape[1]) ** 2
-    state[POS_EMBED] = resample_pos_embed(tensor, tensor.shape[1] - old, old_size, size, patch_size)
+    side = math.isqrt(tensor.shape[1])
+    old, new = (
+        tuple(length // patch_size for length in lengths) if lengths else (side, side) for lengths in (old_size, size)
+    )
+    state[POS_EMBED] = resample_pos_embed(tensor, tensor.shape[1] - math.prod(old), old, new)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ if TYPE_CHECKING:  # reading alone needs no timm
 
 CLASS_HEAD = "class_head."
 OPTIONAL_KEYS = ("encoder.pixel_mean", "encoder.pixel_std")  # else the backbone's own
+PIXEL_STD = "encoder.pixel_std"
 POS_EMBED = "encoder.backbone.pos_embed"
+NORM_WEIGHT = re.compile(r"^encoder\.backbone\..*norm\d?\.weight$")
 # State of the published training module that is no weight of the network.
 NOT_WEIGHTS = ("criterion.", "metrics.", "encoder.backbone.rope_embeddings.", "encoder.backbone.patch_embed.mask_token")
 DINOV3_NAMES = {
@@ -42,6 +45,7 @@ class LoadReport:
     resampled: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
+    grid: tuple[int, int] | None = None  # of position embeddings that were resampled
 
     def __str__(self) -> str:
         lines = [f"CHECKPOINT {self.path}"]
@@ -51,6 +55,8 @@ class LoadReport:
                 "" if name == "loaded" or not keys else "  " + ", ".join(keys[:4]) + (" ..." if len(keys) > 4 else "")
             )
             lines.append(f"  {name:<14}{len(keys):>5} tensors{shown}")
+        if self.grid:
+            lines.append(f"  position embeddings were of {self.grid[0]}x{self.grid[1]} patches")
         return "\n".join(lines)
 
 
@@ -63,15 +69,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int
     Raises:
         FileNotFoundError: no such file. ValueError: not a checkpoint, or one that holds more than tensors.
     """
-    path = Path(path).expanduser()
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"ckpt_path {path} is an adapter, not a network: open it with MaskClassificationSemantic.from_pretrained, "
-            "or give the checkpoint it was trained from"
-        )
-    if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin")
-        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
+    path = weight_files(path)[0]
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path {path}: no such file")
     try:
@@ -98,6 +96,20 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int
             "resume=, or open its adapter/ folder with MaskClassificationSemantic.from_pretrained"
         )
     return map_dinov3(tensors), tuple(img_size) if img_size else None
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The file itself, or those of a folder that hold weights, the preferred one first; an adapter is a ValueError."""
+    path = Path(path).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"ckpt_path {path} is an adapter, not a network: open it with MaskClassificationSemantic.from_pretrained, "
+            "or give the checkpoint it was trained from"
+        )
+    if not path.is_dir():
+        return [path]
+    files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+    return [file for file in files if file.is_file()] or files[:1]
 
 
 def read_safetensors(path: Path) -> dict:
@@ -159,50 +171,117 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return found | ({"depth": max(blocks) + 1} if blocks else {})
 
 
+def holds_differences(state: Mapping[str, Tensor]) -> bool | None:
+    """Whether backbone tensors are differences to pretrained ones; None where neither sign of it is there.
+
+    Differences of the fixed pixel statistics are 0, and norms' weights (near 1 or above) move little in training.
+
+    Raises:
+        ValueError: the two signs disagree.
+    """
+    norms = [t.float().abs().mean().item() for key, t in state.items() if NORM_WEIGHT.search(key)]
+    size = sum(norms) / len(norms) if norms else math.nan
+    by_norms = True if size < 0.1 else False if size > 0.3 else None
+    by_pixels = bool((state[PIXEL_STD] == 0).all()) if PIXEL_STD in state else None
+    if None not in (by_norms, by_pixels) and by_norms != by_pixels:
+        raise ValueError(
+            f"norm weights of the backbone are {size:.3f} on average and pixel_std is "
+            f"{'' if by_pixels else 'not '}0: differences to pretrained weights have both near 0, weights neither"
+        )
+    return by_norms if by_pixels is None else by_pixels
+
+
+def resolve_differences(state: Mapping[str, Tensor], delta_weights: bool | None, path: str | Path) -> bool:
+    """`delta_weights`, or what the tensors say where it is None.
+
+    Raises:
+        ValueError: the setting contradicts the tensors.
+    """
+    try:
+        found = holds_differences(state)
+    except ValueError as error:
+        raise ValueError(f"ckpt_path {path}: {error}") from None
+    if None not in (found, delta_weights) and found != delta_weights:
+        content = "differences to a pretrained backbone" if found else "whole weights"
+        raise ValueError(
+            f"ckpt_path {path} holds {content}, as norm weights and pixel_std tell, but delta_weights is "
+            f"{str(delta_weights).lower()}: set delta_weights={str(found).lower()} or leave it out"
+        )
+    return bool(found if delta_weights is None else delta_weights)
+
+
+def needs_pretrained(path: str | Path, delta_weights: bool | None) -> bool:
+    """Whether the checkpoint, or one of the two in a folder, holds differences to a pretrained backbone."""
+    if delta_weights is not None:
+        return delta_weights
+    return any(resolve_differences(read_checkpoint(file)[0], None, file) for file in weight_files(path))
+
+
 def load_checkpoint(
-    network: EoMT, path: str | Path, load_class_head: bool = True, delta_weights: bool = False
+    network: EoMT, path: str | Path, load_class_head: bool = True, delta_weights: bool | None = None
 ) -> LoadReport:
     """Loads a checkpoint into the network; every weight is loaded, or the reason is in the report, or it is an error.
 
     Args:
         network: a plain network: adapters come after the weights.
-        path: see `read_checkpoint`.
+        path: see `read_checkpoint`; of a folder with two files of weights, the first that fits is taken.
         load_class_head: False keeps the fresh class head, the only way to change its kind or the number of classes.
         delta_weights: the file holds differences to the pretrained backbone, as the published DINOv3 checkpoints do;
-            the network must hold that backbone (`pretrained: true`).
+            the network must hold that backbone (`pretrained: true`). None: as the file says.
 
     Raises:
         ValueError: configuration and checkpoint disagree, a weight is missing, or nothing would be loaded.
     """
+    reasons = []
+    for file in weight_files(path):
+        try:
+            return load_one(network, file, load_class_head, delta_weights)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError("; and ".join(reasons))
+
+
+def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bool | None) -> LoadReport:
+    """`load_checkpoint` of one file; the network changes only if the whole file fits."""
     state, img_size = read_checkpoint(path)
     own = network.state_dict()
     fresh = [] if load_class_head else [key for key in own if key.startswith(CLASS_HEAD)]
     report = LoadReport(str(path), reinitialised=fresh)
-    same_grid = img_size in (None, network.encoder.img_size)  # 4x8 patches are as many as 8x4
     check_agreement(network, describe(state), path, load_class_head)
+    differences = resolve_differences(state, delta_weights, path)
+    if differences:
+        state = {key: tensor for key, tensor in state.items() if key not in OPTIONAL_KEYS}  # zeros there
 
     report.skipped = [key for key in state if key not in own]
     check_complete(own, state, report)  # before shapes, which say little about another backbone
+    if differences:
+        check_base(own, path)
     weights = {}
     for key, tensor in state.items():
         if key not in own or key in report.reinitialised:
             continue
-        if tensor.shape == own[key].shape and (same_grid or key != POS_EMBED):
-            weights[key] = tensor
-        elif key == POS_EMBED:
-            encoder = network.encoder
-            prefix = own[key].shape[1] - math.prod(encoder.grid_size)
-            weights[key] = resample_pos_embed(tensor, prefix, img_size, encoder.img_size, encoder.patch_size)
-            report.resampled.append(key)
-        else:
+        if key == POS_EMBED:
+            tensor = fit_pos_embed(tensor, network, img_size, report)
+        if tensor.shape != own[key].shape:
             raise ValueError(
                 f"ckpt_path {path}: {key} is {list(tensor.shape)}, this network's is {list(own[key].shape)}"
             )
-    if delta_weights:
+        weights[key] = tensor
+    if differences:
         weights = {k: v + own[k] if k.startswith("encoder.backbone.") else v for k, v in weights.items()}
+        weights["attn_mask_probs"] = weights["attn_mask_probs"].clamp(0, 1)  # the published code adds it to ones
     network.load_state_dict(weights, strict=False)
     report.loaded = sorted(weights)
     return report
+
+
+def check_base(own: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError where the network's backbone is untrained: all of its norm weights are 1."""
+    if all((tensor == 1).all() for key, tensor in own.items() if NORM_WEIGHT.search(key)):
+        raise ValueError(
+            f"ckpt_path {path} holds differences to a pretrained backbone, but this backbone is random: "
+            "set pretrained=true"
+        )
 
 
 def check_agreement(network: EoMT, found: Mapping[str, Any], path: str | Path, load_class_head: bool) -> None:
@@ -240,23 +319,64 @@ def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], repor
         )
 
 
-def resample_pos_embed(
-    tensor: Tensor, prefix: int, old_size: tuple[int, int] | None, new_size: tuple[int, int], patch_size: int
-) -> Tensor:
-    """Position embeddings [1, prefix + N, C] of one image size, interpolated to the patch grid of another.
+def fit_pos_embed(tensor: Tensor, network: EoMT, img_size: tuple[int, int] | None, report: LoadReport) -> Tensor:
+    """Position embeddings as this network's patch grid needs them; what was resampled is in the report.
+
+    As many patches may be another grid: 4x8 are as many as 8x4.
+    """
+    encoder = network.encoder
+    prefix = network.state_dict()[POS_EMBED].shape[1] - math.prod(encoder.grid_size)
+    patches = tensor.shape[1] - prefix
+    if img_size:
+        grid = tuple(length // encoder.patch_size for length in img_size)
+    else:
+        grid = find_grid(tensor[0, prefix:]) or (encoder.grid_size if patches == math.prod(encoder.grid_size) else None)
+    if grid == encoder.grid_size and patches == math.prod(grid):
+        return tensor
+    report.resampled.append(POS_EMBED)
+    report.grid = grid or square_grid(patches)
+    return resample_pos_embed(tensor, prefix, report.grid, encoder.grid_size)
+
+
+def find_grid(embeddings: Tensor) -> tuple[int, int] | None:
+    """The grid in which neighbours among embeddings [N, C] are most alike, or None where no grid stands out.
+
+    Learnt embeddings vary smoothly over the image; the right grid was ahead by 19 % or more in pretrained ones that
+    were resampled to twelve grids, by 1 % or less in random ones.
+    """
+    count = len(embeddings)
+    roughness = {}
+    for rows in (rows for rows in range(2, count // 2 + 1) if count % rows == 0):
+        grid = embeddings.detach().float().unflatten(0, (rows, -1))
+        roughness[rows] = (grid.diff(dim=0).pow(2).mean() + grid.diff(dim=1).pow(2).mean()).item()
+    first, second = sorted(roughness, key=roughness.get)[:2] if len(roughness) > 1 else (0, 0)
+    clear = len(roughness) > 1 and roughness[second] > 1.1 * roughness[first]
+    return (first, count // first) if clear else None
+
+
+def square_grid(patches: int) -> tuple[int, int]:
+    """The grid of embeddings that tell nothing else, or ValueError where they are no square."""
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise ValueError(
+            f"position embeddings for {patches} patches are no square, the file does not say which img_size it is for, "
+            "and they do not tell: train at the checkpoint's own img_size"
+        )
+    return side, side
+
+
+def resample_pos_embed(tensor: Tensor, prefix: int, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embeddings [1, prefix + N, C] of one patch grid, interpolated to another.
 
     Raises:
-        ValueError: the embeddings are no grid of the old size, or, if that is None, no square.
+        ValueError: as many embeddings do not make the old grid.
     """
     from timm.layers import resample_abs_pos_embed
 
     patches = tensor.shape[1] - prefix
-    side = math.isqrt(patches)
-    old_grid = [length // patch_size for length in old_size] if old_size else [side, side]
     if math.prod(old_grid) != patches:
         raise ValueError(
             f"position embeddings for {patches} patches are no {old_grid[0]}x{old_grid[1]} grid: "
             "train at the checkpoint's own img_size"
         )
-    new_grid = [length // patch_size for length in new_size]
-    return resample_abs_pos_embed(tensor, new_grid, old_grid, num_prefix_tokens=prefix)
+    return resample_abs_pos_embed(tensor, list(new_grid), list(old_grid), num_prefix_tokens=prefix)

@@ -24,6 +24,7 @@ class ViT(nn.Module):
         backbone_name: any timm ViT, e.g. `vit_large_patch14_reg4_dinov2`.
         pretrained: take timm's weights from the hub.
         backbone_kwargs: passed to `timm.create_model`; `{embed_dim: 64, depth: 6, num_heads: 2}` makes a tiny one.
+            DINOv3 has `rope_rescale_coords: 2.0` unless it is given (null: off), see `own_kwargs`.
 
     Raises:
         ValueError: impossible image size, unknown name, or a model that is no plain ViT.
@@ -160,10 +161,10 @@ def create_backbone(
             patch_size=patch_size,
             num_classes=0,
             global_pool="",  # no pooling head: its weights would never train
-            **kwargs,
+            **(own_kwargs(family) | dict(kwargs)),
         )
     except (TypeError, AssertionError, RuntimeError) as error:  # arguments, or weights of other shapes
-        raise ValueError(f"backbone {name!r} with backbone_kwargs {dict(kwargs)}: {error}") from error
+        raise ValueError(f"backbone {name!r} with backbone_kwargs {dict(kwargs)}: {shorten(error)}") from error
     except Exception as error:
         if not pretrained:
             raise
@@ -177,6 +178,20 @@ def create_backbone(
         raise ValueError(no_plain_vit)
     apply_projection_layers(backbone)
     return backbone
+
+
+def shorten(error: Exception, limit: int = 300) -> str:
+    """The beginning of a message; timm and torch name each key of a state dict that does not fit."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= limit else f"{message[:limit]} ..."
+
+
+def own_kwargs(family: str) -> dict[str, Any]:
+    """What DINOv3's training does and timm leaves off: patch coordinates are rescaled at random, by a factor up to 2.
+
+    In evaluation they stay as they are.
+    """
+    return {"rope_rescale_coords": 2.0} if "dinov3" in family else {}
 
 
 def apply_projection_layers(backbone: nn.Module) -> None:

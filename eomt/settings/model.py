@@ -21,7 +21,13 @@ Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
 Head = Literal["linear", "arcface"]
 OutlierLossName = Literal["rba", "mask2anomaly"]
 LRSchedule = Literal["poly", "cosine"]
-CHANGEABLE = {"ckpt_path", "compile", "checkpoint_predictions", "base_dtype"}  # where a run is continued
+CHANGEABLE = {
+    "ckpt_path",
+    "delta_weights",
+    "compile",
+    "checkpoint_predictions",
+    "base_dtype",
+}  # where a run is continued
 
 
 def check_img_size(img_size: Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -180,7 +186,7 @@ class NetworkSettings(Checked):
         attn_mask_annealing_enabled: fade the attention masks out during training. None: yes, unless training starts
             from an EoMT checkpoint, which has learned to do without: then masks are off.
         attn_mask_annealing_start, attn_mask_annealing_end: when each masked block's mask starts and ends to fade, in
-            steps or fractions of the run; None: evenly, as published.
+            steps or fractions of the run; None: the published shares of the run, see `default_annealing`.
         head: "linear" class logits, or "arcface": cosines times `arcface_scale` (see `CosineHead`), with an angular
             margin for the known classes in the loss (see `add_margin`).
         arcface_scale, arcface_margin: of that head; the margin in radians.
@@ -223,7 +229,8 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         num_classes: K of the data set.
         ckpt_path: EoMT weights to start from (see `load_checkpoint`).
         load_ckpt_class_head: False trains a fresh class head, for another set of classes or another `head`.
-        delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints).
+        delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints);
+            None: as the file says.
         freeze: parts that do not train.
         unfreeze_last_n: of the backbone, train only the last N blocks and the final norm. Adapters take its place
             where `use_lora` is set, too.
@@ -241,7 +248,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
     num_classes: int
     ckpt_path: str | None = None
     load_ckpt_class_head: bool = True
-    delta_weights: bool = False
+    delta_weights: bool | None = None
     freeze: Sequence[Part] = ()
     unfreeze_last_n: int | None = None
     class_weights: Sequence[float] | None = None
@@ -258,11 +265,6 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         for name in settings:
             if name not in known:
                 raise ValueError(f"model.{name} is unknown{did_you_mean(name, known)}")
-
-    @property
-    def from_hub(self) -> bool:
-        """Whether timm's weights are needed: a checkpoint replaces every weight."""
-        return self.pretrained and (self.delta_weights or not self.ckpt_path)
 
     def check(self) -> None:
         """See `Checked.check`."""

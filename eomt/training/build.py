@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from torch import nn
 
+from eomt.models.checkpoint import needs_pretrained
 from eomt.models.eomt import EoMT
 from eomt.models.vit import ViT
 from eomt.settings.model import LossSettings, ModelSettings
@@ -17,11 +18,13 @@ logger = logging.getLogger(__name__)
 def build_network(settings: ModelSettings, encoder: nn.Module | None = None) -> EoMT:
     """EoMT over timm's encoder, or over another one."""
     if encoder is None:
+        path = settings.ckpt_path  # it replaces every weight, unless it holds differences
+        from_hub = settings.pretrained and (not path or needs_pretrained(path, settings.delta_weights))
         encoder = ViT(
             settings.img_size,
             settings.patch_size,
             settings.backbone_name,
-            pretrained=settings.from_hub,
+            pretrained=from_hub,
             backbone_kwargs=settings.backbone_kwargs,
         )
     return EoMT(

@@ -63,11 +63,13 @@ def mask_probability(step: int, start: int, end: int, power: float = 0.9) -> flo
 def default_annealing(num_blocks: int) -> tuple[list[float], list[float]]:
     """Fractions of the run at which the mask of each masked block starts and ends to fade, first block first.
 
-    For four blocks these are the published Cityscapes steps (3317..18242 and 6634..21560 of 19,902), except that the
-    last end, which lies past the published run, is the end of the run.
+    As published: starts lie evenly from 1/6 to 4/6, each fade lasts 1/6, and the last sixth trains what is deployed, a
+    network without masks. Nothing is published for one block; its fade stands in the middle, from 5/12 to 7/12.
     """
-    starts = [(3 * i + 2) / (3 * num_blocks) for i in range(num_blocks)]
-    return starts, [min(start + 2 / (3 * num_blocks), 1.0) for start in starts]
+    if num_blocks == 1:
+        return [5 / 12], [7 / 12]
+    starts = [(1 + 3 * i / (num_blocks - 1)) / 6 for i in range(num_blocks)]
+    return starts, [start + 1 / 6 for start in starts]
 
 
 def resolve_annealing(

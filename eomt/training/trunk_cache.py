@@ -118,6 +118,12 @@ def cached_blocks(module: MaskClassificationSemantic) -> int:
     random = {key for key, value in (module.hparams.backbone_kwargs or {}).items() if "drop" in key and value}
     if random:
         raise ValueError(f"trunk_cache with {random.pop()}: frozen blocks must always give the same; set it to 0")
+    rope = getattr(encoder.backbone, "rope", None)
+    if getattr(rope, "aug_active", False):
+        raise ValueError(
+            "trunk_cache with rope_rescale_coords, shift or jitter: patch coordinates are random in every step (the "
+            'default of DINOv3); train without: "model.backbone_kwargs={rope_rescale_coords: null}"'
+        )
     return depth
 
 
