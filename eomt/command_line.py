@@ -38,6 +38,9 @@ HYDRA_FLAGS |= {"--experimental-rerun": 1, "--multirun": 0, "-m": 0, "--resolve"
 HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
 
 
+LIBRARY_MAPPINGS = tuple(f"model.{name}{end}" for name in ("backbone_kwargs", "lora_options") for end in "=.")
+
+
 def translate_flags(arguments: Sequence[str]) -> list[str]:
     """The guide's flags as Hydra overrides; everything else unchanged.
 
@@ -71,7 +74,12 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
             raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
         else:
             overrides.append(word)
-    return options + [expand_home(word) for word in overrides]
+    return options + [open_mapping(expand_home(word)) for word in overrides]
+
+
+def open_mapping(word: str) -> str:
+    """An override of a mapping that is handed to a library, so that it takes keys that no YAML has yet."""
+    return f"++{word}" if word.startswith(LIBRARY_MAPPINGS) else word
 
 
 def expand_home(word: str) -> str:
@@ -169,7 +177,8 @@ def one_sentence(error: BaseException) -> str:
     if type(error).__name__ == "InstantiationException" and cause is not None:
         return one_sentence(cause)
     if message.startswith("Could not override") and hasattr(cause, "parent_node"):
-        return f"{message.split(chr(39))[1]} is not in the configuration{did_you_mean(cause.key, cause.parent_node)}"
+        name = getattr(cause, "full_key", None) or message.split(chr(39))[1]
+        return f"{name} is not in the configuration{did_you_mean(cause.key, cause.parent_node)}"
     message = message.split("Config search path:")[0]  # a missing group lists the choices before that
     return " ".join(message.split()) or type(error).__name__
 

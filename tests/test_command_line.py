@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import warm
 from conftest import run_cold
+from hydra import compose, initialize_config_dir
 
-from eomt.command_line import translate_flags
+from eomt.command_line import one_sentence, translate_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,3 +157,17 @@ def test_the_home_folder_is_meant_by_a_tilde_in_output_dir_however_it_is_written
     for words in (["output_dir=~/runs"], ["output_dir='~/runs'"], ["--output_dir", "~/runs"], ["--output_dir=~/runs"]):
         (word,) = translate_flags(words)
         assert word.replace("'", "") == "output_dir=/home/me/runs"
+
+
+def test_mappings_that_go_to_a_library_take_new_keys():
+    words = ["model.backbone_kwargs={drop_path_rate: 0.1}", "model.lora_options.use_dora=true", "model.lr=1"]
+    assert translate_flags(words) == [f"++{words[0]}", f"++{words[1]}", words[2]]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        cfg = compose("cityscapes", ["model=tiny", *translate_flags(words[:1])])
+    assert dict(cfg.model.backbone_kwargs) == {"embed_dim": 192, "depth": 8, "num_heads": 3, "drop_path_rate": 0.1}
+
+
+def test_a_wrong_key_within_a_mapping_is_named():
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None), pytest.raises(Exception) as error:
+        compose("cityscapes", ["data={bach_size: 2}"])
+    assert one_sentence(error.value).startswith("data.bach_size is not in the configuration; did you mean batch_size")

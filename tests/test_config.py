@@ -214,3 +214,8 @@ def test_a_wrong_value_in_a_nested_target_is_named():
     with pytest.raises(ValueError, match=r"callbacks\.samples\.num_images 'four'"):
         node = {"_target_": "eomt.reporting.sample_pictures.SamplePictures", "directory": "x", "num_images": "four"}
         check_config({"callbacks": {"samples": node}})
+
+
+def test_warm_ups_of_dinov3_are_the_published_steps():
+    warmup = composed("cityscapes", ["model=vit_large_dinov3"]).model.warmup_steps
+    assert [round(share * 20200) for share in warmup] == pytest.approx([2000, 3000], abs=15)

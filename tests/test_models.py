@@ -483,3 +483,22 @@ def test_pretrained_weights_of_another_width_are_refused(local_weights):
     overlay, _ = local_weights
     with pytest.raises(ValueError, match=r"(?s)backbone_kwargs.*size mismatch"):
         encoder("vit_small_patch14_dinov2", (224, 224), 14, True, pretrained_cfg_overlay=overlay, embed_dim=64)
+
+
+DINOV3_KWARGS = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(("kwargs", "random"), [({}, True), ({"rope_rescale_coords": None}, False)])
+def test_dinov3_rescales_coordinates_in_training_only_unless_told_otherwise(kwargs, random):
+    vit = ViT((64, 64), 16, "vit_small_patch16_dinov3_qkvb", False, DINOV3_KWARGS | kwargs)
+    image = torch.rand(1, 3, 64, 64)
+    first, second = vit.train().embed(image)[1], vit.embed(image)[1]
+    assert torch.equal(first, second) != random
+    plain = ViT((64, 64), 16, "vit_small_patch16_dinov3_qkvb", False, DINOV3_KWARGS | {"rope_rescale_coords": None})
+    assert torch.equal(vit.eval().embed(image)[1], plain.eval().embed(image)[1])
+
+
+def test_other_backbones_with_rotary_coordinates_stay_as_timm_has_them():
+    vit = ViT((64, 64), 16, "eva02_tiny_patch14_224", False, {"depth": 2}).train()
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(vit.embed(image)[1], vit.embed(image)[1])

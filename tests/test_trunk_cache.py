@@ -205,3 +205,10 @@ def test_a_full_disk_is_named_before_anything_is_written(tmp_path):
         check_space(2**60, tmp_path)
     with pytest.raises(ValueError, match="views 0"):
         TrunkCache(views=0)
+
+
+def test_rotary_coordinates_that_are_rescaled_at_random_are_refused(data, cache):
+    dinov3 = {"backbone_name": "vit_small_patch16_dinov3_qkvb"}
+    with pytest.raises(ValueError, match=r"trunk_cache with rope_rescale_coords.*rope_rescale_coords: null"):
+        fit(build(**dinov3), data(), [cache])
+    fit(build(**dinov3, backbone_kwargs=TINY["backbone_kwargs"] | {"rope_rescale_coords": None}), data(), [cache], 1)
