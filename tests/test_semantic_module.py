@@ -291,9 +291,15 @@ def test_a_frozen_weight_that_changes_is_found_at_the_end(base, data, tmp_path):
 def test_annealing_fades_the_masks_and_is_off_for_a_trained_network(base, data, tmp_path):
     module = build(warmup_steps=[0, 0])
     assert module.anneals and module.network.attn_mask_probs.tolist() == [1, 1]
-    fit(module, data, tmp_path, steps=12, limit_val_batches=0)
-    first, last = module.network.attn_mask_probs.tolist()
-    assert first == 0 and 0 < last < 1
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(module.network.attn_mask_probs.tolist())
+
+    fit(module, data, tmp_path, steps=12, limit_val_batches=0, callbacks=[Watch()])
+    assert seen[0] == [1, 1] and seen[9][0] == 0 and 0 < seen[9][1] < 1
+    assert seen[10:] == [[0, 0], [0, 0]], "the last sixth of a run is without masks"
     tuned = build(ckpt_path=base)
     assert not tuned.anneals and tuned.network.attn_mask_probs.tolist() == [0, 0]
 

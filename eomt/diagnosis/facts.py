@@ -21,7 +21,15 @@ from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, 
 from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_lora
 from eomt.inference.artefacts import BASE_FILE, read_lightning, set_settings
 from eomt.lora.updates import stored_updates
-from eomt.models.checkpoint import CLASS_HEAD, NOT_WEIGHTS, OPTIONAL_KEYS, clean_key, describe, read_checkpoint
+from eomt.models.checkpoint import (
+    CLASS_HEAD,
+    NOT_WEIGHTS,
+    OPTIONAL_KEYS,
+    clean_key,
+    describe,
+    needs_pretrained,
+    read_checkpoint,
+)
 from eomt.training.index_check import check_indices, indices_of
 from eomt.training.param_groups import param_groups
 from eomt.training.schedules import resolve_annealing
@@ -144,10 +152,14 @@ class RunFacts:
             raise NothingToCheck(f"the weights at {path} are no longer those that the run started from")
         return state
 
+    def started_from_differences(self) -> bool:
+        """Whether the start weights are differences to a pretrained backbone."""
+        return needs_pretrained(self.start_path, self.init.get("delta_weights"))
+
     def start_fingerprint(self, state: Mapping[str, Tensor]) -> str | None:
         """Computes `start_fingerprint` of these weights as the run does; None if the run began with others, too."""
         names = base_tensors(self.module.network).keys()
-        if self.init.get("delta_weights") or self.fresh() or not names <= state.keys():
+        if self.started_from_differences() or self.fresh() or not names <= state.keys():
             return None
         tensors = {name: state[name].float() if state[name].is_floating_point() else state[name] for name in names}
         if not self.module.anneals:  # then masks are off from the first step
@@ -202,7 +214,7 @@ class RunFacts:
         self.steps()
         parameters = {name for name, t in base_tensors(self.module.network).items() if isinstance(t, nn.Parameter)}
         start = self.start
-        if self.init.get("delta_weights"):
+        if self.started_from_differences():
             raise NothingToCheck("the run started from a file of differences to timm's weights, which are not here")
         fresh = self.fresh()
         unchanged = {

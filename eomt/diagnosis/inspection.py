@@ -20,6 +20,7 @@ from eomt.models.checkpoint import (
     clean_key,
     describe,
     map_dinov3,
+    needs_pretrained,
     read_checkpoint,
     read_safetensors,
     resample_pos_embed,
@@ -230,7 +231,7 @@ def check_fit(facts: dict[str, Any], base: str | Path, init: Mapping[str, Any]) 
     trained_on, size = facts["base_fingerprint"], tuple(facts["network"].get("img_size", ())) or None
     if trained_on is None:
         return verdict | {"fits": None, "why": "the adapter names no fingerprint to compare with"}
-    if init.get("delta_weights"):
+    if needs_pretrained(choose(base), init.get("delta_weights")):
         return verdict | {
             "fits": None,
             "why": "the base is a difference to timm's pretrained weights, which are not here",
