@@ -17,6 +17,7 @@ import lightning
 import pytest
 import torch
 import warm
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from eomt.models.checkpoint import load_checkpoint
@@ -78,6 +79,12 @@ TINY = {  # the smallest network that still has everything
 }
 
 
+# the same size for whole runs on toy streets
+TOY_MODEL = ["model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}"]
+TOY_MODEL += ["model.num_blocks=2", "model.num_q=25", "model.num_points=128"]
+TOY_DATA = ["data=toy_streets", "data.num_train=8", "data.num_val=3", "data.size=[64,128]", "data.num_workers=0"]
+
+
 @pytest.fixture(scope="session")
 def camvid_root():
     """CamVid, where $EOMT_CAMVID says it is."""
@@ -85,6 +92,22 @@ def camvid_root():
     if not root:
         pytest.skip("EOMT_CAMVID names no folder with the CamVid images")
     return root
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_cache, tmp_path_factory):
+    """The folder of a full run on toy streets and what it printed: trained once, whichever worker is first."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, printed = root / "toy_run", root / "toy_run.txt"
+    with FileLock(root / "toy_run.lock"):
+        if not printed.exists():
+            settings = ["data.batch_size=4", "trainer.max_epochs=4", "model.lr=2e-3", "trainer.gradient_clip_val=1.0"]
+            words = [*TOY_DATA, f"data.root={toy_cache}", "model=tiny", *TOY_MODEL, *settings, f"output_dir={folder}"]
+            result = run_training(*words)
+            assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+            printed.write_text(result.stdout)
+    return folder, printed.read_text()
 
 
 def fit(module, data, *callbacks, **trainer):

@@ -13,13 +13,13 @@ from zipfile import is_zipfile
 import numpy as np
 import pytest
 import warm
+from conftest import TOY_DATA
+from conftest import TOY_MODEL as TINY
 from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-TINY = ["model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}", "model.num_blocks=2"]
-TINY += ["model.num_q=25", "model.num_points=128"]
-DATA = ["data.num_train=8", "data.num_val=3", "data.size=[64,128]", "data.num_workers=0"]
+DATA = TOY_DATA[1:]  # the experiment names the data set
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -37,15 +37,10 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def settings(toy_cache, tmp_path_factory):
-    """The overrides of every matrix here; the source network that they start from is trained once."""
-    data = [*DATA, f"data.root={toy_cache}"]
-    source = tmp_path_factory.mktemp("source")
-    command = [warm.python(), str(ROOT / "train_with_lora.py"), "experiment=toy_source", *data, *TINY]
-    command += ["data.batch_size=4", "trainer.max_epochs=2", f"output_dir={source}"]
-    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, timeout=600)
-    start = [f"model.ckpt_path={source}/model", "data.batch_size=4", "trainer.max_epochs=2"]
-    return ["experiment=toy_night", *data, *TINY, *start]
+def settings(toy_cache, toy_run):
+    """The overrides of every matrix here."""
+    start = [f"model.ckpt_path={toy_run[0]}/model", "data.batch_size=4", "trainer.max_epochs=2"]
+    return ["experiment=toy_night", *DATA, f"data.root={toy_cache}", *TINY, *start]
 
 
 @pytest.fixture(scope="module")

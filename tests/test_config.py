@@ -38,10 +38,24 @@ def checked(cfg):
     return plain
 
 
-@pytest.mark.parametrize("variant", choices("variant"))
-def test_every_variant_composes_with_every_model_and_overrules_the_experiment(variant):
+def model_settings(group, name):
+    """The keys of `model` that a file and those it builds on set; the base of the models sets all of them."""
+    content = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
+    parents = [parent for parent in content.get("defaults", []) if parent not in ("base", "_self_")]
+    own = content.get("model", {}) if group == "variant" else content
+    return set(own).union(*(model_settings(group, parent) for parent in parents)) - {"defaults"}
+
+
+def test_models_and_variants_set_different_keys_so_that_what_composes_with_one_composes_with_all():
     for model in choices("model"):
-        checked(composed("cityscapes_lora", [f"variant={variant}", f"model={model}"]))
+        checked(composed("cityscapes_lora", ["variant=lora_r16", f"model={model}"]))
+        for variant in choices("variant"):
+            assert not model_settings("model", model) & model_settings("variant", variant), (model, variant)
+
+
+@pytest.mark.parametrize("variant", choices("variant"))
+def test_every_variant_composes_and_overrules_the_experiment(variant):
+    checked(composed("cityscapes_lora", [f"variant={variant}", "model=tiny"]))
     plain = checked(composed("cityscapes", ["experiment=toy_night", f"variant={variant}"]))
     settings = {key: value for key, value in plain["model"].items() if key != "_target_"}
     MaskClassificationSemantic(**settings | {"ckpt_path": None})

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import torch
 import warm
+from conftest import TOY_DATA as DATA
+from conftest import TOY_MODEL as MODEL
 
 ROOT = Path(__file__).parent.parent
-MODEL = ["model=tiny", "model.img_size=[64,64]", "model.backbone_kwargs={embed_dim:64,depth:3,num_heads:2}"]
-MODEL += ["model.num_blocks=2", "model.num_q=25", "model.num_points=128"]
-DATA = ["data=toy_streets", "data.num_train=8", "data.num_val=3", "data.size=[64,128]", "data.num_workers=0"]
 
 
 def command_line(toy_cache, folder, *arguments):
-    command = [warm.python(), str(ROOT / "train_with_lora.py"), *DATA, f"data.root={toy_cache}", *MODEL]
+    command = [warm.python(), str(ROOT / "train_with_lora.py"), *DATA, f"data.root={toy_cache}", "model=tiny", *MODEL]
     return [*command, f"output_dir={folder}", *arguments]
 
 
@@ -58,13 +57,9 @@ def evaluate(artefact, folder, *overrides):
 
 
 @pytest.fixture(scope="module")
-def source(toy_cache, tmp_path_factory):
-    """A full training run."""
-    folder = tmp_path_factory.mktemp("source")
-    result = train(
-        toy_cache, folder, "data.batch_size=4", "trainer.max_epochs=4", "model.lr=2e-3", "trainer.gradient_clip_val=1.0"
-    )
-    return folder, result
+def source(toy_run):
+    """The folder of a full training run and what it printed."""
+    return toy_run
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +71,13 @@ def adapted(source, toy_cache, tmp_path_factory):
 
 
 def test_a_full_run_leaves_one_folder_with_everything(source):
-    folder, result = source
+    folder, printed = source
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.csv", "summary.json", "checkpoints", "model", "samples"} <= names
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert list((folder / "samples").glob("*.png"))
-    assert "TRAINABLE PARAMETERS" in result.stdout and "SUMMARY: 100.00% trainable" in result.stdout
-    assert "mIoU" in result.stdout and str(folder) in result.stdout
+    assert "TRAINABLE PARAMETERS" in printed and "SUMMARY: 100.00% trainable" in printed
+    assert "mIoU" in printed and str(folder) in printed
 
 
 def test_the_summary_says_what_the_run_was_and_cost(source):
@@ -92,7 +87,7 @@ def test_the_summary_says_what_the_run_was_and_cost(source):
     assert summary["trainable_parameters"] == summary["total_parameters"] > 1e5
     assert summary["files"]["model/model.safetensors"] > 4 * summary["total_parameters"]
     assert summary["peak_memory"]["bytes"] > 1e8 and summary["estimated_memory"]["bytes"] > 1e6
-    assert "estimated: " in source[1].stdout and summary["lora_audit"] is None
+    assert "estimated: " in source[1] and summary["lora_audit"] is None
     step = summary["seconds_per_step"]
     assert step["total"] == pytest.approx(step["data"] + step["compute"]) and step["data"] > 0
     assert {"torch", "peft", "timm"} <= set(summary["versions"]) and summary["seed"] == 0
