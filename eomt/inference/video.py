@@ -1,4 +1,4 @@
-"""Videos, frame by frame, by PyAV."""
+"""Reads and writes videos, frame by frame, with PyAV; needs no torch until a frame becomes a tensor."""
 
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -27,7 +27,7 @@ class Video:
     """
 
     def __init__(self, path: Path) -> None:
-        av = import_av()
+        av = _import_av()
         self.path = path
         try:
             self.container = av.open(str(path))
@@ -39,7 +39,7 @@ class Video:
         self.length = self.stream.frames or None
 
     def frames(self) -> Iterator[tuple[str, Any]]:
-        """Names and frames of PyAV; where the file is damaged, a ValueError stands in place of the rest."""
+        """Yields names and frames of PyAV; where the file is damaged, a ValueError stands in place of the rest."""
         from av import FFmpegError
 
         count = 0
@@ -53,7 +53,7 @@ class Video:
 
 
 def frame_image(frame: Any) -> "Tensor":
-    """Image uint8 [3, H, W] of a frame, upright: telephones film sideways and say so beside the picture."""
+    """Returns a frame as image uint8 [3, H, W], upright: telephones film sideways and say so beside the picture."""
     import torch
 
     pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
@@ -61,11 +61,11 @@ def frame_image(frame: Any) -> "Tensor":
 
 
 def write_video(path: Path, rate: Fraction, pictures: Iterable[Image.Image]) -> None:
-    """H.264, in a container that the extension names; nothing is written without pictures.
+    """Writes H.264 in a container that the extension names; writes nothing without pictures.
 
     An odd last row or column is left out, as the codec needs.
     """
-    av = import_av()
+    av = _import_av()
     pictures = iter(pictures)
     first = next(pictures, None)
     if first is None:
@@ -81,8 +81,8 @@ def write_video(path: Path, rate: Fraction, pictures: Iterable[Image.Image]) -> 
         container.mux(stream.encode(None))
 
 
-def import_av() -> Any:
-    """PyAV, which only videos need."""
+def _import_av() -> Any:
+    """Returns PyAV, which only videos need."""
     try:
         import av
     except ImportError as error:
