@@ -37,7 +37,7 @@ class Weighted(MaskClassificationSemantic):
 
     def __init__(self, *args, my_weight=1.0, **settings):
         super().__init__(*args, **settings)
-        self.save_hyperparameters("my_weight")
+        self.my_weight = my_weight
 
 
 class Patches(nn.Module):
@@ -134,7 +134,7 @@ def test_a_subclass_with_one_more_argument_is_configured_trained_saved_and_opene
     fit(module, batches)
     module.save_pretrained(tmp_path)
     again = Weighted.from_pretrained(tmp_path)
-    assert again.hparams.my_weight == 2.0
+    assert again.my_weight == again.hparams.my_weight == 2.0
     for one, other in zip(module.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"model\.my_wait is unknown; did you mean my_weight"):

@@ -50,7 +50,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
     """EoMT for semantic segmentation.
 
     Its settings are those of `ModelSettings`: YAML names them, and `hparams` keeps them all. A subclass may have
-    further arguments: it hands on `*args, **settings`, and keeps its own with `save_hyperparameters("name")`.
+    further arguments of plain values: it hands on `*args, **settings`, and `hparams` keeps them, too.
 
     Args:
         *args: `img_size` and `num_classes`, if they are not given by name.
@@ -79,6 +79,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         own_outlier_loss = outlier_loss if callable(outlier_loss) else None
         named_loss = None if own_outlier_loss else outlier_loss
         self.settings = chosen = ModelSettings(*args, **settings, outlier_loss=named_loss)
+        self.save_hyperparameters(ignore=["encoder", "loss", "outlier_loss", "optimizer"])  # those of a subclass, too
         self.save_hyperparameters({field.name: getattr(chosen, field.name) for field in fields(chosen)})
         self.outlier_loss = own_outlier_loss or build_outlier_loss(chosen)
         self.criterion = loss or build_loss(chosen, outliers=self.outlier_loss is not None)
