@@ -77,7 +77,6 @@ class FolderPrediction:
         else:
             deque(self._overlays(inputs, tally), maxlen=0)
         if not tally.written:
-            source = inputs.path if isinstance(inputs, Video) else "the folder or pattern of images"
             raise ValueError(f"nothing in {source} could be read")
         if SUBMISSION not in self.kinds:
             _draw_legend(self.classes, self.output / "legend.png")
