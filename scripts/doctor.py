@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _data import data_of_run, one_sentence, open_data, run_of
+from _data import data_of_run, open_data, run_of
+
+from eomt.command_line import one_sentence
 
 if TYPE_CHECKING:  # late: --help answers at once
     from eomt.data.datamodule import SegmentationDataModule

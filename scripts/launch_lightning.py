@@ -44,7 +44,7 @@ def train(cfg, output_dir):
     except FileNotFoundError:
         if FILES_ARE_HERE: raise
 train_with_lora.train = train
-train_with_lora.main()
+raise SystemExit(train_with_lora.main())
 """
 CHECK_MATRIX = """
 import sys

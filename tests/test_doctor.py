@@ -173,7 +173,7 @@ def test_a_sound_full_run_passes_every_check_that_has_something_to_look_at(full,
     without = {name: f.evidence for name, f in findings.items() if f.passed is None}
     assert without.keys() == {"adapter updates", "lora audit", "trained weights", "anomaly scores"}
     assert "random weights" in without["trained weights"] and without["adapter updates"] == "no adapter"
-    assert "faded out at step 6 of 6" in findings["mask annealing"].evidence
+    assert "faded out at step 5 of 6" in findings["mask annealing"].evidence
 
 
 def test_a_sound_run_that_freezes_a_head_passes_from_its_folder_and_its_checkpoint(root, full, tmp_path):
@@ -396,15 +396,15 @@ def test_an_annealing_schedule_longer_than_the_run_is_found(copy):
     shutil.rmtree(path / "checkpoints")
     edit_json(path / "summary.json", lambda s: s.update(planned_steps=12))
     evidence = only(path, "mask annealing")
-    assert "2 of 2 masks had not faded when the run ended at step 6" in evidence
-    assert "fades from step 10 to 12 and was still at 1.00" in evidence
+    assert "1 of 2 masks had not faded when the run ended at step 6" in evidence
+    assert "fades from step 8 to 10 and was still at 1.00" in evidence
 
 
 def test_how_long_an_older_run_was_to_be_follows_from_its_last_checkpoint_or_is_not_known(copy):
     path = copy("full")
     edit_json(path / "summary.json", lambda s: s.pop("planned_steps"))
     edit_config(path, "trainer", max_epochs=4)
-    assert "fades from step 10 to 12" in only(path, "mask annealing")
+    assert "fades from step 8 to 10" in only(path, "mask annealing")
     shutil.rmtree(path / "checkpoints")
     finding = diagnose(path, path)["mask annealing"]
     assert finding.passed is None and "no planned_steps, and no checkpoints/last.ckpt" in finding.evidence
@@ -435,6 +435,7 @@ def test_annealing_in_steps_that_the_run_never_reached_is_found(copy):
 def test_masks_that_never_fade_are_found(copy):
     path = copy("full")
     edit_settings(path / "model", attn_mask_annealing_enabled=False)
+    edit_tensors(path / "model" / "model.safetensors", lambda t: t["network.attn_mask_probs"].fill_(1))
     assert "never fade, though the deployed network has none" in only(path, "mask annealing")
 
 
