@@ -15,10 +15,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import nn
 
 log = logging.getLogger(__name__)
@@ -128,13 +128,11 @@ def _check_options(options: Mapping[str, Any], rank: int) -> None:
 
 
 def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """PEFT's LoRA layers by their name in `module` (the name of the linear layer each one wraps)."""
-    from torch import nn
-
+    """PEFT's adapted layers by their name in `module` (the name of the linear layer each one wraps)."""
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and hasattr(layer, "base_layer")
+        if getattr(layer, "adapter_layer_names", None) and hasattr(layer, "base_layer")
     }
 
 
@@ -142,9 +140,9 @@ def _linear_names(module: nn.Module) -> list[str]:
     """Names of the linear layers, as they were before adaptation too."""
     from torch import nn
 
-    from eomt.fingerprints import is_lora
+    from eomt.fingerprints import is_adapter
 
-    names = (n for n, m in module.named_modules() if n and isinstance(m, nn.Linear) and not is_lora(n))
+    names = (n for n, m in module.named_modules() if n and isinstance(m, nn.Linear) and not is_adapter(n))
     return [name.removesuffix(".base_layer") for name in names]
 
 
@@ -232,37 +230,61 @@ def assert_not_adapted(module: nn.Module) -> None:
         )
 
 
-def apply_lora(module: nn.Module, settings: LoRASettings) -> PeftModel:
-    """Adapts `module` in place: base frozen, adapters trainable and in float32, names native.
+class Method(Protocol):
+    """What applying asks of an adapter method other than LoRA; see `eomt.lora.methods`."""
 
-    Load the base weights before; freeze and build the optimiser after. The module is used on as before. The returned
-    handle is for save_adapter and merge; keep it out of registered submodules, or the state dict holds all twice.
+    def config(self, settings: LoRASettings, targets: list[str]) -> PeftConfig: ...
+
+
+def peft_config(settings: LoRASettings, targets: list[str]) -> PeftConfig:
+    """PEFT's configuration of LoRA in the layers of these full names.
 
     Raises:
-        ImportError: PEFT is missing.
-        ValueError: already adapted, or a target or pattern matches nothing.
+        ValueError: a pattern matches none of them.
     """
-    from eomt.fingerprints import tensor_hashes
-
-    peft = import_peft()
-    assert_not_adapted(module)
-    targets, fused = _resolve_targets(module, settings)
     for option in ("rank_pattern", "alpha_pattern"):  # PEFT ignores patterns that match nothing
         for pattern in settings.options.get(option) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
                 raise ValueError(f"LoRA {option} {pattern!r} matches none of the adapted layers ({listed(targets)})")
-    if fused:
-        log.warning("LoRA targets %s: q, k and v are one fused qkv layer here, so all three adapt", ", ".join(fused))
-    config = peft.LoraConfig(
+    return import_peft().LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
         **settings.options,
     )
+
+
+def apply_lora(module: nn.Module, settings: LoRASettings, method: Method | None = None) -> PeftModel:
+    """Adapts `module` in place: base frozen, adapters trainable and in float32, names native.
+
+    Load the base weights before; freeze and build the optimiser after. The module is used on as before. The returned
+    handle is for save_adapter and merge; keep it out of registered submodules, or the state dict holds all twice.
+    Another `method` takes the place of LoRA; the targets stay.
+
+    Raises:
+        ImportError: PEFT is missing.
+        ValueError: already adapted, a target or pattern matches nothing, or the method's parameters have unknown names.
+    """
+    from eomt.fingerprints import ADAPTER_PREFIXES, is_adapter, tensor_hashes
+
+    peft = import_peft()
+    assert_not_adapted(module)
+    targets, fused = _resolve_targets(module, settings)
+    if fused:
+        log.warning("LoRA targets %s: q, k and v are one fused qkv layer here, so all three adapt", ", ".join(fused))
+    config = method.config(settings, targets) if method else peft_config(settings, targets)
     hashes = tensor_hashes(module)
     handle = peft.get_peft_model(module, config)
+    if unknown := [name for name, p in module.named_parameters() if p.requires_grad and not is_adapter(name)]:
+        handle.unload()
+        raise ValueError(
+            f"{type(config).__name__} trains {listed(unknown)}: parameters of an adapter are known by names that begin "
+            f"with {', '.join(ADAPTER_PREFIXES)}; choose another method"
+        )
     finish_adapting(module, hashes)
+    if method:
+        module.adapter_method = method
     return handle
 
 

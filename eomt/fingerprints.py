@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def is_lora(name: str) -> bool:
+# what the names of adapter parameters begin with in PEFT, by method: LoRA, IA3, LoHa, LoKr, OFT, BOFT, VeRA, HRA
+ADAPTER_PREFIXES = ("lora_", "ia3_", "hada_", "lokr_", "oft_", "boft_", "vera_", "hra_")
+
+
+def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
-    return any(part.startswith("lora_") for part in name.split("."))
+    return any(part.startswith(ADAPTER_PREFIXES) for part in name.split("."))
 
 
 def tensor_hashes(module: nn.Module) -> dict[str, str]:
@@ -40,7 +44,7 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in state.items()
-        if isinstance(tensor, Tensor) and not is_lora(name)
+        if isinstance(tensor, Tensor) and not is_adapter(name)
     }
 
 

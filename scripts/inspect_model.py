@@ -40,7 +40,7 @@ def main() -> int:
 
     try:
         facts = inspect_model(args.path, args.base)
-        if args.plot and "updates" not in facts:
+        if args.plot and not facts.get("updates"):
             raise ValueError(f"--plot draws the updates of an adapter, and {args.path} is a {facts['kind']}")
         show(facts, Console(highlight=False, soft_wrap=False))
         if args.plot:
@@ -81,7 +81,7 @@ def show(facts: Mapping[str, Any], console: "Console") -> None:
     parts.add_row("total", f"{totals[0]:,}", f"{totals[1]:,}", f"{totals[2] / 1e6:.2f}", style="bold")
     console.print("[bold]Tensors stored[/bold]", parts, sep="\n")
     table("Files", [(name, f"{size:,} bytes") for name, size in facts["files"].items()])
-    if "updates" in facts:
+    if facts.get("updates"):
         show_updates(facts["updates"], console)
 
 
@@ -112,6 +112,10 @@ def network_rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def lora_rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """How the adapter was set up, and what it adapts."""
     lora, updates = facts["lora"], facts["updates"]
+    if "method" in lora:
+        yield "method", lora["method"]
+        yield "targets", ", ".join(lora["target_modules"])
+        return
 
     def each(name: str) -> str:
         values = sorted({update[name] for update in updates.values()})

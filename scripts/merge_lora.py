@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from eomt.inference.artefacts import find_artefact, merge_adapter
-    from eomt.lora.updates import update_norms
+    from eomt.lora.methods import update_norms
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     adapter = find_artefact(args.adapter)

@@ -14,7 +14,7 @@ from test_pretrained import NAMES, build, open_, save_lightning, trained
 
 from eomt.diagnosis.inspection import by_number, inspect_model
 from eomt.fingerprints import fingerprint
-from eomt.lora.updates import update_norms
+from eomt.lora.methods import update_norms
 
 run = partial(run_script, "inspect_model.py")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from eomt.fingerprints import fingerprint
 from eomt.lora.audit import AuditError, LoRAAudit
-from eomt.lora.updates import update_norms
+from eomt.lora.methods import update_norms
 from lora_config import LoRASettings, adapted_layers, apply_lora
 
 torch.set_num_threads(1)

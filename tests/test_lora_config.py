@@ -15,8 +15,8 @@ import lora_config
 from eomt.fingerprints import fingerprint
 from eomt.lora.files import load_adapter, save_adapter
 from eomt.lora.merging import merge
+from eomt.lora.methods import update_norms
 from eomt.lora.report import trainable_report
-from eomt.lora.updates import update_norms
 from lora_config import LoRASettings, adapted_layers, apply_lora, assert_not_adapted, find_targets
 
 torch.set_num_threads(1)

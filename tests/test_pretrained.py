@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from eomt.fingerprints import fingerprint
 from eomt.inference.artefacts import merge_adapter
-from eomt.lora.updates import update_norms
+from eomt.lora.methods import update_norms
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from lora_config import adapted_layers
 

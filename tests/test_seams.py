@@ -2,6 +2,7 @@
 
 import sys
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,13 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.utils.data import DataLoader
 
+from eomt.diagnosis.inspection import inspect_model
+from eomt.fingerprints import is_adapter
+from eomt.inference.artefacts import merge_adapter
+from eomt.lora.audit import AuditError
+from eomt.lora.methods import update_norms
 from eomt.settings.config_check import check_config
+from eomt.training.callbacks import AuditLoRA
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 
@@ -139,3 +146,90 @@ def test_a_subclass_with_one_more_argument_is_configured_trained_saved_and_opene
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"model\.my_wait is unknown; did you mean my_weight"):
         build("Weighted", my_wait=2.0)
+
+
+class LoHa:
+    """An adapter method of somebody else's: Hadamard products of low-rank matrices."""
+
+    update = "(A B) * (C D)"
+
+    def config(self, settings, targets):
+        return peft.LoHaConfig(r=settings.rank, alpha=settings.rank, target_modules=targets)
+
+    def probe(self, layer):
+        return layer.hada_w2_a[layer.active_adapters[0]]
+
+    def size(self, layer):
+        norm = layer.get_delta_weight(layer.active_adapters[0]).norm().item()
+        return norm, norm
+
+    def exact_at_start(self, settings):
+        return True
+
+
+class LayerNorms(LoHa):
+    """A method whose parameters are named like nothing that is known."""
+
+    def config(self, settings, targets):
+        return peft.LNTuningConfig(target_modules=["norm1"])
+
+
+METHODS = {
+    "ia3": {"lora_method": "ia3", "lora_target_modules": ["attn.qkv", "fc2"]},
+    "own": {"lora_method": f"{__name__}.LoHa", "lora_rank": 4},
+}
+ADAPTED = {"use_lora": True, "lora_lr": 0.1, "warmup_steps": [0, 0]}
+
+
+def outputs(module):
+    with torch.no_grad(), module.eval().network.deployed():
+        masks, classes = module.network(torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0)))
+    return torch.cat([t.flatten() for t in (*masks, *classes)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_adapter_method_trains_is_audited_saved_opened_and_merged(method, batches, tmp_path):
+    module = build(**ADAPTED, **METHODS[method])
+    audit = AuditLoRA()
+    fit(module, batches, audit, max_steps=4)
+    assert len(audit.audit.results) == 10 and all(check["passed"] for check in audit.audit.results.values())
+    (group,) = [group for group in module.trainer.optimizers[0].param_groups if group["kind"] == "lora"]
+    assert group["weight_decay"] == 0 and {id(p) for p in group["params"]} == {
+        id(p) for p in module.adapter_parameters()
+    }
+    expected, norms = outputs(module), update_norms(module.backbone)
+    assert len(norms) == 6 and all(norm > 0 for norm in norms.values())
+
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(is_adapter(key) for key in kept if ".backbone." in key)
+    module.save_pretrained(tmp_path / "adapter")
+    again = MaskClassificationSemantic.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(outputs(again), expected) and update_norms(again.backbone) == norms
+    assert again.hparams.lora_method == module.hparams.lora_method
+    facts = inspect_model(tmp_path / "adapter")
+    assert facts["fit"]["fits"] and facts["parts"]["adapters"]["tensors"] == len(module.adapter_parameters())
+
+    merge_adapter(again)
+    assert not any(is_adapter(name) for name, _ in again.named_parameters())
+    torch.testing.assert_close(outputs(again), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_audit_refuses_a_method_whose_adapters_do_not_move(batches):
+    module = build(**{**ADAPTED, "lora_lr": 1e-30}, **METHODS["ia3"])
+    with pytest.raises(AuditError, match="updates_nonzero: the update l - 1 is still zero"):
+        fit(module, batches, AuditLoRA(), max_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lora_method": "ia4"}, "lora_method 'ia4' is unknown: choose from .* did you mean ia3"),
+        ({"lora_method": "mine.Nothing"}, r"lora_method 'mine\.Nothing' cannot be had: No module named 'mine'"),
+        ({"lora_method": "ia3", "lora_options": {"lora_bias": True}}, "lora_options .*: IA3 has none"),
+        ({"lora_method": f"{__name__}.LayerNorms"}, "trains .*: parameters of an adapter are known by names"),
+    ],
+)
+def test_a_method_that_cannot_be_is_named(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MaskClassificationSemantic(**TINY, use_lora=True, **settings)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from eomt.data.toy_streets import toy_streets
 from eomt.inference.artefacts import merge_adapter
 from eomt.lora.audit import AuditError
-from eomt.lora.updates import update_norms
+from eomt.lora.methods import update_norms
 from eomt.models.vit import ViT
 from eomt.training.callbacks import AuditLoRA, SaveBest
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class

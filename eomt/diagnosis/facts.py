@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from eomt.cost.training_cost import build_without_weights
 from eomt.diagnosis.checks import Channels
 from eomt.diagnosis.files import read_evaluation, read_json, read_scores, read_settings
-from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample_to
+from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample_to, stored_by_layer
 from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, spread, training_images
-from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_lora
+from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter
 from eomt.inference.artefacts import BASE_FILE, read_lightning, set_settings
-from eomt.lora.updates import stored_updates
 from eomt.models.checkpoint import (
     CLASS_HEAD,
     NOT_WEIGHTS,
@@ -190,10 +189,7 @@ class RunFacts:
             raise ValueError(
                 f"the adapter holds lora_A of {len(a)} layers and lora_B of {len(b)}, {len(a & b)} in both"
             )
-        lora, options = self.content["lora"], self.content["lora"]["options"]
-        factors = {key.removeprefix(BACKBONE): tensor for key, tensor in self.state.items() if is_lora(key)}
-        scaling = (lora["alpha"], options.get("use_rslora", False), options.get("alpha_pattern"))
-        updates = stored_updates(factors, *scaling)
+        updates = stored_by_layer(self.content["lora"], self.state)
         return ({name: updates[name]["norm"] for name in sorted(updates, key=by_number)},)
 
     def audit(self) -> tuple:
@@ -266,14 +262,14 @@ class RunFacts:
         module, wanted = self.module, self.module.state_dict()
         keys = wanted.keys()
         if self.init["use_lora"]:
-            in_folder = (key for key in keys if is_lora(key) or not clean_key(key).startswith(BACKBONE))
+            in_folder = (key for key in keys if is_adapter(key) or not clean_key(key).startswith(BACKBONE))
             keys = in_folder if self.path.is_dir() else module.trained_keys()
         return {_plain(key): wanted[key].shape for key in keys}
 
     def sizes(self) -> tuple:
         """Collects sizes from weights, configurations, class names and data."""
         self.needs_weights()
-        found = describe({key: tensor for key, tensor in self.state.items() if not is_lora(key)})
+        found = describe({key: tensor for key, tensor in self.state.items() if not is_adapter(key)})
         sizes = (*SIZES, "arcface_scale") if found.get("head") == "arcface" else SIZES
         sources = {"the weights": {size: found.get(size) for size in sizes}}
         if self.init:
@@ -383,7 +379,7 @@ class RunFacts:
 def _plain(key: str) -> str:
     """Gives a state-dict key the name that it has in a run's folder: PEFT's files leave the adapter's own name out."""
     key = clean_key(key).removeprefix("base_model.model.")
-    if not is_lora(key):
+    if not is_adapter(key):
         return key
     return key.removeprefix(BACKBONE).replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eomt.fingerprints import combine_hashes, hash_tensors, is_lora
+from eomt.fingerprints import combine_hashes, hash_tensors, is_adapter
 from eomt.inference.artefacts import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, find_artefact, read_lightning
 from eomt.lora.files import CONFIG_FILE as LORA_CONFIG
 from eomt.lora.files import WEIGHTS_FILE as LORA_WEIGHTS
@@ -49,7 +49,7 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
     path = choose(path)
     content, files = read(path)
     init, state = content.get("hyper_parameters") or {}, content["state_dict"]
-    adapted = any(is_lora(key) for key in state)
+    adapted = any(is_adapter(key) for key in state)
     facts = {
         "path": str(path),
         "kind": kind(path, adapted, bool(init)),
@@ -64,12 +64,7 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
         return facts | {"backbone_fingerprint": fingerprint_of(state) if "backbone" in facts["parts"] else None}
     facts["base_fingerprint"] = content.get("base_fingerprint")
     lora = content["lora"]
-    updates = stored_updates(
-        {key.removeprefix(BACKBONE): tensor for key, tensor in state.items() if is_lora(key)},
-        lora["alpha"],
-        lora["options"].get("use_rslora", False),
-        lora["options"].get("alpha_pattern"),
-    )
+    updates = stored_by_layer(lora, state)
     facts["updates"] = {name: updates[name] | {"relative": None} for name in sorted(updates, key=by_number)}
     facts["lora"] = lora
     facts["base"] = name_base(path, init)
@@ -109,11 +104,13 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
             raise ValueError(f"{path} holds no tensors")
         found = {name: content[name] for name in ("base_fingerprint",) if name in content}
         lora = None
-        if init.get("use_lora"):
+        if init.get("use_lora") and init.get("lora_method", "lora") != "lora":
+            lora = other_method(init["lora_method"], init)
+        elif init.get("use_lora"):
             names = ("rank", "alpha", "dropout", "target_modules", "blocks", "options")
             lora = {name: init[f"lora_{name}"] for name in names}
             lora["options"] = dict(lora["options"] or {})
-        if lora is None and any(is_lora(key) for key in state):
+        if lora is None and any(is_adapter(key) for key in state):
             raise ValueError(f"{path} is a part of an adapter, without its settings: give the folder it belongs to")
         return {**found, "hyper_parameters": init, "state_dict": map_dinov3(state), "lora": lora}, [path]
 
@@ -146,6 +143,8 @@ def read_weights(path: Path) -> dict[str, Any]:
 def read_lora(path: Path, init: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT's settings of an adapter, in the words of `LoRASettings`."""
     config = json.loads(path.read_text())
+    if config["peft_type"] != "LORA":
+        return other_method(config["peft_type"].lower(), init)
     names = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")
     usual = {"init_lora_weights": True}
     return {
@@ -156,6 +155,23 @@ def read_lora(path: Path, init: Mapping[str, Any]) -> dict[str, Any]:
         "blocks": init["lora_blocks"],
         "options": {name: config[name] for name in names if config.get(name) not in (usual.get(name), False, None, {})},
     }
+
+
+def other_method(name: str, init: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an adapter that is no LoRA."""
+    return {"method": name, "target_modules": init["lora_target_modules"], "blocks": init["lora_blocks"]}
+
+
+def stored_by_layer(lora: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """See `stored_updates`; nothing for an adapter that is no LoRA."""
+    if "method" in lora:
+        return {}
+    return stored_updates(
+        {key.removeprefix(BACKBONE): tensor for key, tensor in state.items() if is_adapter(key)},
+        lora["alpha"],
+        lora["options"].get("use_rslora", False),
+        lora["options"].get("alpha_pattern"),
+    )
 
 
 def kind(path: Path, adapted: bool, configured: bool) -> str:
@@ -171,12 +187,12 @@ def describe_network(init: Mapping[str, Any], state: Mapping[str, Tensor]) -> di
     """Backbone, sizes and classes: as configured, and where nothing is, as the tensors tell."""
     names = ("backbone_name", "backbone_kwargs", "img_size", "patch_size", "num_q", "num_blocks", "num_classes")
     configured = {name: init[name] for name in (*names, "class_names") if init.get(name) is not None}
-    return describe({key: t for key, t in state.items() if not is_lora(key)}) | configured
+    return describe({key: t for key, t in state.items() if not is_adapter(key)}) | configured
 
 
 def part_of(key: str) -> str:
     """Which part of the network a cleaned key belongs to."""
-    if is_lora(key):
+    if is_adapter(key):
         return "adapters"
     if key.startswith(BACKBONE):
         return "backbone"

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from eomt import __version__
 from eomt.command_line import did_you_mean
-from eomt.fingerprints import fingerprint
+from eomt.fingerprints import fingerprint, is_adapter
 from eomt.lora import files as lora_files
 from eomt.lora.files import BASE
 from eomt.lora.merging import merge
+from eomt.lora.methods import find_method
 from eomt.models.checkpoint import load_checkpoint
 from lora_config import listed
 
@@ -33,7 +34,8 @@ CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
 BACKBONE = "network.encoder.backbone."
 # What rebuilding is not about.
 ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_dtype": "float32"}
-ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size")  # what adapters of one network share
+# what adapters of one network share
+ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size", "lora_method")
 
 
 class Module(Protocol):
@@ -87,7 +89,7 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
         lora_files.save_adapter(module.lora, directory)
         save_file({k: v for k, v in state.items() if not k.startswith(BACKBONE)}, directory / HEADS_FILE, metadata)
         if not (module.hparams.pretrained or module.hparams.ckpt_path):
-            base = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+            base = {k.replace(".base_layer.", "."): v for k, v in state.items() if not is_adapter(k)}
             save_file(base, directory / BASE_FILE, metadata)
     init = dict(module.hparams)
     if init["ckpt_path"]:
@@ -177,7 +179,8 @@ def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], 
     module.base_fingerprint = fingerprint(module.backbone)
     check_fingerprint(config["base_fingerprint"], module.base_fingerprint, f"the adapter {directory}")
     keep_base_heads(module, init)
-    module.attach(lora_files.load_adapter(module.backbone, directory))
+    method = find_method(init.get("lora_method", "lora"))
+    module.attach(lora_files.load_adapter(module.backbone, directory, method=method))
     load_heads(module, load_file(directory / HEADS_FILE))
     set_settings(module, init)
     return module
@@ -320,7 +323,7 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
     if module.lora is None:
         raise ValueError("this network has no adapters: open one with from_pretrained, and add others to it")
     for setting in ALIKE:
-        here, there = module.hparams[setting], config["init"][setting]
+        here, there = ({"lora_method": "lora", **init}[setting] for init in (module.hparams, config["init"]))
         if json.dumps(here) != json.dumps(there):
             raise ValueError(
                 f"adapters of one network must agree in {setting}: here it is {json.dumps(here)}, in {directory} "

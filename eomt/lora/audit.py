@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from eomt.command_line import RunError
-from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_lora, tensor_hashes
-from eomt.lora.updates import lora_factors, update_norm, update_norms
+from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter, tensor_hashes
+from eomt.lora.methods import method_of, update_norms
 from lora_config import LoRASettings, adapted_layers, find_targets, listed
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,12 @@ class LoRAAudit:
         self.complete = False
         self._names = {id(p): name.replace(".base_layer.", ".") for name, p in network.named_parameters()}
         self._layers = adapted_layers(adapted)
+        self._method = method_of(adapted)
         self._adapters = {
             self._names.get(id(p), name): p
             for layer in self._layers.values()
             for name, p in layer.named_parameters()
-            if is_lora(name)
+            if is_adapter(name)
         }
         own = {id(p) for p in adapted.parameters()}
         self._elsewhere = (
@@ -224,8 +225,8 @@ class LoRAAudit:
         }
 
     def _output_gradients(self, outputs: list[Tensor]) -> dict[str, Tensor | None]:
-        """Gradient of a random projection of the outputs with respect to each layer's B, [out, r]."""
-        weights = {name: lora_factors(layer)[1].weight for name, layer in self._layers.items()}
+        """Gradient of a random projection of the outputs with respect to each adapter (LoRA's B)."""
+        weights = {name: self._method.probe(layer) for name, layer in self._layers.items()}
         outputs = [output for output in outputs if output.requires_grad]
         if not outputs:
             return dict.fromkeys(weights)
@@ -239,9 +240,7 @@ class LoRAAudit:
             return None, "resumed from trained adapters, nothing to compare"
         with _probing(self.network), _disabled(self._layers.values()), torch.no_grad():
             plain = _tensors(forward())
-        # B = 0 adds exactly nothing; DoRA and orthogonal factors do so up to rounding
-        options = self.settings.options
-        rounding = options.get("use_dora") or options.get("init_lora_weights") == "orthogonal"
+        rounding = not self._method.exact_at_start(self.settings)
         low = any(output.dtype in (torch.float16, torch.bfloat16) for output in plain)
         tolerance = (5e-2 if low else 1e-3) if rounding else 1e-5
         changes = [_relative_change(a.detach(), b) for a, b in zip(outputs, plain, strict=True)]
@@ -256,7 +255,7 @@ class LoRAAudit:
         return problem, ""
 
     def _zero_updates(self) -> list[str]:
-        norms = {name: update_norm(layer) for name, layer in self._layers.items()}
+        norms = {name: self._method.size(layer) for name, layer in self._layers.items()}
         return [name for name, (norm, bound) in norms.items() if not norm > 1e-6 * bound]  # rounding is no update
 
     def _finish(self, zero: list[str]) -> None:
@@ -271,7 +270,9 @@ class LoRAAudit:
         )
         self._check(
             "updates_nonzero",
-            zero and f"the update B A is still zero {waited} in {listed(zero)}; look at their learning rate",
+            zero
+            and f"the update {self._method.update} is still zero {waited} in {listed(zero)}; look at their "
+            "learning rate",
             f"{len(self._layers)} layers {waited}",
         )
         self.complete = True

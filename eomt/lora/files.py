@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from eomt.fingerprints import combine_hashes, is_lora, tensor_hashes
-from lora_config import adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
+from eomt.fingerprints import combine_hashes, is_adapter, tensor_hashes
+from lora_config import Method, adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,20 +38,26 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     metadata = {"format": "pt"} | ({"base_fingerprint": combine_hashes(hashes)} if hashes else {})
     save_file(state, directory / WEIGHTS_FILE, metadata=metadata)
     config = copy.copy(handle.peft_config[name])
-    config.target_modules, config.inference_mode = sorted(config.target_modules), True
+    config.inference_mode = True
+    for field, value in vars(config).items():
+        if isinstance(value, set):  # of layer names: the same file each time
+            setattr(config, field, sorted(value))
     config.save_pretrained(str(directory))
 
 
 def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
     """One adapter's tensors under their names in a file; older PEFT takes `day2` for a part of `day`."""
-    own = {key: t for key, t in handle.state_dict().items() if is_lora(key) and name in key.split(".")}
+    own = {key: t for key, t in handle.state_dict().items() if is_adapter(key) and name in key.split(".")}
     return import_peft().get_peft_model_state_dict(handle, own, adapter_name=name, save_embedding_layers=False)
 
 
-def load_adapter(module: nn.Module, directory: str | Path, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    module: nn.Module, directory: str | Path, is_trainable: bool = False, method: Method | None = None
+) -> PeftModel:
     """Adapts `module` in place with a saved adapter, and returns the handle as apply_lora does.
 
-    Without `is_trainable` the adapters are frozen and the module is put in eval mode, as PEFT does it.
+    `method` is the one that the adapter was trained with, if it is none of `eomt.lora.methods.METHODS`. Without
+    `is_trainable` the adapters are frozen and the module is put in eval mode, as PEFT does it.
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
@@ -67,6 +73,8 @@ def load_adapter(module: nn.Module, directory: str | Path, is_trainable: bool = 
         handle.unload()
         raise ValueError(f"the adapter in {directory} {wrong}")
     finish_adapting(module, hashes)
+    if method:
+        module.adapter_method = method
     return handle
 
 
@@ -111,7 +119,7 @@ def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
     if name in handle.peft_config:
         raise ValueError(f"adapter name {name!r} is taken (there are {listed(handle.peft_config)}): choose another")
     reserved = {part for key in module.state_dict() for part in key.split(".")} | {BASE, *dir(nn.ModuleDict)}
-    if name in reserved or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or is_lora(name):
+    if name in reserved or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or is_adapter(name):
         raise ValueError(
             f"adapter name {name!r}: letters, digits and _, a letter first, and no word that torch or the network's "
             "layers use; for example 'night'"
@@ -145,7 +153,7 @@ def use_adapter(handle: PeftModel, name: str) -> None:
         handle.base_model.enable_adapter_layers()
         handle.set_adapter(name)
     for parameter_name, p in handle.named_parameters():
-        if is_lora(parameter_name):
+        if is_adapter(parameter_name):
             p.requires_grad_(False)
 
 

@@ -49,4 +49,5 @@ def merge(handle: PeftModel) -> nn.Module:
     module = handle.float().base_model.merge_and_unload(safe_merge=True)
     if hasattr(module, "lora_base_hashes"):
         del module.lora_base_hashes
+    module.__dict__.pop("adapter_method", None)
     return module

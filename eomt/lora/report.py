@@ -9,6 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from eomt.fingerprints import ADAPTER_PREFIXES
+
+OWN = "|".join(ADAPTER_PREFIXES)
+
 
 def trainable_report(module: nn.Module, title: str = "TRAINABLE PARAMETERS (LoRA)") -> str:
     """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals."""
@@ -16,7 +20,7 @@ def trainable_report(module: nn.Module, title: str = "TRAINABLE PARAMETERS (LoRA
     for name, p in module.named_parameters():
         if p.requires_grad:
             name = name.replace(".base_layer.", ".")
-            name = re.sub(r"(\.lora_\w+)\.\w+(\.weight)?$", r"\1", name)  # lora_A.default.weight
+            name = re.sub(rf"(\.(?:{OWN})\w+)\.\w+(\.weight)?$", r"\1", name)  # lora_A.default.weight
             numbers = tuple(part for part in name.split(".") if part.isdigit())
             groups[re.sub(r"(?<![^.])\d+(?![^.])", "#", name), tuple(p.shape)].append(numbers)
     rows = []

@@ -1,4 +1,4 @@
-"""The update `scaling * B A` that an adapter adds to a layer's weight: its factors and its size."""
+"""The updates `scaling * B A` that a file of a LoRA adapter holds."""
 
 from __future__ import annotations
 
@@ -6,18 +6,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_config import adapted_layers
-
-
-def update_norms(module: nn.Module) -> dict[str, float]:
-    """Frobenius norm of `scaling * B A` of each layer that the adapter in use adapts, by name; 0 before training."""
-    return {
-        name: update_norm(layer)[0]
-        for name, layer in adapted_layers(module).items()
-        if layer.active_adapters[0] in layer.lora_A
-    }
+from eomt.lora.methods import factor_norm
 
 
 def stored_updates(
@@ -44,22 +35,3 @@ def stored_updates(
         norm = factor_norm(pair["A"], pair["B"], scaling)[0]
         updates[name] = {"rank": rank, "scaling": scaling, "norm": norm}
     return updates
-
-
-def lora_factors(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, float]:
-    """A [r, in], B [out, r] as linear layers, and their scaling."""
-    adapter = layer.active_adapters[0]
-    return layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-
-
-def update_norm(layer: nn.Module) -> tuple[float, float]:
-    """||s B A||_F and its upper bound s ||B||_F ||A||_F, from r x r products: ||BA||^2 = sum(B'B * AA')."""
-    a, b, scaling = lora_factors(layer)
-    return factor_norm(a.weight, b.weight, scaling)
-
-
-def factor_norm(a: Tensor, b: Tensor, scaling: float) -> tuple[float, float]:
-    """`update_norm` of A [r, in] and B [out, r] themselves."""
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
-    return scaling * square.sqrt().item(), scaling * (a.norm() * b.norm()).item()

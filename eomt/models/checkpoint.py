@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from eomt.fingerprints import is_adapter
+
 if TYPE_CHECKING:  # reading alone needs no timm
     from eomt.models.eomt import EoMT
 
@@ -90,7 +92,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int
     tensors = {clean_key(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"ckpt_path {path} holds no tensors: nothing would be loaded")
-    if any(".lora_" in key for key in tensors):
+    if any(map(is_adapter, tensors)):
         raise ValueError(
             f"ckpt_path {path} is the checkpoint of a LoRA run, which holds no backbone: continue that run with "
             "resume=, or open its adapter/ folder with MaskClassificationSemantic.from_pretrained"

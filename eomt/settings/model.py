@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from eomt.command_line import did_you_mean
 from eomt.indices import IGNORE
+from eomt.lora.methods import check_method_name
 from lora_config import LoRASettings
 
 Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
@@ -83,9 +84,13 @@ class Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings(Checked):
-    """LoRA under the names of the flat settings; see `LoRASettings`. `lora_lr` is the adapters' rate; None: `lr`."""
+    """LoRA under the names of the flat settings; see `LoRASettings`. `lora_lr` is the adapters' rate; None: `lr`.
+
+    `lora_method` puts another method in the place of LoRA: a name in `eomt.lora.methods.METHODS`, or `module.Class`.
+    """
 
     use_lora: bool = False
+    lora_method: str = "lora"
     lora_rank: int = LoRASettings.rank
     lora_alpha: float = LoRASettings.alpha
     lora_dropout: float = LoRASettings.dropout
@@ -103,6 +108,7 @@ class AdapterSettings(Checked):
         """See `Checked.check`."""
         super().check()
         self.positive("lora_lr")
+        check_method_name(self.lora_method)
         _ = self.lora  # which checks itself
 
 

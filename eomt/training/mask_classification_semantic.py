@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from eomt.fingerprints import fingerprint
+from eomt.fingerprints import fingerprint, is_adapter
 from eomt.indices import IGNORE, OUTLIER
 from eomt.inference.artefacts import (
     Adapter,
@@ -29,6 +29,7 @@ from eomt.inference.prediction import ImageLike, predict
 from eomt.inference.windows import classify
 from eomt.lora.files import BASE
 from eomt.lora.merging import cast_base
+from eomt.lora.methods import find_method
 from eomt.models.checkpoint import load_checkpoint
 from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
@@ -126,7 +127,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         """Freezes the backbone and puts adapters into it."""
         if not (self.settings.pretrained or self.settings.ckpt_path):
             logger.warning("use_lora with pretrained=false and no ckpt_path: the frozen backbone is random")
-        self.attach(apply_lora(self.backbone, self.lora_settings))
+        self.attach(apply_lora(self.backbone, self.lora_settings, find_method(self.settings.lora_method)))
 
     def choose_trainable(self) -> None:
         """Freezes what the settings say."""
@@ -190,8 +191,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
             part.requires_grad_(True)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """What LoRA adds to the backbone."""
-        return [p for name, p in self.backbone.named_parameters() if ".lora_" in name]
+        """The parameters that adapters add to the backbone."""
+        return [p for name, p in self.backbone.named_parameters() if is_adapter(name)]
 
     # Training
 
