@@ -182,6 +182,8 @@ class RunFacts:
     def updates(self) -> tuple:
         """Computes the norm of each layer's update."""
         self.needs_weights()
+        if method := (self.content.get("lora") or {}).get("method"):
+            raise NothingToCheck(f"the adapter is no LoRA, but {method}")
         a, b = self.halves()
         if not (a or b):
             raise NothingToCheck("no adapter")
