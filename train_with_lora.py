@@ -89,6 +89,7 @@ def check(cfg) -> None:  # noqa: ANN001
     """Everything that can be known to be wrong before data and network are built; first of all what needs no torch."""
     from omegaconf import OmegaConf
 
+    from eomt.lora.methods import import_method
     from eomt.settings.config_check import check_config
     from eomt.settings.run import check_run
 
@@ -96,6 +97,7 @@ def check(cfg) -> None:  # noqa: ANN001
     check_run(plain, OmegaConf.missing_keys(cfg))
     if plain["model"].get("num_classes") is None:
         plain["model"]["num_classes"] = 1  # the data set says, later
+    import_method(plain["model"].get("lora_method", "lora"))
     check_config(plain)
     if cfg.resume:
         check_resume(cfg.resume, plain["model"])

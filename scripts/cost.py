@@ -82,6 +82,7 @@ def costs_of(config: "DictConfig", memory: float | None, targets: int | None) ->
     from rich.progress import track
 
     from eomt.cost.training_cost import BESIDES, build_without_weights, largest_batch, rehearsal, variants
+    from eomt.lora.methods import import_method
     from eomt.settings.config_check import check_config, check_type
     from eomt.training.trunk_cache import cached_blocks
 
@@ -102,6 +103,7 @@ def costs_of(config: "DictConfig", memory: float | None, targets: int | None) ->
     room = None if memory is None else int(memory * 2**30) - BESIDES
     rows = {}
     console = Console(stderr=True)
+    import_method(config.model.lora_method)
     for name in track(ways, "costs", console=console, transient=True, disable=not console.is_terminal):
         cached = cached_blocks(build_without_weights(ways[name])) if config.trunk_cache and name == given else 0
         with rehearsal(ways[name], **options, cached_blocks=cached) as cost_of:

@@ -225,7 +225,7 @@ def test_the_audit_refuses_a_method_whose_adapters_do_not_move(batches):
     ("settings", "sentence"),
     [
         ({"lora_method": "ia4"}, "lora_method 'ia4' is unknown: choose from .* did you mean ia3"),
-        ({"lora_method": "mine.Nothing"}, r"lora_method 'mine\.Nothing' cannot be had: No module named 'mine'"),
+        ({"lora_method": "mine.Nothing"}, r"lora_method 'mine\.Nothing': import mine first"),
         ({"lora_method": "ia3", "lora_options": {"lora_bias": True}}, "lora_options .*: IA3 has none"),
         ({"lora_method": f"{__name__}.LayerNorms"}, "trains .*: parameters of an adapter are known by names"),
     ],
@@ -233,3 +233,11 @@ def test_the_audit_refuses_a_method_whose_adapters_do_not_move(batches):
 def test_a_method_that_cannot_be_is_named(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         MaskClassificationSemantic(**TINY, use_lora=True, **settings)
+
+
+@pytest.mark.parametrize("name", ["os.abort", "pathlib.Path", "this.s"])
+def test_a_name_in_saved_settings_that_is_no_method_is_neither_imported_nor_called(name):
+    sys.modules.pop("this", None)
+    with pytest.raises(ValueError, match="lora_method"):
+        MaskClassificationSemantic(**TINY, use_lora=True, lora_method=name)
+    assert "this" not in sys.modules

@@ -6,6 +6,8 @@ PEFT does the adapting. A method says how PEFT is configured, and how its audit 
 from __future__ import annotations
 
 import importlib
+import inspect
+import sys
 from typing import TYPE_CHECKING, Protocol
 
 from eomt.command_line import did_you_mean
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 METHODS = {"lora": "eomt.lora.methods.LoRA", "ia3": "eomt.lora.ia3.IA3"}  # by their names in YAML
+PARTS = ("config", "probe", "size", "exact_at_start", "update")  # of an `AdapterMethod`
 
 
 class AdapterMethod(Protocol):
@@ -79,16 +82,40 @@ def check_method_name(name: str) -> None:
 
 
 def find_method(name: str) -> AdapterMethod:
-    """The method of this name, or of a class `module.Class`.
+    """The method of this name, or of a class `module.Class` whose module is imported already.
+
+    Names come from files of other people, too: nothing of theirs is imported, and nothing but a method is called.
 
     Raises:
         ValueError: there is none.
     """
     check_method_name(name)
     module, _, attribute = METHODS.get(name, name).rpartition(".")
+    if name in METHODS:
+        importlib.import_module(module)
+    if module not in sys.modules:
+        raise ValueError(
+            f"lora_method {name!r}: import {module} first, if you trust it; a saved network imports nothing"
+        )
+    kind = getattr(sys.modules[module], attribute, None)
+    if not (inspect.isclass(kind) and all(hasattr(kind, part) for part in PARTS)):
+        raise ValueError(
+            f"lora_method {name!r} is no class with {', '.join(PARTS)}; see eomt.lora.methods.AdapterMethod"
+        )
+    return kind()
+
+
+def import_method(name: str) -> None:
+    """Imports the module of a method that the user names; `find_method` has it from then on.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    check_method_name(name)
+    module = METHODS.get(name, name).rpartition(".")[0]
     try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+        importlib.import_module(module)
+    except ImportError as error:
         raise ValueError(f"lora_method {name!r} cannot be had: {error}; name a class as module.Class") from error
 
 
