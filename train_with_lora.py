@@ -3,12 +3,11 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import EXPECTED_ERRORS, fail, help_text, quiet_libraries, translate_flags
+from eomt.command_line import EXPECTED_ERRORS, fail, help_text, own_process_state, quiet_libraries, translate_flags
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -21,9 +20,12 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
     absolute_paths(cfg)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, the one that touches the folder
+    if first:
+        refuse_earlier_run(output_dir, cfg.resume)
     check(cfg)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        keep_earlier_run(output_dir, cfg.resume)
+    if first:
+        keep_earlier_metrics(output_dir)
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
 
     import lightning
@@ -130,14 +132,17 @@ def absolute_paths(cfg) -> None:  # noqa: ANN001
             OmegaConf.update(cfg, key, os.path.abspath(os.path.expanduser(path)))
 
 
-def keep_earlier_run(output_dir: Path, resume: str | None) -> None:
-    """A folder that holds a run is not written over; a run that goes on in its folder keeps the earlier metrics."""
-    metrics = output_dir / "metrics.csv"
-    if not metrics.is_file():
-        return
-    if not resume:
+def refuse_earlier_run(output_dir: Path, resume: str | None) -> None:
+    """Raises ValueError where the folder holds a run that is not continued: it is not written over."""
+    if (output_dir / "metrics.csv").is_file() and not resume:
         raise ValueError(f"output_dir {output_dir} holds a run: choose another folder, or continue it with resume=")
-    metrics.rename(output_dir / f"metrics_{len(list(output_dir.glob('metrics*.csv')))}.csv")
+
+
+def keep_earlier_metrics(output_dir: Path) -> None:
+    """A run that goes on in its folder keeps the metrics so far under another name."""
+    metrics = output_dir / "metrics.csv"
+    if metrics.is_file():
+        metrics.rename(output_dir / f"metrics_{len(list(output_dir.glob('metrics*.csv')))}.csv")
 
 
 def classes_of(datamodule, num_classes: int | None) -> dict:  # noqa: ANN001
@@ -192,22 +197,9 @@ def run_with_hydra(full_error: bool) -> int:
         if full_error:
             raise
         return fail(error, 2)
+    except SystemExit as ended:  # a job that failed, or an option of Hydra's own
+        return ended.code or 0
     return 0
-
-
-@contextmanager
-def own_process_state(argv: Sequence[str]) -> Iterator[bool]:
-    """Hydra reads `sys.argv` and `HYDRA_FULL_ERROR`: both are afterwards as before; yields whether the latter was 1."""
-    before, setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = list(argv)
-    try:
-        yield setting == "1"
-    finally:
-        sys.argv = before
-        if setting is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = setting
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -147,6 +148,21 @@ def quiet_libraries() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
+
+
+@contextmanager
+def own_process_state(argv: Sequence[str]) -> Iterator[bool]:
+    """Hydra reads `sys.argv` and `HYDRA_FULL_ERROR`: both are afterwards as before; yields whether the latter was 1."""
+    before, setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = list(argv)
+    try:
+        yield setting == "1"
+    finally:
+        sys.argv = before
+        if setting is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = setting
 
 
 def reports_errors(code: int = 1) -> Callable:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import one_sentence
+from eomt.command_line import fail, one_sentence, own_process_state
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell
 from eomt.files import read_json, write_json
 from eomt.settings.compose import ROOT, build_data, open_data
@@ -41,12 +41,12 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
     write_json(folder / "matrix.json", facts)
 
     ConfigStore.instance().store("cell", node={"variant": "???", "seed": "???", "matrix": "???"})
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped launcher arrives here and not as Hydra's own page
-    sys.argv[1:] = ["--multirun", *sweep(folder, facts), *launcher]
-    try:
-        hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
-    except RuntimeError as error:  # a cluster's job that was ended from outside
-        print(f"error: {one_sentence(error)}", file=sys.stderr)
+    with own_process_state([sys.argv[0], "--multirun", *sweep(folder, facts), *launcher]):
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped launcher arrives here and not as Hydra's own page
+        try:
+            hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
+        except RuntimeError as error:  # a cluster's job that was ended from outside
+            fail(error, 1)
     return summarise(folder, facts)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from eomt.command_line import did_you_mean, one_sentence
 from eomt.settings.config_check import check_config
+from eomt.settings.run import check_data
 
 ROOT = Path(__file__).resolve().parents[2]  # holds configs/, train_with_lora.py and scripts/
 
@@ -71,7 +72,9 @@ def build_data(config: Any, remedy: str) -> Any:
 
     if missing := sorted(OmegaConf.missing_keys(config.data)):
         raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")
-    check_config({"data": OmegaConf.to_container(config.data, resolve=True)})
+    plain = OmegaConf.to_container(config.data, resolve=True)
+    check_data(plain)
+    check_config({"data": plain})
     try:
         return instantiate(config.data, _convert_="all")
     except InstantiationException as error:
