@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
 
+    from eomt.fingerprints import Identity
+
 log = logging.getLogger(__name__)
 
 SUPPORTED_OPTIONS = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")
@@ -266,7 +268,7 @@ def apply_lora(module: nn.Module, settings: LoRASettings, method: Method | None 
         ImportError: PEFT is missing.
         ValueError: already adapted, a target or pattern matches nothing, or the method's parameters have unknown names.
     """
-    from eomt.fingerprints import ADAPTER_PREFIXES, is_adapter, tensor_hashes
+    from eomt.fingerprints import ADAPTER_PREFIXES, identify, is_adapter
 
     peft = import_peft()
     assert_not_adapted(module)
@@ -274,7 +276,7 @@ def apply_lora(module: nn.Module, settings: LoRASettings, method: Method | None 
     if fused:
         log.warning("LoRA targets %s: q, k and v are one fused qkv layer here, so all three adapt", ", ".join(fused))
     config = method.config(settings, targets) if method else peft_config(settings, targets)
-    hashes = tensor_hashes(module)
+    base = identify(module)
     handle = peft.get_peft_model(module, config)
     if unknown := [name for name, p in module.named_parameters() if p.requires_grad and not is_adapter(name)]:
         handle.unload()
@@ -282,17 +284,17 @@ def apply_lora(module: nn.Module, settings: LoRASettings, method: Method | None 
             f"{type(config).__name__} trains {listed(unknown)}: parameters of an adapter are known by names that begin "
             f"with {', '.join(ADAPTER_PREFIXES)}; choose another method"
         )
-    finish_adapting(module, hashes)
+    finish_adapting(module, base)
     if method:
         module.adapter_method = method
     return handle
 
 
-def finish_adapting(module: nn.Module, hashes: Mapping[str, str]) -> None:
+def finish_adapting(module: nn.Module, base: Identity) -> None:
     """New adapters follow the mode of their layer, and the module remembers which base weights they belong to."""
     for layer in adapted_layers(module).values():
         layer.train(layer.base_layer.training)
-    module.lora_base_hashes = hashes  # a plain attribute, as PEFT's own `peft_config`
+    module.lora_base = base  # a plain attribute, as PEFT's own `peft_config`
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:

@@ -31,7 +31,7 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
     import lightning
     import torch
 
-    from eomt.fingerprints import fingerprint
+    from eomt.fingerprints import identify
     from eomt.reporting.run_report import estimate_cost, finish_run, print_start, validate_last_step
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -56,13 +56,13 @@ def train(cfg, output_dir: Path) -> None:  # noqa: ANN001
 
     print_start(module, datamodule, trains=trainer.max_steps != 0)
     cost = estimate_cost(trainer, module, datamodule.batch_size)
-    start = fingerprint(module.network)  # of the weights it starts from, fresh adapters left out
+    start = identify(module.network, module.network.drawn)  # before training, fresh adapters left out
     try:
         if trainer.max_steps != 0:
             trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
         validate_last_step(trainer, module, datamodule)
     finally:  # a run that fails leaves its summary, too
-        finish_run(trainer, module, datamodule, callbacks, output_dir, cfg.seed, start_fingerprint=start, cost=cost)
+        finish_run(trainer, module, datamodule, callbacks, output_dir, cfg.seed, start=start, cost=cost)
 
 
 def choose_lora(cfg) -> Any:  # noqa: ANN001

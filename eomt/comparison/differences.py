@@ -7,6 +7,7 @@ from typing import Any
 from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run
 
 UNKNOWN = "unknown"
+PIXELS = 0.01  # relative distance that whole numbers explain, where images were resized on different processors
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Aspect:
     of_training: bool = False  # says nothing about a run of 0 steps
     among: Callable[[Run], Any] = lambda run: None  # only runs that agree in this must share it
     if_told: bool = False  # runs that do not tell are left aside
+    alike: Callable[[Run, Run], bool] | None = None  # where values may differ between machines, by rounding
 
 
 def short_hash(digest: str | None) -> str | None:
@@ -81,12 +83,14 @@ ASPECTS = [
     Aspect(
         "start weights",
         lambda run: short_hash(run.summary.get("start_fingerprint")),
+        alike=lambda a, b: a.start.difference(b.start) is None,
         per_seed=True,
         among=lambda run: run.class_head,
     ),
     Aspect(
         "training batches",
         lambda run: short_hash(run.summary.get("batches")),
+        alike=lambda a, b: a.batches.difference(b.batches, PIXELS) is None,
         per_seed=True,
         of_training=True,
         among=lambda run: run.pasted,
@@ -122,6 +126,8 @@ def _disagreements(aspect: Aspect, runs: Sequence[Run]) -> Iterator[Difference]:
         for seed in sorted({run.seed for run in alike}, key=str) if aspect.per_seed else [None]:
             group = [run for run in alike if not aspect.per_seed or run.seed == seed]
             values = by_value(group, lambda run: aspect.value(run) or UNKNOWN)
+            if UNKNOWN not in values and aspect.alike and all(aspect.alike(group[0], run) for run in group):
+                continue
             if len(group) > 1 and (len(values) > 1 or UNKNOWN in values):
                 yield Difference(aspect.name, seed, values)
 

@@ -12,6 +12,7 @@ import numpy as np
 from eomt.anomaly.datasets import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
 from eomt.files import read_json, read_yaml
+from eomt.fingerprints import Identity
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,16 @@ class Run:
     def kept(self) -> str:
         """Which network was evaluated: that of the "best" or of the "last" validation."""
         return ((self.config.get("callbacks") or {}).get("save_best") or {}).get("keep", "best")
+
+    @property
+    def start(self) -> Identity:
+        """The weights before the first step."""
+        return Identity.from_dict(self.summary.get("start_fingerprint"), self.summary.get("start_weights"))
+
+    @property
+    def batches(self) -> Identity:
+        """The first training batches."""
+        return Identity.from_dict(self.summary.get("batches"), self.summary.get("batch_contents"))
 
     @property
     def images_per_step(self) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from eomt.cost.training_cost import build_without_weights
 from eomt.diagnosis.checks import Channels
 from eomt.diagnosis.files import read_evaluation, read_json, read_scores, read_settings
-from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample_to, stored_by_layer
+from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample, stored_by_layer
 from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, spread, training_images
-from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter
+from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
 from eomt.inference.artefacts import BASE_FILE, read_lightning, set_settings
 from eomt.models.checkpoint import (
     CLASS_HEAD,
@@ -144,10 +144,10 @@ class RunFacts:
         """Reads the weights that the run started from, at this network's image size."""
         path = self.start_path
         state, size = read_checkpoint(path)
-        resample_to(state, size, tuple(self.init["img_size"]), self.init["patch_size"])
-        recorded = self.summary.get("start_fingerprint")
-        found = self.start_fingerprint(state) if recorded else None
-        if self.misfit or found not in (None, recorded):
+        resampled = resample(state, size, self.init["img_size"], self.init["patch_size"])
+        recorded = Identity.from_dict(self.summary.get("start_fingerprint"), self.summary.get("start_weights"))
+        found = self.identify_start(state, resampled) if recorded.exact else None
+        if self.misfit or (found and recorded.difference(found)):
             raise NothingToCheck(f"the weights at {path} are no longer those that the run started from")
         return state
 
@@ -155,15 +155,15 @@ class RunFacts:
         """Whether the start weights are differences to a pretrained backbone."""
         return needs_pretrained(self.start_path, self.init.get("delta_weights"))
 
-    def start_fingerprint(self, state: Mapping[str, Tensor]) -> str | None:
-        """Computes `start_fingerprint` of these weights as the run does; None if the run began with others, too."""
+    def identify_start(self, state: Mapping[str, Tensor], resampled: Mapping[str, str]) -> Identity | None:
+        """Identifies these weights as the run does before it trains; None if the run began with others, too."""
         names = base_tensors(self.module.network).keys()
         if self.started_from_differences() or self.fresh() or not names <= state.keys():
             return None
         tensors = {name: state[name].float() if state[name].is_floating_point() else state[name] for name in names}
         if not self.module.anneals:  # then masks are off from the first step
             tensors["attn_mask_probs"] = torch.zeros_like(tensors["attn_mask_probs"])
-        return combine_hashes(hash_tensors(tensors))
+        return identify_tensors(tensors, resampled)
 
     def fresh(self) -> tuple[str, ...]:
         """Returns prefixes of the keys that the run did not take from its start weights."""

@@ -3,18 +3,27 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from eomt.fingerprints import combine_hashes, hash_tensors, is_adapter
-from eomt.inference.artefacts import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, find_artefact, read_lightning
+from eomt.fingerprints import Identity, hash_tensors, identify_tensors, is_adapter
+from eomt.inference.artefacts import (
+    BASE_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    WEIGHTS_FILE,
+    find_artefact,
+    read_lightning,
+    recorded_base,
+)
 from eomt.lora.files import CONFIG_FILE as LORA_CONFIG
 from eomt.lora.files import WEIGHTS_FILE as LORA_WEIGHTS
 from eomt.lora.updates import stored_updates
 from eomt.models.checkpoint import (
+    BACKBONE,
     NOT_WEIGHTS,
     POS_EMBED,
     clean_key,
@@ -23,10 +32,10 @@ from eomt.models.checkpoint import (
     needs_pretrained,
     read_checkpoint,
     read_safetensors,
-    resample_pos_embed,
 )
+from eomt.models.resampling import find_grid, fit_pos_embed
 
-BACKBONE = "encoder.backbone."
+BASE_RECORD = ("base_fingerprint", "base_weights")
 HEADS = {"q.": "queries", "class_head.": "class head", "mask_head.": "mask head", "upscale.": "upscale"}
 
 
@@ -61,7 +70,9 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
     if not adapted:
         if base:
             raise ValueError(f"a base is for adapters, and {path} is a {facts['kind']}: leave --base out")
-        return facts | {"backbone_fingerprint": fingerprint_of(state) if "backbone" in facts["parts"] else None}
+        return facts | {
+            "backbone_fingerprint": identify_backbone(state).exact if "backbone" in facts["parts"] else None
+        }
     facts["base_fingerprint"] = content.get("base_fingerprint")
     lora = content["lora"]
     updates = stored_by_layer(lora, state)
@@ -69,7 +80,7 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
     facts["lora"] = lora
     facts["base"] = name_base(path, init)
     base = base or (facts["base"] if Path(str(facts["base"])).exists() else None)
-    facts["fit"] = check_fit(facts, base, init) if base else None
+    facts["fit"] = check_fit(facts, recorded_base(content), base, init) if base else None
     return facts
 
 
@@ -102,7 +113,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
         state = {clean_key(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         if not state:
             raise ValueError(f"{path} holds no tensors")
-        found = {name: content[name] for name in ("base_fingerprint",) if name in content}
+        found = {name: content[name] for name in BASE_RECORD if name in content}
         lora = None
         if init.get("use_lora") and init.get("lora_method", "lora") != "lora":
             lora = other_method(init["lora_method"], init)
@@ -122,7 +133,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     else:
         state = {**read_weights(path / HEADS_FILE)["state_dict"], **read_weights(path / LORA_WEIGHTS)["state_dict"]}
         content |= {
-            "base_fingerprint": config["base_fingerprint"],
+            **{name: config.get(name) for name in BASE_RECORD},
             "lora": read_lora(path / LORA_CONFIG, config["init"]),
         }
     return content | {"state_dict": {clean_key(key): tensor for key, tensor in state.items()}}, files
@@ -222,17 +233,17 @@ def name_base(path: Path, init: Mapping[str, Any]) -> str:
     return "not named"
 
 
-def fingerprint_of(state: Mapping[str, Tensor]) -> str:
-    """`lora_config.fingerprint` of the backbone in a cleaned state dict, in float32 as it is built."""
+def identify_backbone(state: Mapping[str, Tensor], resampled: Mapping[str, str] | None = None) -> Identity:
+    """Identifies the backbone in a cleaned state dict, in float32 as it is built; see `identify_tensors`."""
     tensors = {
         key.removeprefix(BACKBONE): tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in state.items()
         if key.startswith(BACKBONE) and not key.startswith(NOT_WEIGHTS)
     }
-    return combine_hashes(hash_tensors(tensors))
+    return identify_tensors(tensors, {key.removeprefix(BACKBONE): digest for key, digest in (resampled or {}).items()})
 
 
-def check_fit(facts: dict[str, Any], base: str | Path, init: Mapping[str, Any]) -> dict[str, Any]:
+def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, init: Mapping[str, Any]) -> dict[str, Any]:
     """Whether an adapter's updates were trained on the backbone in `base`; adds each update's relative norm.
 
     Returns:
@@ -244,25 +255,22 @@ def check_fit(facts: dict[str, Any], base: str | Path, init: Mapping[str, Any]) 
         raise ValueError(f"{base} holds no backbone (no key begins with {BACKBONE}): give an EoMT checkpoint")
     if other := other_shape(facts, state):
         return verdict | {"fits": False, "why": other}
-    trained_on, size = facts["base_fingerprint"], tuple(facts["network"].get("img_size", ())) or None
-    if trained_on is None:
+    if trained_on.exact is None:
         return verdict | {"fits": None, "why": "the adapter names no fingerprint to compare with"}
     if needs_pretrained(choose(base), init.get("delta_weights")):
         return verdict | {
             "fits": None,
             "why": "the base is a difference to timm's pretrained weights, which are not here",
         }
-    resampled = size and resample_to(state, base_size, size, facts["network"]["patch_size"])
-    found = fingerprint_of(state)
-    for name, update in facts["updates"].items():
-        weight = state[f"{BACKBONE}{name}.weight"]
-        if found == trained_on:
-            update["relative"] = update["norm"] / weight.double().norm().item()
+    size = facts["network"].get("img_size")
+    resampled = resample(state, base_size, size, facts["network"]["patch_size"]) if size else {}
+    found = identify_backbone(state, resampled)
     grids = f"; position embeddings resampled to {size[0]}x{size[1]}" if resampled else ""
-    if found == trained_on:
-        return verdict | {"fits": True, "why": f"fingerprint {found[:12]}{grids}"}
-    why = f"other weights: fingerprint {found[:12]}, the adapter was trained on {trained_on[:12]}{grids}"
-    return verdict | {"fits": False, "why": why}
+    if difference := trained_on.difference(found):
+        return verdict | {"fits": False, "why": difference + grids}
+    for name, update in facts["updates"].items():
+        update["relative"] = update["norm"] / state[f"{BACKBONE}{name}.weight"].double().norm().item()
+    return verdict | {"fits": True, "why": f"fingerprint {found.exact[:12]}{grids}"}
 
 
 def other_shape(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | None:
@@ -275,22 +283,24 @@ def other_shape(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | 
     return f"another backbone: it has no {missing[0]}, which the adapter adapts" if missing else None
 
 
-def resample_to(
-    state: dict[str, Tensor], old_size: tuple[int, int] | None, size: tuple[int, int], patch_size: int
-) -> bool:
-    """Brings position embeddings to the adapter's image size, as loading does; whether that changed them."""
-    tensor = state.get(POS_EMBED)
-    if tensor is None:
-        return False
-    registers = sum(
-        state[f"{BACKBONE}{name}"].shape[1] for name in ("cls_token", "reg_token") if BACKBONE + name in state
-    )
-    patches = math.prod(size) // patch_size**2
-    if old_size in (None, size) and tensor.shape[1] - patches in (0, 1, registers):
-        return False
-    side = math.isqrt(tensor.shape[1])
-    old, new = (
-        tuple(length // patch_size for length in lengths) if lengths else (side, side) for lengths in (old_size, size)
-    )
-    state[POS_EMBED] = resample_pos_embed(tensor, tensor.shape[1] - math.prod(old), old, new)
-    return True
+def resample(
+    state: dict[str, Tensor], old_size: tuple[int, int] | None, size: Sequence[int], patch_size: int
+) -> dict[str, str]:
+    """Brings position embeddings to an image size, as loading does; returns SHA-256 of what they were, by key."""
+    stored = state.get(POS_EMBED)
+    if stored is None:
+        return {}
+    registers = sum(state[key].shape[1] for name in ("cls_token", "reg_token") if (key := BACKBONE + name) in state)
+    grid = tuple(length // patch_size for length in size)
+    patches = math.prod(length // patch_size for length in old_size or size)
+    prefix = _prefix(stored[0], sorted({0, 1, registers}), patches)
+    state[POS_EMBED], old_grid = fit_pos_embed(stored, prefix, grid, patch_size, old_size)
+    return hash_tensors({POS_EMBED: stored}) if old_grid else {}
+
+
+def _prefix(embeddings: Tensor, choices: Sequence[int], patches: int) -> int:
+    """Finds how many tokens stand before the patches: what leaves as many as expected, a clear grid, or a square."""
+    tokens = len(embeddings)
+    fitting = [prefix for prefix in choices if tokens - prefix == patches]
+    fitting += [prefix for prefix in choices if find_grid(embeddings[prefix:])]
+    return fitting[0] if fitting else tokens - math.isqrt(tokens) ** 2

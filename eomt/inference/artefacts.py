@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eomt import __version__
 from eomt.command_line import did_you_mean
-from eomt.fingerprints import fingerprint, is_adapter
+from eomt.fingerprints import Identity, identify, is_adapter
 from eomt.lora import files as lora_files
 from eomt.lora.files import BASE
 from eomt.lora.merging import merge
@@ -47,7 +47,7 @@ class Module(Protocol):
     lora: PeftModel | None
     adapters: dict[str, Adapter]
     adapter_names: list[str]
-    base_fingerprint: str | None
+    base: Identity | None
     trained_precision: str | None
 
     @classmethod
@@ -97,7 +97,7 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
     config = {
         "schema": 1,
         "eomt_lora": __version__,
-        "base_fingerprint": module.base_fingerprint,
+        **record_base(module.base),
         "precision": precision(module),
         "init": init,
     }
@@ -176,8 +176,8 @@ def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], 
     own_base = directory / BASE_FILE
     base = ckpt_path or (str(own_base) if own_base.is_file() else find_base(directory, init))
     module = cls(**init | ALL_TRAINABLE | {"use_lora": False, "ckpt_path": base})
-    module.base_fingerprint = fingerprint(module.backbone)
-    check_fingerprint(config["base_fingerprint"], module.base_fingerprint, f"the adapter {directory}")
+    module.base = identify(module.backbone)
+    check_base(config, module.base, f"the adapter {directory}")
     keep_base_heads(module, init)
     method = find_method(init.get("lora_method", "lora"))
     module.attach(lora_files.load_adapter(module.backbone, directory, method=method))
@@ -204,7 +204,7 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
     if not base and set(init["freeze"]) - {"backbone"}:
         raise ValueError(f"{path} leaves out the heads that its run froze, {init['freeze']}: open its adapter/ folder")
     module = cls(**init | {"compile": False, "ckpt_path": base})
-    check_fingerprint(checkpoint.get("base_fingerprint"), module.base_fingerprint, f"the checkpoint {path}")
+    check_base(checkpoint, module.base, f"the checkpoint {path}")
     keep_base_heads(module, init)
     load_exactly(module, checkpoint["state_dict"], module.trained_keys(), str(path))
     for p in module.adapter_parameters():  # as those of an adapter folder
@@ -290,12 +290,22 @@ def load_exactly(module: Module, state: Mapping[str, Tensor], wanted: Any, name:
     module.load_state_dict(state, strict=False)
 
 
-def check_fingerprint(trained_on: str | None, found: str | None, what: str) -> None:
+def record_base(base: Identity | None) -> dict[str, Any]:
+    """Returns what an adapter's configuration or checkpoint says of its base; `recorded_base` reads it."""
+    return {"base_fingerprint": base and base.exact, "base_weights": base and base.as_dict()}
+
+
+def recorded_base(saved: Mapping[str, Any]) -> Identity:
+    """Reads what `record_base` wrote, now or in an earlier version."""
+    return Identity.from_dict(saved.get("base_fingerprint"), saved.get("base_weights"))
+
+
+def check_base(saved: Mapping[str, Any], here: Identity, what: str) -> None:
     """Raises ValueError when an adapter meets other base weights than its own."""
-    if trained_on != found:
+    if difference := recorded_base(saved).difference(here):
         raise ValueError(
-            f"{what} was trained on base weights {str(trained_on)[:12]}, but this backbone has {str(found)[:12]}: "
-            "its updates would be added to other weights; give the original base with ckpt_path"
+            f"{what} was trained on base weights that this backbone does not have ({difference}): its updates would be "
+            "added to others; give the original base with ckpt_path"
         )
 
 
@@ -357,5 +367,5 @@ def merge_adapter(module: Module) -> None:
     if module.lora is None:
         raise ValueError("this network has no adapter to merge")
     merge(module.lora)
-    module.__dict__["lora"], module.base_fingerprint, module.adapters, module.strict_loading = None, None, {}, True
+    module.__dict__["lora"], module.base, module.adapters, module.strict_loading = None, None, {}, True
     set_settings(module, {**module.hparams, "use_lora": False, "ckpt_path": None, "delta_weights": False})

@@ -202,7 +202,8 @@ class LoRAAudit:
         return None
 
     def _base_problem(self) -> str | None:
-        recorded = getattr(self.adapted, "lora_base_hashes", None)
+        base = getattr(self.adapted, "lora_base", None)
+        recorded = base and base.hashes
         expected = getattr(self.adapted, "lora_cast_hashes", recorded)
         if recorded is None and self.base_fingerprint is None:
             return None  # adapted by hand with PEFT: nothing to compare with

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from eomt.fingerprints import combine_hashes, is_adapter, tensor_hashes
+from eomt.fingerprints import Identity, identify, is_adapter
 from lora_config import Method, adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ BASE = "base"  # in place of an adapter's name: none of them
 
 
 def save_adapter(handle: PeftModel, directory: str | Path) -> None:
-    """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, with the base's fingerprint as metadata.
+    """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, with a record of the base as metadata.
 
     Of several adapters, the one in use. In a run of several processes, call it from one.
 
@@ -34,8 +34,9 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     name = adapter_in_use(handle)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_state(handle, name).items()}
-    hashes = getattr(handle.get_base_model(), "lora_base_hashes", None)
-    metadata = {"format": "pt"} | ({"base_fingerprint": combine_hashes(hashes)} if hashes else {})
+    base = getattr(handle.get_base_model(), "lora_base", None)
+    recorded = {"base_fingerprint": base.exact, "base_weights": json.dumps(base.as_dict())} if base else {}
+    metadata = {"format": "pt"} | recorded
     save_file(state, directory / WEIGHTS_FILE, metadata=metadata)
     config = copy.copy(handle.peft_config[name])
     config.inference_mode = True
@@ -64,22 +65,22 @@ def load_adapter(
         ValueError: already adapted, the adapter was trained on other base weights, or its tensors do not fit.
     """
     assert_not_adapted(module)
-    hashes = tensor_hashes(module)
-    saved = _check_adapter(directory, hashes)
+    base = identify(module)
+    saved = _check_adapter(directory, base)
     handle = import_peft().PeftModel.from_pretrained(
         module, str(directory), is_trainable=is_trainable, torch_device="cpu"
     )
     if wrong := _misfit(handle, "default", saved):
         handle.unload()
         raise ValueError(f"the adapter in {directory} {wrong}")
-    finish_adapting(module, hashes)
+    finish_adapting(module, base)
     if method:
         module.adapter_method = method
     return handle
 
 
-def _check_adapter(directory: str | Path, hashes: Mapping[str, str]) -> set[str]:
-    """The names of an adapter's tensors, if it was trained on the base of these hashes."""
+def _check_adapter(directory: str | Path, base: Identity) -> set[str]:
+    """Returns the names of an adapter's tensors, if it was trained on this base."""
     from safetensors import safe_open
 
     directory = Path(directory)
@@ -88,11 +89,12 @@ def _check_adapter(directory: str | Path, hashes: Mapping[str, str]) -> set[str]
             raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
     with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
         saved, metadata = set(file.keys()), file.metadata() or {}
-    trained_on, here = metadata.get("base_fingerprint"), combine_hashes(hashes)
-    if trained_on not in (None, here):
+    facts = json.loads(metadata.get("base_weights", "null"))
+    trained_on = Identity.from_dict(metadata.get("base_fingerprint"), facts)
+    if trained_on.exact and (difference := trained_on.difference(base)):
         raise ValueError(
-            f"the adapter in {directory} was trained on other base weights (fingerprint {trained_on[:12]}, here "
-            f"{here[:12]}): first load the base weights it was trained on, at the same sizes and precision"
+            f"the adapter in {directory} was trained on other base weights ({difference}): first load those, at the "
+            "same sizes and precision"
         )
     return saved
 
@@ -124,8 +126,8 @@ def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
             f"adapter name {name!r}: letters, digits and _, a letter first, and no word that torch or the network's "
             "layers use; for example 'night'"
         )
-    hashes = getattr(module, "lora_base_hashes", None) or tensor_hashes(module)
-    saved = _check_adapter(directory, hashes)
+    base = getattr(module, "lora_base", None) or identify(module)
+    saved = _check_adapter(directory, base)
     was_base = active_adapter(handle) == BASE
     was_training = {layer: layer.training for layer in module.modules()}
     handle.load_adapter(str(directory), adapter_name=name, torch_device="cpu")
@@ -134,7 +136,7 @@ def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
     if wrong := _misfit(handle, name, saved):
         handle.delete_adapter(name)
         raise ValueError(f"the adapter in {directory} {wrong}")
-    finish_adapting(module, hashes)
+    finish_adapting(module, base)
     if was_base:  # layers that are new here are not
         handle.base_model.disable_adapter_layers()
 

@@ -22,7 +22,7 @@ def cast_base(module: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         ValueError: the base was changed after the adapters were applied.
     """
-    if tensor_hashes(module) != module.lora_base_hashes:
+    if tensor_hashes(module) != module.lora_base.hashes:
         raise ValueError("base weights changed after the adapters were applied; load weights before apply_lora")
     for layer in module.modules():
         weights = list(layer.parameters(recurse=False))
@@ -47,7 +47,7 @@ def merge(handle: PeftModel) -> nn.Module:
             "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"
         )
     module = handle.float().base_model.merge_and_unload(safe_merge=True)
-    if hasattr(module, "lora_base_hashes"):
-        del module.lora_base_hashes
+    if hasattr(module, "lora_base"):
+        del module.lora_base
     module.__dict__.pop("adapter_method", None)
     return module

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eomt.fingerprints import is_adapter
+from eomt.models.resampling import fit_pos_embed, record_resampling
 
 if TYPE_CHECKING:  # reading alone needs no timm
     from eomt.models.eomt import EoMT
@@ -22,7 +23,8 @@ if TYPE_CHECKING:  # reading alone needs no timm
 CLASS_HEAD = "class_head."
 OPTIONAL_KEYS = ("encoder.pixel_mean", "encoder.pixel_std")  # else the backbone's own
 PIXEL_STD = "encoder.pixel_std"
-POS_EMBED = "encoder.backbone.pos_embed"
+BACKBONE = "encoder.backbone."
+POS_EMBED = f"{BACKBONE}pos_embed"
 NORM_WEIGHT = re.compile(r"^encoder\.backbone\..*norm\d?\.weight$")
 # State of the published training module that is no weight of the network.
 NOT_WEIGHTS = ("criterion.", "metrics.", "encoder.backbone.rope_embeddings.", "encoder.backbone.patch_embed.mask_token")
@@ -263,14 +265,21 @@ def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bo
         if key not in own or key in report.reinitialised:
             continue
         if key == POS_EMBED:
-            tensor = fit_pos_embed(tensor, network, img_size, report)
+            encoder = network.encoder
+            prefix = own[key].shape[1] - math.prod(encoder.grid_size)
+            tensor, report.grid = fit_pos_embed(tensor, prefix, encoder.grid_size, encoder.patch_size, img_size)
+            report.resampled += [key] if report.grid else []
         if tensor.shape != own[key].shape:
             raise ValueError(
                 f"ckpt_path {path}: {key} is {list(tensor.shape)}, this network's is {list(own[key].shape)}"
             )
         weights[key] = tensor
+    stored = {key.removeprefix(BACKBONE): state[key] for key in weights if key.startswith(BACKBONE)}
+    if stored:
+        names = [key.removeprefix(BACKBONE) for key in report.resampled]
+        record_resampling(network.encoder.backbone, stored, names, differences)
     if differences:
-        weights = {k: v + own[k] if k.startswith("encoder.backbone.") else v for k, v in weights.items()}
+        weights = {k: v + own[k] if k.startswith(BACKBONE) else v for k, v in weights.items()}
         weights["attn_mask_probs"] = weights["attn_mask_probs"].clamp(0, 1)  # the published code adds it to ones
     network.load_state_dict(weights, strict=False)
     report.loaded = sorted(weights)
@@ -319,66 +328,3 @@ def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], repor
             f"there ({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown here "
             f"({', '.join(unknown[:3]) or 'none'}); check backbone_name and backbone_kwargs"
         )
-
-
-def fit_pos_embed(tensor: Tensor, network: EoMT, img_size: tuple[int, int] | None, report: LoadReport) -> Tensor:
-    """Position embeddings as this network's patch grid needs them; what was resampled is in the report.
-
-    As many patches may be another grid: 4x8 are as many as 8x4.
-    """
-    encoder = network.encoder
-    prefix = network.state_dict()[POS_EMBED].shape[1] - math.prod(encoder.grid_size)
-    patches = tensor.shape[1] - prefix
-    if img_size:
-        grid = tuple(length // encoder.patch_size for length in img_size)
-    else:
-        grid = find_grid(tensor[0, prefix:]) or (encoder.grid_size if patches == math.prod(encoder.grid_size) else None)
-    if grid == encoder.grid_size and patches == math.prod(grid):
-        return tensor
-    report.resampled.append(POS_EMBED)
-    report.grid = grid or square_grid(patches)
-    return resample_pos_embed(tensor, prefix, report.grid, encoder.grid_size)
-
-
-def find_grid(embeddings: Tensor) -> tuple[int, int] | None:
-    """The grid in which neighbours among embeddings [N, C] are most alike, or None where no grid stands out.
-
-    Learnt embeddings vary smoothly over the image; the right grid was ahead by 19 % or more in pretrained ones that
-    were resampled to twelve grids, by 1 % or less in random ones.
-    """
-    count = len(embeddings)
-    roughness = {}
-    for rows in (rows for rows in range(2, count // 2 + 1) if count % rows == 0):
-        grid = embeddings.detach().float().unflatten(0, (rows, -1))
-        roughness[rows] = (grid.diff(dim=0).pow(2).mean() + grid.diff(dim=1).pow(2).mean()).item()
-    first, second = sorted(roughness, key=roughness.get)[:2] if len(roughness) > 1 else (0, 0)
-    clear = len(roughness) > 1 and roughness[second] > 1.1 * roughness[first]
-    return (first, count // first) if clear else None
-
-
-def square_grid(patches: int) -> tuple[int, int]:
-    """The grid of embeddings that tell nothing else, or ValueError where they are no square."""
-    side = math.isqrt(patches)
-    if side**2 != patches:
-        raise ValueError(
-            f"position embeddings for {patches} patches are no square, the file does not say which img_size it is for, "
-            "and they do not tell: train at the checkpoint's own img_size"
-        )
-    return side, side
-
-
-def resample_pos_embed(tensor: Tensor, prefix: int, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embeddings [1, prefix + N, C] of one patch grid, interpolated to another.
-
-    Raises:
-        ValueError: as many embeddings do not make the old grid.
-    """
-    from timm.layers import resample_abs_pos_embed
-
-    patches = tensor.shape[1] - prefix
-    if math.prod(old_grid) != patches:
-        raise ValueError(
-            f"position embeddings for {patches} patches are no {old_grid[0]}x{old_grid[1]} grid: "
-            "train at the checkpoint's own img_size"
-        )
-    return resample_abs_pos_embed(tensor, list(new_grid), list(old_grid), num_prefix_tokens=prefix)

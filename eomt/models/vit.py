@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import timm
@@ -10,6 +11,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eomt.models.resampling import create_resized
 from eomt.settings.model import check_img_size
 
 PLAIN_FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules: one sequence of blocks over patch tokens
@@ -153,16 +155,16 @@ def create_backbone(
         raise ValueError(
             f"timm has no pretrained weights for {name!r}: set pretrained=false or choose another backbone"
         )
+    if given := sorted({"img_size", "patch_size", "num_classes", "global_pool"} & kwargs.keys()):
+        raise ValueError(f"backbone_kwargs {given[0]}: the model's own settings decide it; leave it out")
+    # without a pooling head, whose weights would never train
+    options = {"pretrained": pretrained, "num_classes": 0, "global_pool": "", **own_kwargs(family), **kwargs}
+    create, sizes = partial(timm.create_model, name, **options), {"img_size": img_size, "patch_size": patch_size}
     try:
-        backbone = timm.create_model(
-            name,
-            pretrained=pretrained,
-            img_size=img_size,
-            patch_size=patch_size,
-            num_classes=0,
-            global_pool="",  # no pooling head: its weights would never train
-            **(own_kwargs(family) | dict(kwargs)),
-        )
+        if pretrained:
+            backbone = create_resized(create, own_file="pretrained_cfg_overlay" in kwargs, **sizes)
+        else:
+            backbone = create(**sizes)
     except (TypeError, AssertionError, RuntimeError) as error:  # arguments, or weights of other shapes
         raise ValueError(f"backbone {name!r} with backbone_kwargs {dict(kwargs)}: {shorten(error)}") from error
     except Exception as error:

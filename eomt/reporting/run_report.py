@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eomt.cost.training_cost import Cost, training_cost
+from eomt.fingerprints import Identity
 from eomt.lora.report import trainable_report
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -75,7 +76,7 @@ def finish_run(
     callbacks: Mapping[str, Callback],
     output_dir: Path,
     seed: int,
-    start_fingerprint: str,
+    start: Identity,
     cost: Cost | None = None,
 ) -> dict[str, Any]:
     """Writes `summary.json` and prints the result; returns the summary."""
@@ -84,6 +85,7 @@ def finish_run(
     audit = callbacks["audit"].audit
     last = trainer.callback_metrics.get("val/miou")
     folder = callbacks["save_best"].folder(module)
+    batches = callbacks["batches"].identity if "batches" in callbacks else None
     facts = {
         "status": status_of(error),
         "miou": best["miou"] if math.isfinite(best["miou"]) else None,
@@ -108,8 +110,10 @@ def finish_run(
         "flops_per_step": callbacks["flops"].flops if "flops" in callbacks else None,
         "wall_seconds": callbacks["clock"].elapsed(),
         "data": datamodule.fingerprint(),
-        "batches": (callbacks["batches"].hash if "batches" in callbacks else None) or None,
-        "start_fingerprint": start_fingerprint,
+        "batches": batches and batches.exact,
+        "batch_contents": batches and batches.as_dict(),
+        "start_fingerprint": start.exact,
+        "start_weights": start.as_dict(),
         "seed": seed,
         "lora_audit": audit.results if audit else None,
     }

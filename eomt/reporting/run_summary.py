@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from eomt.cost.flops import flop_counter
+from eomt.fingerprints import Identity, sums
 
 SCHEMA_VERSION = 1
 RECENT = 1000  # steps that a median is taken of
@@ -115,30 +117,48 @@ class CountFlops(Callback):
 
 
 class HashBatches(Callback):
-    """A hash over the first training batches: proof that two runs saw the same crops in the same order.
+    """Identifies the first training batches: proof that two runs saw the same crops in the same order.
+
+    Resizing rounds differently on other processors, so that labels alone are compared bit for bit between machines, and
+    the means of each image's channels within rounding.
 
     Args:
-        num_batches: how many; a resumed run keeps the hash it began with.
+        num_batches: how many; a resumed run keeps those it began with.
     """
 
     def __init__(self, num_batches: int = 20) -> None:
         self.num_batches = num_batches
         self.seen = 0
-        self.hash = ""
+        self.hash = self.labels = ""
+        self.means: list[float] = []
+
+    @property
+    def identity(self) -> Identity | None:
+        """The batches' identity; None before the first one."""
+        means = torch.tensor(self.means)
+        contents = {"images": (tuple(means.shape), sums(means))}
+        return Identity(self.hash, self.labels or None, contents) if self.hash else None
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.seen < self.num_batches:
             self.seen += 1
-            digest = hashlib.sha256(self.hash.encode())
-            for tensor in batch:
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-            self.hash = digest.hexdigest()
+            self.hash, self.labels = _add(self.hash, batch), _add(self.labels, batch[1:])
+            images = batch[0]
+            self.means += (images.sum((-2, -1), dtype=torch.double) / images[0, 0].numel()).flatten().tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen, "hash": self.hash}
+        return {"seen": self.seen, "hash": self.hash, "labels": self.labels, "means": self.means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seen, self.hash = state["seen"], state["hash"]
+        vars(self).update(state)
+
+
+def _add(digest: str, tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 over an earlier one and the bytes of tensors."""
+    total = hashlib.sha256(digest.encode())
+    for tensor in tensors:
+        total.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def peak_memory(before_training: int) -> dict[str, Any]:

@@ -16,18 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 def build_network(settings: ModelSettings, encoder: nn.Module | None = None) -> EoMT:
-    """EoMT over timm's encoder, or over another one."""
-    if encoder is None:
+    """Builds EoMT over timm's encoder, or over another one; its attribute `drawn` names the tensors that are random."""
+    loaded = encoder is not None  # how another one came to its weights is not known
+    if not loaded:
         path = settings.ckpt_path  # it replaces every weight, unless it holds differences
-        from_hub = settings.pretrained and (not path or needs_pretrained(path, settings.delta_weights))
+        loaded = settings.pretrained and (not path or needs_pretrained(path, settings.delta_weights))
         encoder = ViT(
             settings.img_size,
             settings.patch_size,
             settings.backbone_name,
-            pretrained=from_hub,
+            pretrained=loaded,
             backbone_kwargs=settings.backbone_kwargs,
         )
-    return EoMT(
+    network = EoMT(
         encoder,
         settings.num_classes,
         num_q=settings.num_q,
@@ -36,6 +37,8 @@ def build_network(settings: ModelSettings, encoder: nn.Module | None = None) -> 
         checkpoint_predictions=settings.checkpoint_predictions,
         cosine_scale=settings.cosine_scale,
     )
+    network.drawn = {name for name in network.state_dict() if not (loaded and name.startswith("encoder."))}
+    return network
 
 
 def build_loss(

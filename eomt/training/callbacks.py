@@ -29,7 +29,7 @@ class AuditLoRA(Callback):
             module.backbone,
             module.lora_settings,
             [p for part in module.trained_heads() for p in part.parameters()],
-            base_fingerprint=module.base_fingerprint,
+            base_fingerprint=module.base and module.base.exact,
         )
         height, width = module.hparams.img_size
         image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(module.device)

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from eomt.fingerprints import fingerprint, is_adapter
+from eomt.fingerprints import identify, is_adapter
 from eomt.indices import IGNORE, OUTLIER
 from eomt.inference.artefacts import (
     Adapter,
     add_adapter,
-    check_fingerprint,
+    check_base,
     load_pretrained,
     precision,
+    record_base,
     save_pretrained,
     use_adapter,
 )
@@ -89,7 +90,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.network = build_network(chosen, encoder)
         if chosen.ckpt_path:  # weights before adapters: afterwards the names no longer fit
             self.load_start()
-        self.base_fingerprint = fingerprint(self.backbone) if chosen.use_lora else None
+        self.base = identify(self.backbone) if chosen.use_lora else None
         self.lora: PeftModel | None = None
         self.adapters: dict[str, Adapter] = {}  # those not in use, and the base's heads
         self.trained_precision: str | None = None  # of the run that a saved network comes from
@@ -120,6 +121,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
             self.network, settings.ckpt_path, settings.load_ckpt_class_head, settings.delta_weights
         )
         logger.info("%s", report)
+        self.network.drawn -= set(report.loaded)
         if not self.anneals:
             self.network.attn_mask_probs.zero_()
 
@@ -319,13 +321,13 @@ class MaskClassificationSemantic(lightning.LightningModule):
         if self.lora is not None:
             keys = self.trained_keys()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
-            checkpoint["base_fingerprint"] = self.base_fingerprint
+            checkpoint.update(record_base(self.base))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_settings(checkpoint.get("hyper_parameters", {}), self.hparams)
         if self.lora is None:
             return
-        check_fingerprint(checkpoint.get("base_fingerprint"), self.base_fingerprint, "this checkpoint")
+        check_base(checkpoint, self.base, "this checkpoint")
         wrong = self.trained_keys() ^ checkpoint["state_dict"].keys()
         if wrong:
             raise ValueError(
