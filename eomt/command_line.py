@@ -4,6 +4,7 @@ import difflib
 import functools
 import logging
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -29,9 +30,9 @@ FLAGS = {
     "--lr": (1, "model.lr={}"),
     "--img_size": (2, "model.img_size=[{},{}]"),
     "--num_workers": (1, "data.num_workers={}"),
-    "--dataset_root": (1, "data.root='{}'"),
-    "--ckpt_path": (1, "model.ckpt_path='{}'"),
-    "--output_dir": (1, "output_dir='{}'"),
+    "--dataset_root": (1, "data.root={}"),
+    "--ckpt_path": (1, "model.ckpt_path={}"),
+    "--output_dir": (1, "output_dir={}"),
     "--use_wandb": (0, "logger=wandb"),
 }
 HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
@@ -39,6 +40,10 @@ HYDRA_FLAGS |= {"--experimental-rerun": 1, "--multirun": 0, "-m": 0, "--resolve"
 HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
 
 
+PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.sweep.dir", "model.ckpt_path")
+PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
+PATH_KEYS += tuple(f"data.cut_paste.cutouts.{name}" for name in ("root", "annotations", "images"))
+PATH_KEYS += ("model.backbone_kwargs.pretrained_cfg_overlay.file",)
 LIBRARY_MAPPINGS = tuple(f"model.{name}{end}" for name in ("backbone_kwargs", "lora_options") for end in "=.")
 
 
@@ -60,9 +65,8 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
         if word in FLAGS:
             count, override = FLAGS[word]
             values, rest = rest[:count], rest[count:]
-            if len(values) < count or any(
-                value.startswith("--") or ("=" in value and "'" not in override) for value in values
-            ):
+            is_path = override.split("=")[0] in PATH_KEYS
+            if len(values) < count or any(v.startswith("--") or ("=" in v and not is_path) for v in values):
                 raise ValueError(
                     f"{word} takes {count} value{'s' * (count > 1)}, got {' '.join(values) or 'none'}; see --help"
                 )
@@ -75,7 +79,30 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
             raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
         else:
             overrides.append(word)
-    return options + [open_mapping(expand_home(word)) for word in overrides]
+    sweeps = bool({"--multirun", "-m"} & set(options))
+    return options + [open_mapping(quote_path(expand_home(word), sweeps)) for word in overrides]
+
+
+def quote_path(word: str, sweeps: bool = False) -> str:
+    """Returns an override of a path in quotes, since Hydra reads `=`, commas, brackets and other letters otherwise.
+
+    Left as they are: other overrides, what is quoted already, null, interpolations and, with `sweeps`, a list of
+    values.
+    """
+    key, equals, value = word.partition("=")
+    if key.lstrip("+") not in PATH_KEYS or not value or value == "null" or "${" in value:
+        return word
+    if unquoted(value) != value or (sweeps and "," in value):
+        return word
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+    return f"{key}{equals}'{escaped}'"
+
+
+def unquoted(value: str) -> str:
+    """Returns the path that `quote_path` quoted; any other text as it is."""
+    if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:
+        return value
+    return re.sub(r"(\\*)" + f"({value[0]}|$)", lambda found: found[1][: len(found[1]) // 2] + found[2], value[1:-1])
 
 
 def open_mapping(word: str) -> str:
