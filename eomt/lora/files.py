@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from eomt.files import replacing_files
 from eomt.fingerprints import combine_hashes, is_adapter, tensor_hashes
 from lora_config import Method, adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
 
@@ -30,19 +31,18 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     name = adapter_in_use(handle)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_state(handle, name).items()}
     hashes = getattr(handle.get_base_model(), "lora_base_hashes", None)
     metadata = {"format": "pt"} | ({"base_fingerprint": combine_hashes(hashes)} if hashes else {})
-    save_file(state, directory / WEIGHTS_FILE, metadata=metadata)
     config = copy.copy(handle.peft_config[name])
     config.inference_mode = True
     for field, value in vars(config).items():
         if isinstance(value, set):  # of layer names: the same file each time
             setattr(config, field, sorted(value))
-    config.save_pretrained(str(directory))
+    with replacing_files(directory) as draft:
+        save_file(state, draft / WEIGHTS_FILE, metadata=metadata)
+        config.save_pretrained(str(draft))
 
 
 def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
