@@ -16,8 +16,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from eomt.anomaly.evaluation import LogitCache
+from eomt.diagnosis.inspection import inspect_model
 from eomt.inference.video import write_video
 from eomt.inference.windows import WindowLogits
+from eomt.settings.compose import data_of_run
 from eomt.training.callbacks import SaveBest
 from eomt.training.checkpoint_files import CheckpointFiles
 from eomt.training.evaluation import Evaluation
@@ -175,3 +177,21 @@ def test_a_trainer_resumes_from_what_was_saved(tmp_path):
     trainer = lightning.Trainer(logger=False, plugins=[CheckpointFiles()], accelerator="cpu", barebones=False)
     trainer.strategy.checkpoint_io.save_checkpoint({"state_dict": {}, "w": torch.ones(2)}, tmp_path / "last.ckpt")
     assert trainer.strategy.load_checkpoint(tmp_path / "last.ckpt", weights_only=True)["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["eomt_config.json", "adapter_config.json"])
+def test_a_half_written_adapter_is_named(tmp_path, name):
+    build(use_lora=True).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / name).write_text('{"init": {')
+    with pytest.raises(ValueError, match=rf"adapter/{name} cannot be read: it is no JSON .* half-written"):
+        inspect_model(tmp_path / "adapter")
+
+
+def test_a_half_written_configuration_of_an_artefact_or_run_is_named(tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "eomt_config.json").write_text('{"init": {')
+    with pytest.raises(ValueError, match=r"model/eomt_config\.json cannot be read: it is no JSON .* half-written"):
+        MaskClassificationSemantic.from_pretrained(tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("data: {")
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read: it is no valid YAML .* half-written"):
+        data_of_run(tmp_path)

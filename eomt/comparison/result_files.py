@@ -1,33 +1,39 @@
-"""What a run left in files, read with care: a file that is not what it should be is named."""
+"""Results that evaluations leave in a run's folder, read with care: a file that is not what it should be is named."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 from zlib import error as DamagedError
 
 import numpy as np
-import yaml
 
-from eomt.command_line import one_sentence
+from eomt.files import read_json
 
 RESULT = {"score": str, "temperature": float | int, "auprc": float | int | None, "anomalous": int, "valid": int}
 
 
-def read_evaluation(file: Path, facts: Mapping[str, Any]) -> dict[str, bool]:
-    """Which classes have pixels in what `scripts/evaluate.py` wrote; ValueError if it is something else."""
+def read_confusion(file: Path, facts: Mapping[str, Any]) -> np.ndarray:
+    """Returns the counts [N, target, prediction] that `scripts/evaluate.py` wrote beside its facts.
+
+    Raises:
+        ValueError: it is something else, or of other images or classes than the facts say.
+    """
     try:
-        targets = np.load(file)["confusion"].sum((0, 2))  # of [N, target, prediction]
-        return dict(zip(facts["classes"], (targets > 0).tolist(), strict=True))
+        with np.load(file) as archive:
+            confusion = archive["confusion"]
+        wanted = (len(facts.get("images", confusion)), len(facts["classes"]), len(facts["classes"]))
     except (ValueError, LookupError, TypeError, EOFError, BadZipFile, DamagedError) as error:
         raise ValueError(f"{file} and {file.stem}.json are not what scripts/evaluate.py writes: {error}") from error
+    if confusion.shape != wanted:
+        raise ValueError(f"{file} has counts {confusion.shape}, {file.stem}.json says {wanted}: evaluate again")
+    return confusion
 
 
-def read_scores(file: Path) -> tuple[str, list[dict[str, Any]]]:
-    """A benchmark's title and results as `scripts/evaluate_anomaly.py` writes them.
+def read_scores(file: Path) -> dict[str, Any]:
+    """Returns what `scripts/evaluate_anomaly.py` wrote of a benchmark: its title, results and facts.
 
     Raises:
         ValueError: it is something else.
@@ -39,28 +45,13 @@ def read_scores(file: Path) -> tuple[str, list[dict[str, Any]]]:
     if not wrong:
         wrong = [name for name, kind in RESULT.items() if not all(holds(result, name, kind) for result in results)]
     if wrong:
-        raise ValueError(f"{file} is not what scripts/evaluate_anomaly.py writes: look at {', '.join(wrong)} in it")
-    return title, results
+        raise ValueError(
+            f"{file} holds no results of anomaly scores as scripts/evaluate_anomaly.py writes them: look at "
+            f"{', '.join(wrong)} in it, evaluate again or delete it"
+        )
+    return facts
 
 
 def holds(result: Any, name: str, kind: Any) -> bool:
     """Whether a result has a value of this kind."""
     return isinstance(result, dict) and name in result and isinstance(result[name], kind)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """`read_settings` of a JSON file."""
-    return read_settings(path, json.loads)
-
-
-def read_settings(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
-    """The file's content; None if it is not there, ValueError if it cannot be parsed or is no mapping."""
-    if not path.is_file():
-        return None
-    try:
-        content = parse(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read ({one_sentence(error)}): it may be half-written") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, where names and values should be: look at it")
-    return content
