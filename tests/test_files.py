@@ -165,3 +165,10 @@ def test_caches_are_where_the_environment_says(monkeypatch, tmp_path):
 def test_files_need_no_torch():
     code = "import sys, eomt.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize("words", ['".jpeg"', 'environ.get("EOMT_CACHE")', "json.dump(", "mkdtemp", ".savefig(path"])
+def test_nobody_else_in_the_package_has_endings_caches_or_drafts_of_its_own(words):
+    package = Path(__file__).parents[1] / "eomt"
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if words in path.read_text()}
+    assert found <= {"files.py"}
