@@ -1,5 +1,6 @@
 """Files and folders that are written as a whole or not at all, JSON and YAML, and where caches are kept."""
 
+import glob
 import json
 import os
 import shutil
@@ -18,20 +19,34 @@ REQUIRED: Any = object()  # the default of a reader whose file must be there
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, alone: bool = False) -> Iterator[Path]:
     """Yields the path of a draft, which becomes the file `path` when the block ends without an error.
 
     The draft has the same file name, for libraries that look at the ending. Until it is complete and on the disk, the
-    earlier file stays.
+    earlier file stays. The only writer of a large file says so with `alone`, and removes the drafts of killed ones.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder, path.name)
-        mode = _usual_mode(Path(folder))
-        yield draft
-        _to_disk(draft, mode)
-        os.replace(draft, path)
+    if alone:
+        for stray in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            shutil.rmtree(stray, ignore_errors=True)
+    with replacing_files(path.parent, f".{path.name}.") as drafts:
+        yield drafts / path.name
+
+
+@contextmanager
+def replacing_files(folder: str | Path, prefix: str = ".draft.") -> Iterator[Path]:
+    """Yields an empty draft folder, whose files go to `folder` when the block ends without an error.
+
+    They replace those of their names once all are complete and on the disk; other files stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=prefix, dir=folder) as drafts:
+        mode = _usual_mode(Path(drafts))
+        yield Path(drafts)
+        _to_disk(Path(drafts), mode)
+        for file in sorted(Path(drafts).iterdir()):
+            os.replace(file, folder / file.name)
 
 
 @contextmanager
@@ -51,14 +66,29 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         mode = _usual_mode(work)
         yield draft
-        for file in draft.rglob("*"):
-            if file.is_file():
-                _to_disk(file, mode)
+        _to_disk(draft, mode)
         if path.exists():
             path.rename(earlier)
         draft.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty draft folder, which becomes the folder `path` unless another process was faster."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+        draft, mode = Path(work, path.name), _usual_mode(Path(work))
+        draft.mkdir()
+        yield draft
+        _to_disk(draft, mode)
+        try:
+            draft.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -83,7 +113,7 @@ def read_json(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
 
 def read_yaml(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
     """Returns the mapping that a YAML file holds, or the default if there is no file; raises as `read_json` does."""
-    return _read(Path(path), "YAML", lambda text: yaml.safe_load(text) or {}, default)
+    return _read(Path(path), "valid YAML", lambda text: yaml.safe_load(text) or {}, default)
 
 
 def cache_folder(name: str) -> Path:
@@ -118,8 +148,10 @@ def _usual_mode(folder: Path) -> int:
     return mode
 
 
-def _to_disk(file: Path, mode: int) -> None:
-    """Waits until the file is on the disk, so that a machine that dies after the rename has the whole of it."""
-    file.chmod(mode)
-    with file.open("rb") as content:
-        os.fsync(content.fileno())
+def _to_disk(draft: Path, mode: int) -> None:
+    """Waits until a folder's files are on the disk, so that a machine that dies after the rename has all of them."""
+    for file in draft.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+            with file.open("rb") as content:
+                os.fsync(content.fileno())

@@ -557,6 +557,8 @@ def test_a_file_that_cannot_be_read_fails_the_checks_that_need_it_alone(copy, mo
     path = copy("full")
     (path / "config.yaml").write_text("data: {")
     assert "config.yaml cannot be read" in only(path, "sizes")
+    (path / "config.yaml").write_text("")
+    assert "config.yaml is empty" in only(path, "sizes")
     (path / "config.yaml").unlink()
     plain = Path.read_text
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eomt.files import cache_folder, read_json, read_yaml, replacing, replacing_folder, write_json, write_text
+from eomt.files import (
+    cache_folder,
+    new_folder,
+    read_json,
+    read_yaml,
+    replacing,
+    replacing_files,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 
 
 def killed(code: str, folder: Path) -> None:
@@ -66,6 +76,36 @@ def test_a_process_killed_before_the_rename_leaves_the_earlier_folder(tmp_path):
         (draft / "new").touch()
     assert os.listdir(tmp_path / "adapter") == ["new"]
     assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path):
+    for name in ("a", "b", "other"):
+        write_text(tmp_path / name, "earlier")
+    with pytest.raises(ZeroDivisionError), replacing_files(tmp_path) as drafts:
+        (drafts / "a").write_text("new")
+        _ = 1 / 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("a b other".split(), "earlier")
+    with replacing_files(tmp_path) as drafts:
+        (drafts / "a").write_text("new")
+        (drafts / "b").write_text("new")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"a": "new", "b": "new", "other": "earlier"}
+
+
+def test_of_two_processes_that_make_a_new_folder_the_faster_one_has_made_it(tmp_path):
+    with new_folder(tmp_path / "toys") as slow, new_folder(tmp_path / "toys") as fast:
+        (slow / "scene").write_text("slow")
+        (fast / "scene").write_text("fast")
+    assert (tmp_path / "toys" / "scene").read_text() == "fast"
+    assert os.listdir(tmp_path) == ["toys"]
+
+
+def test_the_only_writer_of_a_file_removes_the_drafts_of_killed_ones(tmp_path):
+    killed("with replacing(folder / 'a[1]') as d: d.touch(); os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    assert len(os.listdir(tmp_path)) == 1
+    with replacing(tmp_path / "a[1]", alone=True) as draft:
+        draft.touch()
+    assert os.listdir(tmp_path) == ["a[1]"]
 
 
 def test_a_folder_set_aside_by_a_killed_writer_comes_back(tmp_path):
@@ -125,3 +165,10 @@ def test_caches_are_where_the_environment_says(monkeypatch, tmp_path):
 def test_files_need_no_torch():
     code = "import sys, eomt.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize("words", ['".jpeg"', 'environ.get("EOMT_CACHE")', "json.dump(", "mkdtemp", ".savefig(path"])
+def test_nobody_else_in_the_package_has_endings_caches_or_drafts_of_its_own(words):
+    package = Path(__file__).parents[1] / "eomt"
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if words in path.read_text()}
+    assert found <= {"files.py"}

@@ -181,6 +181,7 @@ def test_an_interrupted_fill_leaves_nothing_behind(data, cache, tmp_path, monkey
     losses, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
     assert len(losses) == 8 and len(caches(tmp_path)) == 1
     assert not list((tmp_path / "cache").glob(".*/tokens"))  # of the interrupted run
+    assert len(list((tmp_path / "cache").rglob("tokens"))) == 1
 
 
 def test_heads_alone_can_train_from_a_cache_too(data, cache):

@@ -74,7 +74,7 @@ def test_the_artefact_is_that_of_the_best_or_of_the_last_validation(tmp_path, ke
 
 
 def write(folder, miou):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "score").write_text(str(miou))
 
 

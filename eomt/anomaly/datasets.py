@@ -18,8 +18,8 @@ from eomt.command_line import did_you_mean
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sources import IndexDecoder, Sample, Source
+from eomt.files import PICTURES
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = LabelSet(("normal", "anomalous"), ((110, 110, 120), (255, 120, 0)))
 STANDARD = {0: NORMAL, 1: ANOMALY, 255: IGNORED}
 WITHOUT_VOID = {0: NORMAL, 2: ANOMALY}

@@ -17,6 +17,7 @@ from eomt.anomaly.components import Components, components, together
 from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.metrics import PixelMetrics, PixelScores
 from eomt.anomaly.scores import SCORES
+from eomt.files import replacing
 from eomt.inference.prediction import evaluating
 from eomt.inference.windows import WindowLogits, window_logits
 from eomt.models.eomt import EoMT
@@ -78,9 +79,8 @@ class LogitCache:
         if shutil.disk_usage(self.folder).free < 2 * needed:
             raise ValueError(f"{self.folder} has no room for {needed / 2**20:,.0f} MiB more: give another --cache")
         sizes = {"origins": logits.origins, "window": logits.window, "image_size": logits.image_size}
-        draft = self.folder / f"{frame}.part"
-        save_file(tensors, draft, {"sizes": json.dumps(sizes)})
-        draft.rename(self.file(frame))
+        with replacing(self.file(frame)) as draft:
+            save_file(tensors, draft, {"sizes": json.dumps(sizes)})
 
     def read(self, frame: str, device: str = "cpu") -> WindowLogits:
         """The logits of a frame, float32."""
@@ -174,6 +174,6 @@ def export(maps: Iterable[tuple[str, np.ndarray]], folder: str | Path, method: s
     place = Path(folder) / "anomaly_p" / method / dataset
     place.mkdir(parents=True, exist_ok=True)
     for frame, scores in maps:
-        with h5py.File(place / f"{frame}.hdf5", "w") as file:
+        with replacing(place / f"{frame}.hdf5") as draft, h5py.File(draft, "w") as file:
             file.create_dataset("value", data=scores.astype(np.float16), compression="gzip", compression_opts=9)
     return place

@@ -1,8 +1,5 @@
 """Toy streets with unknown objects on the road, drawn once, in the layout of the real benchmarks."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from rich.progress import track
 
 from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
+from eomt.files import cache_folder, replacing_folder
 from eomt.indices import IGNORE, OUTLIER
 from eomt.toys.canvas import ROAD
 from eomt.toys.objects import draw_stranger
@@ -44,20 +42,13 @@ def write_toy_anomalies(
         ValueError: impossible settings.
     """
     check_settings(number, size, seed)
-    cache = Path(os.environ.get("EOMT_CACHE") or Path.home() / ".cache" / "eomt")
-    base = Path(root).expanduser() if root else cache / "toy_anomalies"
+    base = Path(root).expanduser() if root else cache_folder("toy_anomalies")
     folder = base / f"v{VERSION}_{size[0]}x{size[1]}_{number}_seed{seed}" / "toy_anomalies"
     base.mkdir(parents=True, exist_ok=True)
     with FileLock(base / ".lock"):
         if not folder.is_dir():
-            draft = Path(tempfile.mkdtemp(prefix=".draft_", dir=base))
-            try:
+            with replacing_folder(folder) as draft:
                 draw(draft, number, (size[0], size[1]), seed)
-                draft.chmod(0o755)
-                folder.parent.mkdir(exist_ok=True)
-                draft.rename(folder)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

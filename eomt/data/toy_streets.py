@@ -5,9 +5,6 @@ reader.
 """
 
 import io
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +17,7 @@ from typing_extensions import Unpack
 
 from eomt.data.cityscapes import cityscapes
 from eomt.data.sources import LoaderOptions
+from eomt.files import cache_folder, new_folder
 from eomt.toys.scene import draw_scene
 
 if TYPE_CHECKING:
@@ -53,7 +51,8 @@ def toy_streets(
     Raises:
         ValueError: An unknown domain, fewer than one image a split, or a size under 32 pixels.
     """
-    folder = write_toy_streets(Path(root) if root else _cache(), domain, num_train, num_val, size, data_seed)
+    place = Path(root) if root else cache_folder("toy_streets")
+    folder = write_toy_streets(place, domain, num_train, num_val, size, data_seed)
     return cityscapes(str(folder), **loader)
 
 
@@ -71,21 +70,9 @@ def write_toy_streets(
         raise ValueError(f"data.data_seed must be 0 or more, got {data_seed}.")
     height, width = size
     folder = root / f"v{VERSION}_{domain}_{height}x{width}_{num_train}train_{num_val}val_seed{data_seed}"
-    if folder.is_dir():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    # Written elsewhere and renamed: an interrupted run leaves nothing half-done, and of two runs one wins.
-    draft = Path(tempfile.mkdtemp(prefix=".draft_", dir=root))
-    try:
-        _write_zips(draft, domain, {"train": num_train, "val": num_val}, (height, width), data_seed)
-        draft.chmod(0o755)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    if not folder.is_dir():
+        with new_folder(folder) as draft:
+            _write_zips(draft, domain, {"train": num_train, "val": num_val}, (height, width), data_seed)
     return folder
 
 
@@ -108,7 +95,3 @@ def _write_png(archive: ZipFile, member: str, pixels: np.ndarray) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)  # speed before bytes
     archive.writestr(ZipInfo(member), buffer.getvalue(), ZIP_STORED)  # ZipInfo's fixed date: the same bytes every time
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("EOMT_CACHE") or Path.home() / ".cache" / "eomt") / "toy_streets"

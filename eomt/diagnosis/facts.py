@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from eomt.comparison.result_files import read_confusion, read_scores
 from eomt.cost.training_cost import build_without_weights
 from eomt.diagnosis.checks import Channels
-from eomt.diagnosis.files import read_evaluation, read_json, read_scores, read_settings
 from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample, stored_by_layer
 from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, spread, training_images
+from eomt.files import read_json, read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
 from eomt.inference.artefacts import BASE_FILE, read_lightning, set_settings
 from eomt.models.checkpoint import (
@@ -70,12 +70,16 @@ class RunFacts:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The run's summary.json; empty if there is none."""
-        return read_json(self.run / "summary.json") or {}
+        return read_json(self.run / "summary.json", {})
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The run's config.yaml; empty if there is none."""
-        return read_settings(self.run / "config.yaml", yaml.safe_load) or {}
+        file = self.run / "config.yaml"
+        content = read_yaml(file, {})
+        if file.is_file() and not content:
+            raise ValueError(f"{file} is empty, where names and values should be: look at it")
+        return content
 
     def needs_weights(self) -> None:
         if self.path is None:
@@ -348,9 +352,9 @@ class RunFacts:
         """Finds the classes that have pixels, in the run's validation and in `evaluation/`."""
         there = {"the run's validation": self.validated()} if self.summary.get("class_iou") else {}
         for file in sorted((self.run / "evaluation").glob("*.npz")):
-            facts = read_json(file.with_suffix(".json"))
-            if facts is not None:
-                there[f"evaluation/{file.stem}"] = read_evaluation(file, facts)
+            if facts := read_json(file.with_suffix(".json"), {}):
+                targets = read_confusion(file, facts).sum((0, 2))
+                there[f"evaluation/{file.stem}"] = dict(zip(facts["classes"], (targets > 0).tolist(), strict=True))
         if not there:
             raise NothingToCheck("no validation in summary.json, and no evaluation/*.npz")
         return (there,)
@@ -375,7 +379,8 @@ class RunFacts:
         files = sorted((self.run / "anomaly").glob("*.json"))
         if not files:
             raise NothingToCheck("no anomaly/*.json, which scripts/evaluate_anomaly.py writes")
-        return (dict(read_scores(file) for file in files),)
+        found = map(read_scores, files)
+        return ({facts["title"]: facts["results"] for facts in found},)
 
 
 def _plain(key: str) -> str:

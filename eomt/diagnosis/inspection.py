@@ -1,6 +1,5 @@
 """What is in a saved network, read from its files without building it, and whether an adapter fits a base."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from eomt.files import read_json
 from eomt.fingerprints import Identity, hash_tensors, identify_tensors, is_adapter
 from eomt.inference.artefacts import (
     BASE_FILE,
@@ -16,6 +16,7 @@ from eomt.inference.artefacts import (
     HEADS_FILE,
     WEIGHTS_FILE,
     find_artefact,
+    read_config,
     read_lightning,
     recorded_base,
 )
@@ -125,7 +126,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
             raise ValueError(f"{path} is a part of an adapter, without its settings: give the folder it belongs to")
         return {**found, "hyper_parameters": init, "state_dict": map_dinov3(state), "lora": lora}, [path]
 
-    config = json.loads((path / CONFIG_FILE).read_text())
+    config = read_config(path)
     content = {"hyper_parameters": config["init"], "precision": config.get("precision")}
     files = sorted(file for file in path.iterdir() if file.is_file())
     if not config["init"]["use_lora"]:
@@ -153,7 +154,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 def read_lora(path: Path, init: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT's settings of an adapter, in the words of `LoRASettings`."""
-    config = json.loads(path.read_text())
+    config = read_json(path)
     if config["peft_type"] != "LORA":
         return other_method(config["peft_type"].lower(), init)
     names = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")

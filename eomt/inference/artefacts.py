@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eomt import __version__
 from eomt.command_line import did_you_mean
+from eomt.files import read_json, replacing_files, write_json
 from eomt.fingerprints import Identity, identify, is_adapter
 from eomt.lora import files as lora_files
 from eomt.lora.files import BASE
@@ -79,18 +80,8 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
     Raises:
         ValueError: the base is in use, not an adapter.
     """
-    directory = Path(directory)
     state = {key: value.contiguous().cpu() for key, value in module.state_dict().items()}
     metadata = {"img_size": json.dumps(list(module.hparams.img_size))}
-    if module.lora is None:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(state, directory / WEIGHTS_FILE, metadata)
-    else:
-        lora_files.save_adapter(module.lora, directory)
-        save_file({k: v for k, v in state.items() if not k.startswith(BACKBONE)}, directory / HEADS_FILE, metadata)
-        if not (module.hparams.pretrained or module.hparams.ckpt_path):
-            base = {k.replace(".base_layer.", "."): v for k, v in state.items() if not is_adapter(k)}
-            save_file(base, directory / BASE_FILE, metadata)
     init = dict(module.hparams)
     if init["ckpt_path"]:
         init["ckpt_path"] = str(Path(init["ckpt_path"]).expanduser().resolve())
@@ -101,7 +92,16 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
         "precision": precision(module),
         "init": init,
     }
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    with replacing_files(directory) as draft:
+        if module.lora is None:
+            save_file(state, draft / WEIGHTS_FILE, metadata)
+        else:
+            lora_files.save_adapter(module.lora, draft)
+            save_file({k: v for k, v in state.items() if not k.startswith(BACKBONE)}, draft / HEADS_FILE, metadata)
+            if not (module.hparams.pretrained or module.hparams.ckpt_path):
+                base = {k.replace(".base_layer.", "."): v for k, v in state.items() if not is_adapter(k)}
+                save_file(base, draft / BASE_FILE, metadata)
+        write_json(draft / CONFIG_FILE, config)
 
 
 def precision(module: Module) -> str | None:
@@ -117,11 +117,16 @@ def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None =
     path = find_artefact(path)
     if path.is_file():
         return open_checkpoint(cls, path, ckpt_path)
-    config = json.loads((path / CONFIG_FILE).read_text())
+    config = read_config(path)
     open_folder = open_adapter if config["init"]["use_lora"] else open_model
     module = open_folder(cls, path, config, ckpt_path)
     module.trained_precision = config.get("precision")
     return module.eval()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the settings that `save_pretrained` wrote."""
+    return read_json(directory / CONFIG_FILE)
 
 
 def find_artefact(path: str | Path) -> Path:
@@ -327,7 +332,7 @@ def in_use(module: Module, settings: Mapping[str, Any]) -> Adapter:
 def add_adapter(module: Module, directory: str | Path, name: str) -> None:
     """See `MaskClassificationSemantic.add_adapter`. The heads are kept in memory, the base is not touched."""
     directory = find_artefact(directory)
-    config = json.loads((directory / CONFIG_FILE).read_text()) if directory.is_dir() else {}
+    config = read_config(directory) if directory.is_dir() else {}
     if not config.get("init", {}).get("use_lora"):
         raise ValueError(f"{directory} is not an adapter: give the adapter/ folder of a LoRA run")
     if module.lora is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
 from eomt.data.labels import LabelSet
+from eomt.files import replacing
 from eomt.inference.inputs import OVERLAY_VIDEO
 from eomt.inference.prediction import overlay, predict_images, read_image
 from eomt.inference.video import Video, frame_image, write_video
@@ -132,8 +133,8 @@ class FolderPrediction:
             pictures = {kind: draw[kind](image, labels) for kind in drawn}
             for kind in self.kinds:
                 path = self.output / ("" if kind == SUBMISSION else kind) / f"{name}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pictures[kind].save(path)
+                with replacing(path) as draft:
+                    pictures[kind].save(draft)
             return pictures.get("overlay"), labels.flatten().bincount(minlength=len(self.classes))
 
         return write
@@ -199,6 +200,6 @@ def _draw_legend(classes: LabelSet, path: Path) -> None:
     ]
     figure = plt.figure(figsize=(2, 0.25 * len(patches)))
     figure.legend(handles=patches, loc="center", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=110, bbox_inches="tight")
     plt.close(figure)

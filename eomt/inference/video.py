@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from eomt.files import replacing
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -70,9 +72,8 @@ def write_video(path: Path, rate: Fraction, pictures: Iterable[Image.Image]) -> 
     first = next(pictures, None)
     if first is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     width, height = (side // 2 * 2 for side in first.size)
-    with av.open(str(path), "w") as container:
+    with replacing(path, alone=True) as draft, av.open(str(draft), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"  # what every player shows
         for picture in chain([first], pictures):

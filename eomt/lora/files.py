@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from eomt.files import replacing_files
 from eomt.fingerprints import Identity, identify, is_adapter
 from lora_config import Method, adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
 
@@ -30,20 +31,19 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     name = adapter_in_use(handle)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_state(handle, name).items()}
     base = getattr(handle.get_base_model(), "lora_base", None)
     recorded = {"base_fingerprint": base.exact, "base_weights": json.dumps(base.as_dict())} if base else {}
     metadata = {"format": "pt"} | recorded
-    save_file(state, directory / WEIGHTS_FILE, metadata=metadata)
     config = copy.copy(handle.peft_config[name])
     config.inference_mode = True
     for field, value in vars(config).items():
         if isinstance(value, set):  # of layer names: the same file each time
             setattr(config, field, sorted(value))
-    config.save_pretrained(str(directory))
+    with replacing_files(directory) as draft:
+        save_file(state, draft / WEIGHTS_FILE, metadata=metadata)
+        config.save_pretrained(str(draft))
 
 
 def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:

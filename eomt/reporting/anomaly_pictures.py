@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from eomt.anomaly.metrics import ANOMALY, IGNORED
+from eomt.files import replacing
 
 COLUMN = 3.4  # inches
 PIXELS = 700  # of a drawn column: larger images are drawn with every n-th pixel
@@ -73,8 +74,8 @@ def anomaly_picture(rows: Sequence[Row], columns: Sequence[HeatMap], path: str |
     axes[-1, 1].legend(handles=kinds, loc="center", ncols=2, frameon=False)
     if title:
         figure.suptitle(title)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=100)
     plt.close(figure)
 
 

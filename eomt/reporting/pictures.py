@@ -7,6 +7,7 @@ import matplotlib
 from torch import Tensor
 
 from eomt.data.labels import LabelSet
+from eomt.files import replacing
 from eomt.indices import OUTLIER, OUTLIER_COLOR
 
 matplotlib.use("Agg")
@@ -48,8 +49,8 @@ def prediction_picture(
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 7), frameon=False)
     if title:
         figure.suptitle(title)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=100)
     plt.close(figure)
 
 
@@ -68,6 +69,6 @@ def confusion_picture(confusion: Tensor, names: Sequence[str], path: str | Path)
     axis.set_yticks(range(len(names)), labels)
     axis.set(xlabel="prediction", ylabel="target")
     figure.colorbar(image, label="% of the target's pixels", shrink=0.8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=100)
     plt.close(figure)

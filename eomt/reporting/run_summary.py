@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 import resource
 import statistics
@@ -19,6 +18,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from eomt.cost.flops import flop_counter
+from eomt.files import write_json
 from eomt.fingerprints import Identity, sums
 
 SCHEMA_VERSION = 1
@@ -222,7 +222,5 @@ def write_summary(path: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "command": sys.argv,
     }
-    draft = Path(path).with_suffix(".part")  # renamed, so that a machine that dies meanwhile leaves the earlier one
-    draft.write_text(json.dumps(summary, indent=2) + "\n")
-    draft.replace(path)
+    write_json(path, summary)
     return summary

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eomt.command_line import did_you_mean, one_sentence
+from eomt.files import read_yaml
 from eomt.settings.config_check import check_config
 from eomt.settings.run import check_data
 
@@ -55,7 +56,10 @@ def data_of_run(run: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
 
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has no config.yaml that names its data: give data=NAME")
-    config = OmegaConf.load(run / "config.yaml")
+    try:
+        config = OmegaConf.create(read_yaml(run / "config.yaml"))
+    except ValueError as error:
+        raise ValueError(f"its data are not known, {run / 'config.yaml'} does not say them: {error}") from error
     for override in overrides:
         key, _, value = override.partition("=")
         if OmegaConf.select(config, key, default=config) is config:

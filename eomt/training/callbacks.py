@@ -11,6 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from eomt.files import new_folder, replacing_folder
 from eomt.lora.audit import LoRAAudit
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -87,13 +88,8 @@ class SaveBest(Callback):
             self.save(module)
 
     def save(self, module: MaskClassificationSemantic) -> None:
-        """Writes beside the folder and renames, so that an interruption leaves the earlier artefact whole."""
-        folder = self.folder(module)
-        draft = folder.with_name(folder.name + ".part")
-        shutil.rmtree(draft, ignore_errors=True)
-        module.save_pretrained(draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        with replacing_folder(self.folder(module)) as draft:
+            module.save_pretrained(draft)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "directory": str(self.directory.resolve())}
@@ -105,7 +101,8 @@ class SaveBest(Callback):
             if earlier.is_dir():
                 self.best = state["best"]
                 if not here.is_dir():
-                    shutil.copytree(earlier, here, dirs_exist_ok=True)
+                    with new_folder(here) as draft:  # each process of the run tries
+                        shutil.copytree(earlier, draft, dirs_exist_ok=True)
 
 
 class RunProgressBar(TQDMProgressBar):

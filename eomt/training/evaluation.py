@@ -1,6 +1,5 @@
 """The mIoU of a saved network, computed as in training, and what it is made of: confusion counts of every image."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eomt.files import replacing_files, write_json
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
 
 SCHEMA_VERSION = 1
@@ -40,8 +40,6 @@ class Evaluation:
 
     def save(self, directory: str | Path, name: str) -> None:
         """Writes `NAME.json`, and the counts of every image to `NAME.npz`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         class_iou = {name: None if iou != iou else iou for name, iou in self.class_iou.items()}
         facts = {
             "schema_version": SCHEMA_VERSION,
@@ -50,8 +48,9 @@ class Evaluation:
             "class_iou": class_iou,
             **self.facts,
         }
-        np.savez_compressed(directory / f"{name}.npz", confusion=self.confusion.numpy())
-        (directory / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+        with replacing_files(directory) as draft:  # neither without the other
+            np.savez_compressed(draft / f"{name}.npz", confusion=self.confusion.numpy())
+            write_json(draft / f"{name}.json", facts)
 
 
 class ImageConfusions(lightning.Callback):

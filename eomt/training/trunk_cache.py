@@ -7,7 +7,6 @@ blocks alone can start each step from there.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eomt.files import cache_folder, replacing_folder
 from eomt.fingerprints import combine_hashes, hash_tensors
 from eomt.inference.prediction import evaluating
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -41,8 +41,7 @@ class TrunkCache(lightning.Callback):
         if views < 1:
             raise ValueError(f"views {views}: at least one of each image")
         self.views = views
-        cache = Path(os.environ.get("EOMT_CACHE") or Path.home() / ".cache" / "eomt")
-        self.folder = Path(folder) if folder else cache / "trunk"
+        self.folder = Path(folder) if folder else cache_folder("trunk")
 
     def setup(self, trainer: lightning.Trainer, module: MaskClassificationSemantic, stage: str) -> None:
         if stage != "fit":
@@ -59,7 +58,8 @@ class TrunkCache(lightning.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f".{cache.folder.name}.lock"):  # another run may be at it: wait for its cache
             if not cache.folder.is_dir():
-                cache.fill(trainer, module)
+                with replacing_folder(cache.folder) as draft:
+                    cache.fill(draft, trainer, module)
         log.info(
             "trunk_cache: %d views of %d images behind %d blocks, %.1f GiB in %s",
             *(self.views, len(cache), cache.depth, cache.bytes / 2**30, cache.folder),
@@ -169,18 +169,13 @@ class CachedViews(Dataset):
         tokens, labels = (torch.Size(shape).numel() for shape in self.shapes.values())
         return 2 * tokens + labels
 
-    def fill(self, trainer: lightning.Trainer, module: MaskClassificationSemantic) -> None:
-        """Runs the frozen blocks over all views.
-
-        What an interrupted run leaves is no cache, and the next one takes its place.
+    def fill(self, draft: Path, trainer: lightning.Trainer, module: MaskClassificationSemantic) -> None:
+        """Runs the frozen blocks over all views, and writes what they give to an empty folder.
 
         Raises:
             ValueError: the disk has no room.
         """
-        draft = self.folder.with_name(f".{self.folder.name}")
-        shutil.rmtree(draft, ignore_errors=True)
-        check_space(self.bytes, self.folder.parent)
-        draft.mkdir()
+        check_space(self.bytes, draft)
         rows = self.shapes["tokens"][0]
         seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(torch.initial_seed() % 2**62))
         loader = DataLoader(
@@ -198,7 +193,6 @@ class CachedViews(Dataset):
                 for file, batch in zip(files, (tokens, labels), strict=True):
                     file[done : done + len(batch)] = batch.to("cpu", file.dtype)
                 done += len(images)
-        draft.rename(self.folder)
 
 
 @lru_cache(maxsize=8)
