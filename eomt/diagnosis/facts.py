@@ -30,8 +30,6 @@ from eomt.models.checkpoint import (
     read_checkpoint,
 )
 from eomt.training.index_check import check_indices, indices_of
-from eomt.training.param_groups import param_groups
-from eomt.training.schedules import resolve_annealing
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule
@@ -235,17 +233,11 @@ class RunFacts:
         if not optimizers:
             raise NothingToCheck("last.ckpt keeps no optimiser")
         names = {id(p): name for name, p in self.trainable.items()}
-        wanted = [p for group in self.groups() for p in group["params"]]
+        wanted = [p for group in self.module.parameter_groups() for p in group["params"]]
         state = optimizers[0]["state"]
         held = [state.get(index, {}) for group in optimizers[0]["param_groups"] for index in group["params"]]
         moments = [max((_largest(adam[key]) for key in ADAM if key in adam), default=0.0) for adam in held]
         return [names[id(p)] for p in wanted], moments
-
-    def groups(self) -> list[dict]:
-        """Groups parameters as the optimiser of the run does."""
-        module, hp = self.module, self.module.hparams
-        rates = (hp.lr, hp.lora_lr or hp.lr, hp.llrd, hp.llrd_masked_blocks, hp.weight_decay)
-        return param_groups(module.network, module.adapter_parameters(), *rates)
 
     def keys(self) -> tuple:
         """Collects shapes by key, stored and loaded, of artefact and start weights, and why a base does not fit."""
@@ -329,9 +321,7 @@ class RunFacts:
             if not probabilities:
                 raise NothingToCheck("the weights keep no attn_mask_probs, which say how masks were left")
             return None, steps, probabilities
-        given = (module.hparams.attn_mask_annealing_start, module.hparams.attn_mask_annealing_end)
-        fading = resolve_annealing(*given, module.network.num_blocks, self.planned_steps())
-        return fading, steps, probabilities
+        return module.annealing_of(self.planned_steps()), steps, probabilities
 
     def planned_steps(self) -> int:
         """Counts the optimiser steps that were planned, of which schedules are fractions."""

@@ -245,7 +245,7 @@ def build_empty(cls: type[Module], init: Mapping[str, Any]) -> Module:
 
 
 def set_settings(module: Module, init: Mapping[str, Any]) -> None:
-    """What a run was started with, in place of what rebuilding it took."""
+    """Records what a run was started with: `hparams` are for files; `settings` stay what the module was built with."""
     module.hparams.update(init)
 
 

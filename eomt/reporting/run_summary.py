@@ -202,8 +202,13 @@ def git_commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"platform": platform.platform(), "threads": torch.get_num_threads(), "gpus": gpus}
+    """Describes what computes here: system, instructions and threads of the processor, GPUs."""
+    return {
+        "platform": platform.platform(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
 
 
 def file_sizes(directory: str | Path) -> dict[str, int]:

@@ -243,12 +243,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.seed = torch.initial_seed()
         self.total_steps = self.count_steps()
         if self.anneals and self.network.masked_attn_enabled:
-            self.annealing = resolve_annealing(
-                self.hparams.attn_mask_annealing_start,
-                self.hparams.attn_mask_annealing_end,
-                self.network.num_blocks,
-                self.total_steps,
-            )
+            self.annealing = self.annealing_of(self.total_steps)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:  # an epoch's random numbers follow from the seed alone, so that a resumed run draws the same
@@ -257,6 +252,12 @@ class MaskClassificationSemantic(lightning.LightningModule):
         if self.anneals and self.network.masked_attn_enabled:
             probs = [mask_probability(self.global_step, *span) for span in self.annealing]
             self.network.attn_mask_probs.copy_(torch.tensor(probs))
+
+    def annealing_of(self, total_steps: int) -> list[tuple[int, int]]:
+        """Returns the steps at which the mask of each masked block starts and ends to fade in a run of this length."""
+        settings = self.settings
+        given = (settings.attn_mask_annealing_start, settings.attn_mask_annealing_end)
+        return resolve_annealing(*given, self.network.num_blocks, total_steps)
 
     def count_steps(self) -> int:
         """Optimiser steps of the whole run."""
@@ -271,9 +272,13 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of the parameters that train."""
+        """Returns the optimiser of the parameters that train."""
+        return self.make_optimizer(self.parameter_groups())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the groups of parameters that the optimiser gets; see `param_groups`."""
         settings = self.settings
-        groups = param_groups(
+        return param_groups(
             self.network,
             self.adapter_parameters(),
             lr=settings.lr,
@@ -282,7 +287,6 @@ class MaskClassificationSemantic(lightning.LightningModule):
             decay_masked_blocks=settings.llrd_masked_blocks,
             weight_decay=settings.weight_decay,
         )
-        return self.make_optimizer(groups)
 
     # Evaluation
 
