@@ -230,6 +230,14 @@ def test_a_wrong_value_in_a_nested_target_is_named():
         check_config({"callbacks": {"samples": node}})
 
 
-def test_warm_ups_of_dinov3_are_the_published_steps():
-    warmup = composed("cityscapes", ["model=vit_large_dinov3"]).model.warmup_steps
-    assert [round(share * 20200) for share in warmup] == pytest.approx([2000, 3000], abs=15)
+def test_warm_ups_and_fading_of_dinov3_are_the_published_steps():
+    model = composed("cityscapes", ["model=vit_large_dinov3"]).model
+    steps = 16 * (20210 // 16)  # configs/dinov3/ade20k/semantic/eomt_large_512.yaml: 16 epochs of ADE20K, batches of 16
+    published = {
+        "warmup_steps": [2000, 3000],
+        "attn_mask_annealing_start": [0, 6520, 9780, 13040],
+        "attn_mask_annealing_end": [3000, 9780, 13040, 16300],
+    }
+    for name, expected in published.items():
+        assert [share * steps for share in model[name]] == pytest.approx(expected, abs=2), name
+    assert (model.lr, model.llrd) == (2e-4, 1.0)

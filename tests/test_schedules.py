@@ -78,17 +78,17 @@ def test_annealing_follows_the_published_probabilities(reference):
         assert ours == pytest.approx(probs, abs=1e-7)  # published in float32
 
 
-CITYSCAPES_STEPS = 19902
-PUBLISHED_ANNEALING = {  # configs/dinov2/cityscapes/semantic/
-    "eomt_base_640.yaml": ([3317, 8292, 13268], [6634, 11609, 16585]),
-    "eomt_large_1024.yaml": ([3317, 6634, 9951, 13268], [6634, 9951, 13268, 16585]),
+PUBLISHED_ANNEALING = {  # below configs/dinov2/: the steps that the file divides by, where fades start and end
+    "cityscapes/semantic/eomt_large_1024.yaml": (19902, [3317, 6634, 9951, 13268], [6634, 9951, 13268, 16585]),
+    "ade20k/semantic/eomt_large_512.yaml": (39120, [6520, 13040, 19560, 26080], [13040, 19560, 26080, 32600]),
+    "coco/panoptic/eomt_base_640.yaml": (88692, [14782, 36955, 59128], [29564, 51737, 73910]),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED_ANNEALING)
 def test_the_default_annealing_is_that_of_the_published_file(name):
-    starts, ends = PUBLISHED_ANNEALING[name]
-    spans = resolve_annealing(None, None, len(starts), CITYSCAPES_STEPS)
+    steps, starts, ends = PUBLISHED_ANNEALING[name]
+    spans = resolve_annealing(None, None, len(starts), steps)
     assert [step for span in spans for step in span] == pytest.approx(
         [step for span in zip(starts, ends, strict=True) for step in span], abs=1
     )
