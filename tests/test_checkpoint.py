@@ -520,3 +520,16 @@ def test_a_dinov3_checkpoint_without_one_of_q_k_v_is_refused(tmp_path, name):
     del state[f"network.encoder.backbone.blocks.2.attention.{name}_proj.weight"]
     with pytest.raises(ValueError, match=r"1 of its .*missing there \(encoder.backbone.blocks.2.attn.qkv.weight"):
         load_checkpoint(dinov3_network(), save_bin(tmp_path, state))
+
+
+def test_a_file_of_differences_under_the_published_dinov3_names_gives_the_trained_network(tmp_path):
+    backbone, state, network, trained = "network.encoder.backbone.", dinov3_state(), dinov3_network(), dinov3_network()
+    torch.manual_seed(0)
+    pretrained = {key: 1.1 * t + 0.1 * torch.randn_like(t) for key, t in state.items() if key.startswith(backbone)}
+    load_checkpoint(trained, save_bin(tmp_path, state))
+    load_checkpoint(network, save_bin(tmp_path, state | pretrained))
+    difference = {key: state[key] - t for key, t in pretrained.items()}
+    pixels = {f"network.encoder.pixel_{name}": torch.zeros(1, 3, 1, 1) for name in ("mean", "std")}
+    load_checkpoint(network, save_bin(tmp_path, state | difference | pixels))
+    for key, tensor in trained.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], tensor, atol=1e-6, rtol=0, msg=key)
