@@ -64,7 +64,7 @@ def _is_int(value: object) -> bool:
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What to adapt and how. Everything is checked here, before any model is built and without importing PEFT.
+    """The layers to adapt, and how. Everything is checked here, before any model is built and without importing PEFT.
 
     Args:
         rank: rows of A and columns of B.
@@ -233,7 +233,7 @@ def assert_not_adapted(module: nn.Module) -> None:
 
 
 class Method(Protocol):
-    """What applying asks of an adapter method other than LoRA; see `eomt.lora.methods`."""
+    """The part of an adapter method other than LoRA that applying uses; see `eomt.lora.methods`."""
 
     def config(self, settings: LoRASettings, targets: list[str]) -> PeftConfig: ...
 

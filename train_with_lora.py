@@ -146,7 +146,7 @@ def keep_earlier_metrics(output_dir: Path) -> None:
 
 
 def classes_of(datamodule, num_classes: int | None) -> dict:  # noqa: ANN001
-    """What the model must know of the data set's classes."""
+    """Returns the settings of the model that the data set's classes decide."""
     if num_classes not in (None, datamodule.num_classes):
         raise ValueError(
             f"model.num_classes {num_classes}: the data set has {datamodule.num_classes} classes; leave it out"

@@ -124,7 +124,7 @@ def split_flag(word: str) -> list[str]:
 
 
 def help_text(configs: Path) -> str:
-    """What `--help` prints: examples, flags, configuration groups and the LoRA options with their defaults."""
+    """Returns the text of `--help`: examples, flags, configuration groups and the LoRA options with their defaults."""
     flags = "\n".join(f"  {flag + ' VALUE' * count:<24}{override}" for flag, (count, override) in FLAGS.items())
     groups = "\n".join(
         textwrap.fill(

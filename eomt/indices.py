@@ -1,4 +1,4 @@
-"""What the values of a label map mean: train indices 0..K-1, and two values for pixels of no class."""
+"""Values of a label map: train indices 0..K-1, and two values for pixels of no class."""
 
 IGNORE = 255  # pixels that neither train nor count
 OUTLIER = 254  # pixels of an object that belongs to no class; they train outlier losses, and nothing else

@@ -120,7 +120,7 @@ class CutPaste:
         return self.apply(image, labels, self.draw(labels))
 
     def draw(self, labels: Tensor) -> list[Paste]:
-        """What to paste on a scene with these labels, the nearest last; nothing where there is no place for it.
+        """Draws the objects to paste on a scene with these labels, the nearest last; none where no place is found.
 
         Crops and colours that are drawn afterwards are those of a run without pasting.
         """
@@ -200,7 +200,7 @@ class CutPaste:
 
 
 def overlap(start: int, length: int, limit: int) -> tuple[slice, slice]:
-    """Where start..start + length lies within 0..limit: in the coordinates of limit, and counted from start."""
+    """Cuts start..start + length to 0..limit: returns it in the coordinates of limit, and counted from start."""
     first, last = max(start, 0), min(start + length, limit)
     return slice(first, last), slice(first - start, last - start)
 

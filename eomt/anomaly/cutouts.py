@@ -175,7 +175,7 @@ class CocoCutOuts:
 
 
 def clean_instances(content: dict, exclude: Sequence[str], min_area: float) -> list[Instance]:
-    """What may be cut out; see CocoCutOuts.
+    """Yields the instances that may be cut out; see CocoCutOuts.
 
     Raises:
         KeyError: something that COCO's format has is missing. ValueError: nothing is left, and the like.

@@ -167,13 +167,13 @@ class AnomalyDataset(Dataset):
                 raise ValueError(f"{self.folder}/labels_masks shows nothing {kind}: there is nothing to tell apart")
 
     def fingerprint(self) -> str:
-        """Of the names and sizes of all images: whether two runs saw the same."""
+        """SHA-256 of the names and sizes of all images: the same if two runs saw the same."""
         files = [f"{sample.name} {sample.image.identity()}" for sample in self.pairs.samples]
         return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def find_folder(root: Path, benchmark: Benchmark) -> Path:
-    """Where `images/` and `labels_masks/` are."""
+    """Finds the folder of `images/` and `labels_masks/`."""
     places = [*(root / folder for folder in benchmark.folders), root]
     for place in places:
         if (place / "images").is_dir() and (place / "labels_masks").is_dir():

@@ -105,7 +105,7 @@ def score_maps(logits: WindowLogits, variants: Sequence[Variant]) -> dict[Varian
 
 @dataclass(frozen=True)
 class Result:
-    """What one score is worth on one data set; `components` is None where they were not asked for."""
+    """The metrics of one score on one data set; `components` is None where they were not asked for."""
 
     score: str
     temperature: float

@@ -15,7 +15,7 @@ PENDING = 2**22  # pixels that wait to be counted: joining costs a pass over the
 
 @dataclass(frozen=True)
 class PixelScores:
-    """What a score is worth on a data set.
+    """The metrics of a score on a data set, by pixels.
 
     auprc: average precision, in [0, 1]. fpr95: the share of normal pixels called anomalous where 95 % of the anomalous
     ones are found. error: both are at most this far from those of unbinned scores; 0 for exact ones.

@@ -77,7 +77,7 @@ class Score(NamedTuple):
     tempered: Literal["pixels", "classes"] | None = None
 
     def class_temperature(self, temperature: float) -> float:
-        """What S has to be computed at."""
+        """The temperature that S has to be computed at."""
         return temperature if self.tempered == "classes" else 1.0
 
     def __call__(self, scores: Tensor, temperature: float = 1.0) -> Tensor:

@@ -100,7 +100,7 @@ def draw_street(stream: tuple[int, ...], size: tuple[int, int], with_strangers: 
 
 
 def anomaly_labels(ids: np.ndarray) -> np.ndarray:
-    """Of Cityscapes' ids and OUTLIER: pixels without a class are void, unknown objects anomalous."""
+    """Maps Cityscapes' ids and OUTLIER to labels: pixels without a class are void, unknown objects anomalous."""
     table = np.full(256, IGNORED, np.uint8)
     for label_id, index in TRAIN_ID_OF_ID.items():
         table[label_id] = IGNORED if index == IGNORE else NORMAL

@@ -1,4 +1,4 @@
-"""What the variants are worth on anomaly benchmarks, by one score for the whole table."""
+"""Compares variants on anomaly benchmarks, by one score for the whole table."""
 
 import math
 import statistics
@@ -44,7 +44,7 @@ def seed_interval(changes: Sequence[float]) -> tuple[float, float] | tuple[None,
 
 
 def anomaly_notes(comparison: Comparison) -> list[str]:
-    """What a reader of the anomaly columns must know."""
+    """Returns notes that a reader of the anomaly columns must know."""
     if comparison.score is None:
         return _failed(comparison)
     notes = [
@@ -87,7 +87,7 @@ def _failed(comparison: Comparison) -> list[str]:
 
 
 def _training(comparison: Comparison) -> list[str]:
-    """How the variants were trained differently, on purpose, beside what trains."""
+    """Says how the variants were trained differently, on purpose, beside what trains."""
     runs = [run for variant in comparison.variants for run in variant.runs if run.steps != 0]
     lines = []
     for what, value in (

@@ -20,7 +20,7 @@ TOYS = "toy_anomalies"  # the benchmark that is drawn where it is needed
 
 @dataclass
 class Cell:
-    """What Hydra sweeps over: one run of a matrix."""
+    """One run of a matrix; Hydra sweeps over them."""
 
     variant: str
     seed: int
@@ -74,7 +74,7 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
 
 
 def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
-    """What a matrix sets for each run; the artefact of the last step is no choice among the evaluated images."""
+    """Settings of each run; the artefact of the last step is no choice among the evaluated images."""
     return [f"variant={variant}", f"seed={seed}", f"output_dir='{folder}'", "callbacks.save_best.keep=last"]
 
 

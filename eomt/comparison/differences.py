@@ -1,4 +1,4 @@
-"""Which runs may stand in one table, and which may not."""
+"""Finds the runs that may not stand in one table."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Difference:
         )
 
     def variants(self, baseline: str) -> set[str]:
-        """Those that differ from the baseline; all, where the baseline itself is unclear."""
+        """Names the variants that differ from the baseline; all, where the baseline itself is unclear."""
         ours = {value for value, runs in self.values.items() for run in runs if run.variant == baseline}
         alike = ours if len(ours) == 1 and UNKNOWN not in ours else set()
         return {run.variant for value, runs in self.values.items() if value not in alike for run in runs}
@@ -100,7 +100,7 @@ ASPECTS = [
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """What keeps these runs out of one table: conditions that are unequal or, in old runs, unknown.
+    """Lists the conditions that keep these runs out of one table: unequal or, in old runs, unknown.
 
     Failed runs are left aside. Start weights and training batches must be equal among the runs of a seed, everything
     else among all; a run of 0 steps has neither steps nor batches to compare. Another class head starts from other

@@ -177,7 +177,7 @@ def check_variant(variant: str, config: Any) -> None:
 
 
 def alone(variant: str) -> Any:
-    """What a variant's file says."""
+    """Reads the settings in a variant's file."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

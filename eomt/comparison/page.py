@@ -111,7 +111,7 @@ def _longest(comparison: Comparison) -> float:
 
 
 def score_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Of each benchmark its title, its scores, and a row for each variant: AuPRC / FPR95 by score, means over seeds."""
+    """Returns each benchmark's title, scores, and a row for each variant: AuPRC / FPR95 by score, means over seeds."""
 
     def cell(variant: Variant, benchmark: str, score: str) -> str:
         spreads = [spread(variant, benchmark, metric, score) for metric in METRICS]
@@ -126,7 +126,7 @@ def score_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list
 
 
 def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What was run: each fact with its values, and with the runs of each where there are several."""
+    """Lists the facts of the runs: each with its values, and with the runs of each where there are several."""
     scored = [run for run in comparison.runs if run.error is None]
     anomalies = [("Class head", class_head), ("Outlier loss", outlier_loss), ("Pasted objects", pasted_objects)]
     facts = []
@@ -152,7 +152,7 @@ def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]
 
 
 def learning_rates(run: Run) -> str:
-    """What a reader asks first when one method loses."""
+    """Words the learning rates, which a reader asks for first when one method loses."""
     model, trainer = run.config.get("model") or {}, run.config.get("trainer") or {}
     if not run.steps or "lr" not in model:
         return NONE
@@ -169,7 +169,7 @@ def class_head(run: Run) -> str:
 
 
 def outlier_loss(run: Run) -> str:
-    """What teaches it to reject outliers, with its settings."""
+    """Words the loss that teaches a network to reject outliers, with its settings."""
     model = run.config.get("model") or {}
     if not run.steps or not model.get("outlier_loss"):
         return "none"
@@ -178,7 +178,7 @@ def outlier_loss(run: Run) -> str:
 
 
 def pasted_objects(run: Run) -> str:
-    """What is pasted on training scenes."""
+    """Words the objects that are pasted on training scenes."""
     return (run.summary.get("data") or {}).get("cut_paste") or ("none" if run.pasted is None else str(run.pasted))
 
 
@@ -188,7 +188,7 @@ def _data(run: Run, split: str) -> str:
 
 
 def kept_network(run: Run) -> str:
-    """Which of a run's networks was evaluated: choosing it by the evaluated images flatters every variant."""
+    """Words which network of a run was evaluated: choosing it by the evaluated images flatters every variant."""
     if run.steps == 0:
         return "as it was before training"
     if run.kept == "last":

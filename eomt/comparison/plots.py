@@ -59,7 +59,7 @@ class Style:
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """How each variant looks in every plot."""
+    """Gives each variant its colour and marker in every plot."""
     return {
         name: Style(COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)], "-" if k < len(COLORS) else "--")
         for k, name in enumerate(names)
@@ -201,7 +201,7 @@ def class_plots(comparison: Comparison) -> list[Plot]:
 
 
 def _limits(variants: Sequence[Variant]) -> tuple[float, float]:
-    """What all bars and intervals of these variants need, in points; 0 is among it."""
+    """Returns the range that all bars and intervals of these variants need, in points; 0 is in it."""
     deltas = [delta for variant in variants for delta in variant.class_delta.values()]
     ends = [100 * end for d in deltas for end in (0, d.value, d.low, d.high) if end is not None]
     margin = 0.05 * (max(ends) - min(ends)) or 1

@@ -41,7 +41,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class AnomalyEvaluation:
-    """What the anomaly scores of one network are worth on one benchmark.
+    """The metrics of one network's anomaly scores on one benchmark.
 
     `auprc` and `fpr95` are in [0, 1], by score (`rba`, or `msp@0.5` at another temperature than 1), None where they are
     undefined; `error` is what counting pixels in bins may have made in them.
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def error(self) -> str | None:
-        """Why this run has no place in a mean, or None."""
+        """The reason why this run has no place in a mean, or None."""
         status = self.summary.get("status", "it has not finished (no summary.json)")
         if self.cell.get("status") == "failed":
             return self.cell.get("error") or status
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def anomaly_errors(self) -> dict[str, str]:
-        """Why a benchmark has no scores, by benchmark."""
+        """The reasons why benchmarks have no scores, by benchmark."""
         return self.cell.get("anomaly_errors") or {}
 
     @property
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def kept(self) -> str:
-        """Which network was evaluated: that of the "best" or of the "last" validation."""
+        """The validation whose network was evaluated: "best" or "last"."""
         return ((self.config.get("callbacks") or {}).get("save_best") or {}).get("keep", "best")
 
     @property
@@ -128,17 +128,17 @@ class Run:
 
     @property
     def class_head(self) -> str:
-        """What makes its class logits: linear or arcface."""
+        """The head of its class logits: linear or arcface."""
         return (self.config.get("model") or {}).get("head") or "linear"
 
     @property
     def pasted(self) -> dict[str, Any] | None:
-        """How objects are pasted on its training scenes; None: not at all."""
+        """The settings for pasting objects on its training scenes; None: nothing is pasted."""
         return (self.config.get("data") or {}).get("cut_paste")
 
     @property
     def method(self) -> tuple[Any, ...]:
-        """What it does for anomalies: class head, outlier loss, pasted objects."""
+        """The parts of it that concern anomalies: class head, outlier loss, pasted objects."""
         return self.class_head, (self.config.get("model") or {}).get("outlier_loss"), self.pasted
 
     @property
@@ -270,7 +270,7 @@ def _load_evaluation(path: Path) -> Evaluation | None:
 
 
 def _load_anomalies(folder: Path) -> dict[str, AnomalyEvaluation]:
-    """What `scripts/evaluate_anomaly.py` left of each benchmark, in the order of their registry."""
+    """Reads the results of `scripts/evaluate_anomaly.py` for each benchmark, in the order of their registry."""
     files = {name: folder / f"{name}.json" for name in BENCHMARKS}
     return {name: _load_anomaly(path) for name, path in files.items() if path.is_file()}
 

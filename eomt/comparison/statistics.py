@@ -1,4 +1,4 @@
-"""What the runs of each variant reached, and how sure that is."""
+"""Means of the runs of each variant, and intervals of their differences."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -111,7 +111,7 @@ class Variant:
         return f"{len(self.runs)} of {total}" if self.failed else str(total)
 
     def known(self, value: Callable[[Run], Any]) -> list[Any]:
-        """What the runs tell, without the silent ones."""
+        """Collects the values that the runs tell, without the silent ones."""
         return [v for v in map(value, self.runs) if v is not None]
 
     @property
@@ -120,7 +120,7 @@ class Variant:
 
     @property
     def share(self) -> float | None:
-        """Of its parameters, those that train."""
+        """The share of its parameters that train."""
         total = max(self.known(lambda run: run.summary.get("total_parameters")), default=0)
         return self.trainable / total if total and self.trainable is not None else None
 
@@ -151,7 +151,7 @@ class Comparison:
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """That of the baseline's first run."""
+        """The evaluation of the baseline's first run."""
         return self[self.baseline].runs[0].target
 
     @cached_property
@@ -162,7 +162,7 @@ class Comparison:
         return {name: found[name] for name in BENCHMARKS if name in found}
 
     def known(self, benchmark: str, value: Callable[[AnomalyEvaluation], Any]) -> list[Any]:
-        """What the runs tell of a benchmark, without the silent ones."""
+        """Collects the values that the runs tell of a benchmark, without the silent ones."""
         found = [run.anomalies[benchmark] for v in self.variants for run in v.runs if benchmark in run.anomalies]
         return [v for v in map(value, found) if v is not None]
 

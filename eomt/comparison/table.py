@@ -17,7 +17,7 @@ MIOU = "mIoU, %"
 
 @dataclass(frozen=True)
 class Cell:
-    """What readers see, and the values behind it, by the column names of the CSV."""
+    """The text that readers see, and the values behind it, by the column names of the CSV."""
 
     text: str
     values: dict[str, Any]
@@ -210,7 +210,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """What a reader of the table must know, a sentence or two each."""
+    """Returns notes that a reader of the table must know, a sentence or two each."""
     lines = [
         f"mIoU: mean ± sample standard deviation over seeds; {NONE} for one seed.",
         "Difference: over the seeds that both variants have. Its 95 % interval comes from a paired bootstrap of the "
@@ -241,7 +241,7 @@ def footnotes(comparison: Comparison) -> list[str]:
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
-    """Why intervals are missing, or mean little."""
+    """Says why intervals are missing, or mean little."""
     lines = []
     count = len(comparison.evaluation.images)
     if 0 < count < FEW_IMAGES:
@@ -273,7 +273,7 @@ def classes_scored(run: Run) -> set[str]:
 
 
 def _measured(comparison: Comparison) -> str:
-    """What peak memory is the peak of."""
+    """Says what the peak memory was measured of."""
     scored = [run for run in comparison.runs if run.error is None and run.summary.get("peak_memory")]
     kinds = by_value(scored, lambda run: run.summary["peak_memory"].get("of"))
     if len(kinds) == 1:

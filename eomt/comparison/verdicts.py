@@ -56,7 +56,7 @@ def variant_sentence(variant: Variant, comparison: Comparison) -> str:
 
 
 def anomaly_sentences(comparison: Comparison) -> list[str]:
-    """Of each benchmark the baseline's AuPRC, and the others' differences to it."""
+    """Says for each benchmark the baseline's AuPRC, and the others' differences to it."""
     base, score = comparison[comparison.baseline], comparison.score
     sentences = []
     for name, evaluation in comparison.benchmarks.items():

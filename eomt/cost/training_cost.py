@@ -1,4 +1,4 @@
-"""What training costs, known before it starts: a step is run on tensors without values, and what it allocates added up.
+"""Costs of training, known before it starts: a step is run on tensors without values, and what it allocates added up.
 
 Every operation of the real step runs in its real order, on torch's fake tensors: they have a shape, a type and a
 lifetime, but no memory behind them. So the peak is the most bytes alive at any moment of the step, and not a formula
@@ -37,7 +37,7 @@ BESIDES = 2**30  # bytes of a card that no tensor gets: CUDA's context, workspac
 
 @dataclass(frozen=True)
 class Cost:
-    """What training takes on each device.
+    """The parameters, memory and operations of training on each device.
 
     Args:
         batch_size: images a step, before accumulation.

@@ -81,7 +81,7 @@ def splits(root: str) -> Splits:
 
 
 def find_pictures(root: Path, part: str) -> dict[str, Source]:
-    """Where every PNG of `part` (leftImg8bit or gtFine) is, by its path inside that part: `train/CITY/NAME.png`."""
+    """Finds every PNG of `part` (leftImg8bit or gtFine), by its path inside that part: `train/CITY/NAME.png`."""
     folder, archive = root / part, root / f"{part}_trainvaltest.zip"
     if extracted := sorted(folder.glob("*/*/*.png")):
         return {path.relative_to(folder).as_posix(): Source(str(path)) for path in extracted}

@@ -1,4 +1,4 @@
-"""Where pictures and label maps are, and how label pictures are decoded: all that is known of data without torch."""
+"""Places of pictures and label maps, and the decoding of label pictures: all that is known of data without torch."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ def open_archive(path: str | Path) -> ZipFile:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the bytes of one picture are: a plain file, or a member of a zip archive."""
+    """The place of one picture's bytes: a plain file, or a member of a zip archive."""
 
     path: str
     member: str | None = None

@@ -1,4 +1,4 @@
-"""How often each class occurs, and the class weights that follow from it."""
+"""Frequencies of classes, and the class weights that follow from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

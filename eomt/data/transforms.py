@@ -80,7 +80,7 @@ class TrainTransform:
 
 
 def nearest(old: int, new: int) -> Tensor:
-    """Which of `old` positions each of `new` shows, int64 [new]: resizing by nearest neighbours, as torch does it."""
+    """Returns the positions in `old` that each in `new` shows, int64 [new]: nearest neighbours, as in torch."""
     positions = torch.arange(old, dtype=torch.float32)  # as precise as torch places pixels
     return torch.nn.functional.interpolate(positions[None, None], size=new, mode="nearest")[0, 0].long()
 

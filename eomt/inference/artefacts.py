@@ -1,4 +1,4 @@
-"""What a run leaves behind, written and opened again: `adapter/` and `model/` folders, and Lightning's checkpoints."""
+"""Saved networks, written and opened again: `adapter/` and `model/` folders, and Lightning's checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size", "lora_
 
 
 class Module(Protocol):
-    """What saving and opening use of a training module such as `MaskClassificationSemantic`."""
+    """The part of a training module such as `MaskClassificationSemantic` that saving and opening use."""
 
     hparams: Any
     network: nn.Module
@@ -61,7 +61,7 @@ class Module(Protocol):
 
 
 class Adapter(NamedTuple):
-    """What belongs to an adapter beside its weights in the backbone."""
+    """The heads and settings that belong to an adapter, beside its weights in the backbone."""
 
     heads: dict[str, Tensor]
     settings: dict[str, Any]

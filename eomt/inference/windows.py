@@ -135,7 +135,7 @@ def score_strips(
 
 
 class WindowLogits(NamedTuple):
-    """What the network says of the n windows of an image: all that its scores are made of.
+    """The network's outputs for the n windows of an image: all that its scores are made of.
 
     mask_logits: [n, Q, h, w]. class_logits: [n, Q, K + 1]. origins: (top, left) of the windows.
     window: (height, width) of each. image_size: (H, W) of the image before it was resized.
@@ -154,7 +154,7 @@ class WindowLogits(NamedTuple):
 
 
 def window_logits(network: EoMT, images: Sequence[Tensor]) -> list[WindowLogits]:
-    """Of each image, from the deployed network (masked attention off), all windows in one forward.
+    """Returns the outputs for each image, from the deployed network (masked attention off), all windows in one forward.
 
     Args:
         images: at least one, uint8 [3, H, W], each of its own size, on any device.

@@ -100,7 +100,7 @@ def _check_adapter(directory: str | Path, base: Identity) -> set[str]:
 
 
 def _misfit(handle: PeftModel, name: str, saved: set[str]) -> str | None:
-    """What PEFT passes over in silence: tensors that are in the file alone, or in the module alone."""
+    """Names the tensors that are in the file alone, or in the module alone, which PEFT passes over in silence."""
     expected = set(_adapter_state(handle, name))
     if saved == expected:
         return None

@@ -1,4 +1,4 @@
-"""What an adapter method must say to be trained, audited, saved and merged; LoRA as the first of them.
+"""Adapter methods: the protocol by which one is trained, audited, saved and merged, and LoRA as the first of them.
 
 PEFT does the adapting. A method says how PEFT is configured, and how its audit sees that it trains.
 """
@@ -27,7 +27,7 @@ class AdapterMethod(Protocol):
     update: str
 
     def config(self, settings: LoRASettings, targets: list[str]) -> PeftConfig:
-        """What PEFT adapts the layers of these full names with; ValueError for settings that mean nothing here."""
+        """Returns PEFT's configuration for layers of these full names; ValueError for settings without a meaning."""
 
     def probe(self, layer: nn.Module) -> nn.Parameter:
         """The parameter of an adapted layer whose gradient shows that the output depends on the adapter."""

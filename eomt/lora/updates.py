@@ -17,7 +17,7 @@ def stored_updates(
     use_rslora: bool = False,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """What `update_norms` says of a loaded adapter, from its tensors alone: `rank`, `scaling` and `norm` by layer.
+    """Computes `update_norms` of an adapter from its stored tensors alone: `rank`, `scaling` and `norm` by layer.
 
     Args:
         state: the tensors of an adapter file or of a state dict, under their names there.

@@ -42,7 +42,7 @@ DINOV3_NAMES = {
 
 @dataclass
 class LoadReport:
-    """What became of every tensor: `str(report)` is a short table for the log."""
+    """The fate of every tensor: `str(report)` is a short table for the log."""
 
     path: str
     loaded: list[str] = field(default_factory=list)
@@ -155,14 +155,14 @@ def map_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Which class head the tensors belong to, and the scale of its cosines."""
+    """Tells the class head that the tensors belong to, and the scale of its cosines."""
     if "class_head.scale" in state:
         return {"head": "arcface", "arcface_scale": round(state["class_head.scale"].item(), 6)}
     return {"head": "linear"} if "class_head.bias" in state else {}
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the tensors say of the network they belong to."""
+    """Returns the sizes of the network that the tensors belong to, as far as they tell."""
     blocks = [int(key.split("backbone.blocks.")[1].split(".")[0]) for key in state if "backbone.blocks." in key]
     facts = {
         "num_q": ("q.weight", lambda t: t.shape[0]),

@@ -49,7 +49,7 @@ def multiply(embeddings: Tensor, features: Tensor) -> Tensor:
 
 
 class Encoder(Protocol):
-    """What EoMT asks of an encoder: an `nn.Module` with these; `ViT` is one over timm.
+    """The encoder of an EoMT: an `nn.Module` with these attributes; `ViT` is one over timm.
 
     LoRA adapts its `backbone` if it has one, or else all of it. `norm` and `blocks` say which learning rate decays how
     far. Attention goes through `F.scaled_dot_product_attention`, where a block hands on its `attn_mask`.
@@ -159,7 +159,7 @@ class EoMT(nn.Module):
         return x, rope
 
     def predictions_from(self, x: Tensor, rope: Tensor | None, depth: int) -> list[Prediction]:
-        """What `predictions` does with the output of `trunk`; its depth is at most that of the backbone less L."""
+        """Returns `predictions` from the output of `trunk`; its depth is at most that of the backbone less L."""
         blocks = self.encoder.blocks
         for block in blocks[depth : -self.num_blocks]:
             x = attend(block, x, rope)
@@ -200,7 +200,7 @@ class EoMT(nn.Module):
 
     @torch.no_grad()
     def attention_mask(self, prediction: Prediction, prob: float) -> Tensor | None:
-        """Which tokens each query may attend to: [B, 1, Q, Q + P + N], or None when nothing is masked.
+        """Marks the tokens that each query may attend to: [B, 1, Q, Q + P + N], or None when nothing is masked.
 
         A query sees all queries and prefix tokens, but of the patches those inside its own mask only; with probability
         1 - `prob` it sees all of them. Patches and prefix tokens see everything.

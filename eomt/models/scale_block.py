@@ -42,7 +42,7 @@ class ScaleBlock(nn.Module):
         return x.unflatten(3, (2, 2, -1)).transpose(2, 3)
 
     def plainly(self, wide: Tensor) -> Tensor:
-        """What `Refine` computes from `double_size`, as the paper has it."""
+        """Computes the same as `Refine` from `double_size`, as the paper has it."""
         return self.norm(self.conv2(self.act(as_map(wide)))).to(wide.dtype)
 
 

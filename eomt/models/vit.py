@@ -104,7 +104,7 @@ if hasattr(torch._functorch.config, "check_custom_op_aliasing"):
 
 
 class QueryMask(Tensor):
-    """Which columns the first Q rows of an attention may see, bool [B, 1, Q, N]; the other rows see all.
+    """Marks the columns that the first Q rows of an attention may see, bool [B, 1, Q, N]; the other rows see all.
 
     Attention runs in two calls, equal to one with a mask [N, N], which would cost the rows without a mask the fast
     kernel and all of them N^2 mask entries. Like `torch.nn.attention.bias`, it acts where timm calls torch.
@@ -189,7 +189,7 @@ def shorten(error: Exception, limit: int = 300) -> str:
 
 
 def own_kwargs(family: str) -> dict[str, Any]:
-    """What DINOv3's training does and timm leaves off: patch coordinates are rescaled at random, by a factor up to 2.
+    """Returns what DINOv3's training sets and timm does not: patch coordinates are rescaled at random, by up to 2.
 
     In evaluation they stay as they are.
     """

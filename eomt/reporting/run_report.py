@@ -1,4 +1,4 @@
-"""What a run tells at its start and at its end."""
+"""Prints the start and the end of a run, and writes its summary."""
 
 import logging
 import math
@@ -159,7 +159,7 @@ def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
 
 
 def beside_estimate(summary: Mapping[str, Any]) -> str:
-    """What was estimated of the peak: on a GPU all of it, of a process what training added to weights and libraries."""
+    """Words the estimated peak: on a GPU all of it, of a process what training adds to weights and libraries."""
     memory, estimate = summary["peak_memory"], summary["estimated_memory"]
     if estimate is None:
         return ""

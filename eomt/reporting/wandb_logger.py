@@ -21,7 +21,7 @@ def wandb_logger(project: str = "eomt-lora", name: str | None = None, **options:
 
 
 def offline_reason() -> str | None:
-    """Why logging in would fail or ask, or None."""
+    """Says why logging in would fail or ask; None if it would not."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     if not os.environ.get("WANDB_API_KEY") and not netrc_has(host):
         return "no API key: set WANDB_API_KEY or run `wandb login`"

@@ -101,7 +101,7 @@ class AdapterSettings(Checked):
 
     @property
     def lora(self) -> LoRASettings:
-        """What `apply_lora` takes."""
+        """The settings for `apply_lora`."""
         return LoRASettings(**{field.name: getattr(self, f"lora_{field.name}") for field in fields(LoRASettings)})
 
     def check(self) -> None:
@@ -214,7 +214,7 @@ class NetworkSettings(Checked):
 
     @property
     def cosine_scale(self) -> float | None:
-        """Of the class logits; None for a linear head."""
+        """The scale of the class logits; None for a linear head."""
         return self.arcface_scale if self.head == "arcface" else None
 
     def check(self) -> None:

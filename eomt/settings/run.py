@@ -1,4 +1,4 @@
-"""What is wrong with a run's configuration, said before torch is there: names, values, paths.
+"""Checks of a run's configuration that need no torch: names, values, paths.
 
 Everything here takes plain, resolved mappings. What needs torch is checked by `check_config` and by what is built.
 """

@@ -1,4 +1,4 @@
-"""What a street lies in: sky, ground and its markings, and the houses, walls, fences and trees beside it."""
+"""The surroundings of a street: sky, ground and its markings, and the houses, walls, fences and trees beside it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What stands or moves on a street: people, vehicles, lamps, signs, and where they are."""
+"""Things that stand or move on a street: people, vehicles, lamps, signs, and their places."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -120,7 +120,7 @@ class RunProgressBar(TQDMProgressBar):
             self.train_progress_bar.close()  # ends its line, so that the error has one of its own
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
-        """What stands behind the bar, in short names."""
+        """Returns the figures behind the bar, under short names."""
         metrics = {name.split("/")[-1]: value for name, value in super().get_metrics(trainer, module).items()}
         metrics.pop("v_num", None)
         done, left = trainer.global_step - self.first_step, module.total_steps - trainer.global_step

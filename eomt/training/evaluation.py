@@ -54,7 +54,7 @@ class Evaluation:
 
 
 class ImageConfusions(lightning.Callback):
-    """What every validation image added to the module's confusion counts."""
+    """Keeps the confusion counts of each validation image apart."""
 
     def __init__(self) -> None:
         self.images: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""That no index means two things: a class, "no object", an outlier, or an ignored pixel."""
+"""Checks that no index means two things: a class, "no object", an outlier, or an ignored pixel."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_start(module: Indexed, datamodule: LightningDataModule | None) -> None
 
 
 def indices_of(module: Indexed, datamodule: LightningDataModule | None) -> dict[str, Meanings]:
-    """What each part of a run takes which indices for."""
+    """Collects the meaning that each part of a run gives to indices."""
     head, metrics = module.network.num_classes, module.confusion
     loss = getattr(module.criterion, "num_classes", head)  # a loss of somebody else's may not say
     parts = {
@@ -123,11 +123,11 @@ def span(indices: Collection[int]) -> str:
 
 
 def label_maps(dataset: Dataset) -> Iterator[Tensor]:
-    """Those of some items, uint8 [H, W], as they are stored; no image is read."""
+    """Yields the label maps of some items, uint8 [H, W], as they are stored; no image is read."""
     for i in torch.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).round().int().tolist():
         yield dataset.labels(i)
 
 
 def values_in(labels: Iterable[Tensor]) -> Tensor:
-    """Which of 256 values label maps hold, bool [1, 256]."""
+    """Marks the values that label maps hold, bool [1, 256]."""
     return torch.cat([classes_seen(each[None]) for each in labels]).any(0, keepdim=True)

@@ -102,13 +102,13 @@ def matching_cost(
 
 
 def classes_seen(labels: Tensor) -> Tensor:
-    """Which of 256 values each label map [B, H, W] holds: bool [B, 256]."""
+    """Marks the values that each label map [B, H, W] holds: bool [B, 256]."""
     seen = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
     return seen.scatter_(1, labels.flatten(1).long(), True)
 
 
 def classes_present(seen: Tensor, num_classes: int, outliers: bool = False) -> Tensor:
-    """Which classes [B, K] there are, of all values seen [B, 256]; 254 may be among them if there are outliers.
+    """Marks the classes [B, K] among all values seen [B, 256]; 254 may be among them if there are outliers.
 
     Raises:
         ValueError: a label that is neither a class nor 255. It would collide with "no object" (index K) or beyond.
@@ -128,7 +128,7 @@ def classes_present(seen: Tensor, num_classes: int, outliers: bool = False) -> T
 
 
 class Matches(NamedTuple):
-    """Which query learns which class: up to M pairs for each of L predictions of B images.
+    """Pairs of a query and the class that it learns: up to M for each of L predictions of B images.
 
     queries, classes: int64 [L, B, M]; in unused places the class is -1.
     """
@@ -137,7 +137,7 @@ class Matches(NamedTuple):
     classes: Tensor
 
     def class_targets(self, num_q: int, no_object: int) -> Tensor:
-        """What each query should say, int64 [L, B, Q]: its class, or without a match the index of "no object"."""
+        """Returns the class for each query to predict, int64 [L, B, Q]; without a match the index of "no object"."""
         place = torch.where(self.classes < 0, num_q, self.queries)  # unused ones into a further, dropped place
         target = place.new_full((*place.shape[:2], num_q + 1), no_object)
         return target.scatter_(2, place, self.classes)[..., :num_q]
@@ -194,7 +194,7 @@ def class_loss(class_logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def choose_points(masks: Tensor, drawn: Tensor, num_candidates: int, num_uncertain: int) -> Tensor:
-    """Which points each mask is judged at: mostly where its logit is near zero, the rest uniform.
+    """Draws the points at which each mask is judged: mostly where its logit is near zero, the rest uniformly.
 
     PointRend (Kirillov et al., CVPR 2020, section 3.1): of the candidates the most uncertain are kept. All masks of an
     image choose from the same points: for each of them they are as random as points of its own.

@@ -142,7 +142,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
     @property
     def backbone(self) -> nn.Module:
-        """What was pretrained, and what LoRA adapts: an encoder's `backbone`, or all of it."""
+        """The pretrained part, which LoRA adapts: an encoder's `backbone`, or all of it."""
         encoder = self.network.encoder
         return getattr(encoder, "backbone", encoder)
 
@@ -162,13 +162,13 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.strict_loading = False  # its checkpoints hold no frozen weights; on_load_checkpoint checks the rest
 
     def heads(self) -> dict[Part, nn.Module]:
-        """What the network adds to the backbone."""
+        """The parts that EoMT adds to the backbone."""
         network = self.network
         parts = {"queries": network.q, "class_head": network.class_head, "mask_head": network.mask_head}
         return parts | {"upscale": network.upscale}
 
     def trained_heads(self) -> list[nn.Module]:
-        """Those of them that are meant to train."""
+        """Lists the heads that are meant to train."""
         return [module for part, module in self.heads().items() if part not in self.hparams.freeze]
 
     def freeze_parts(self, parts: Sequence[Part]) -> None:
@@ -359,7 +359,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
     @property
     def adapter_names(self) -> list[str]:
-        """What `use_adapter` takes; the first is `default`, and `base` is there if its heads are known."""
+        """The names that `use_adapter` takes: `default` first, and `base` if its heads are known."""
         return [*(self.lora.peft_config if self.lora else ()), *([BASE] if BASE in self.adapters else ())]
 
     def add_adapter(self, directory: str | Path, name: str) -> None:

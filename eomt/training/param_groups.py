@@ -1,4 +1,4 @@
-"""Which parameter learns at which rate."""
+"""Groups parameters by their learning rates."""
 
 from collections.abc import Collection, Iterator
 

@@ -94,7 +94,7 @@ def before(name: str, depth: int) -> bool:
 
 
 def cached_blocks(module: MaskClassificationSemantic) -> int:
-    """How many blocks run before anything that trains, the queries included.
+    """Counts the blocks that run before anything that trains, the queries included.
 
     Raises:
         ValueError: none, or their output is not always the same.
