@@ -17,6 +17,12 @@ from eomt.command_line import one_sentence
 RESULT = {"score": str, "temperature": float | int, "auprc": float | int | None, "anomalous": int, "valid": int}
 
 
+def check_ckpt_path(ckpt_path: str | Path | None) -> None:
+    """Raises FileNotFoundError where weights are named that are not there."""
+    if ckpt_path and not Path(ckpt_path).expanduser().exists():
+        raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file or folder")
+
+
 def read_evaluation(file: Path, facts: Mapping[str, Any]) -> dict[str, bool]:
     """Which classes have pixels in what `scripts/evaluate.py` wrote; ValueError if it is something else."""
     try:
