@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from eomt.anomaly.components import components, together
-from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
+from eomt.anomaly.benchmarks import BENCHMARKS
+from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.evaluation import LogitCache, Result, evaluate, export, score_maps
 from eomt.anomaly.metrics import PixelScores
 from eomt.anomaly.scores import SCORES, semantic_scores, variants
