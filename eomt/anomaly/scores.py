@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # names and temperatures are checked without torch
     from torch import Tensor
 
 
+Variant = tuple[str, float]  # a score and its temperature
+
+
 def semantic_scores(mask_logits: Tensor, class_logits: Tensor, class_temperature: float = 1.0) -> Tensor:
     """S [B, K, h, w], from mask logits [B, Q, h, w] and class logits [B, Q, K + 1], "no object" last."""
     import torch
@@ -98,7 +101,7 @@ SCORES = {
 }
 
 
-def variants(names: Sequence[str], temperatures: Sequence[float]) -> list[tuple[str, float]]:
+def variants(names: Sequence[str], temperatures: Sequence[float]) -> list[Variant]:
     """(score, temperature) of everything that is asked for; 1.0 where a score knows no temperature.
 
     Raises:
