@@ -49,15 +49,12 @@ def default_name(words: Sequence[str], compare: bool) -> str:
 def compose_training(words: Sequence[str]) -> Any:
     """Returns the configuration of a training, from translated arguments; raises ValueError for what is mistyped."""
     parser = _options("--config-name", "-cn")
-    for option in ("--config-dir", "-cd", "--config-path", "-cp"):
-        parser.add_argument(option, dest="folders", action="append", default=[])
+    parser.add_argument("--config-dir", "-cd", "--config-path", "-cp", dest="folder")
     for option in ("--package", "-p", "--info", "-i", "--experimental-rerun"):  # Hydra's, which compose nothing
         parser.add_argument(option)
     known, rest = parser.parse_known_args(words)
     overrides = [word for word in rest if not word.startswith("-")]
-    if known.folders:
-        overrides.append(f"hydra.searchpath=[{','.join(f'file://{ROOT / folder}' for folder in known.folders)}]")
-    return compose_run([*overrides, "output_dir=run"], known.config_name)
+    return compose_run([*overrides, "output_dir=run"], known.config_name, known.folder and ROOT / known.folder)
 
 
 def read_matrix(words: Sequence[str]) -> tuple[list[str], str]:

@@ -14,21 +14,26 @@ Described = tuple[str, Any, str]  # name of a data set, its configuration, where
 
 
 @contextmanager
-def configurations() -> Iterator[None]:
-    """Lets Hydra compose from `configs/` in the block, and turns its errors into a ValueError of one sentence."""
+def configurations(folder: Path = ROOT / "configs") -> Iterator[None]:
+    """Lets Hydra compose from a folder in the block, and turns its errors into a ValueError of one sentence."""
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        with initialize_config_dir(str(folder), version_base="1.3"):
             yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_sentence(error)) from error
 
 
-def compose_run(overrides: Sequence[str], config_name: str = "cityscapes") -> Any:
+def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folder: Path | None = None) -> Any:
     """Returns the configuration that `train_with_lora.py --config-name CONFIG_NAME OVERRIDES` would have.
+
+    Args:
+        overrides: `group=choice`, `key=value`.
+        config_name: the file, without its ending, of `configs/` or `folder`.
+        folder: of further configurations, as `--config-dir` takes it.
 
     Raises:
         ValueError: there is no such configuration, or an override cannot be applied.
@@ -36,8 +41,13 @@ def compose_run(overrides: Sequence[str], config_name: str = "cityscapes") -> An
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    with configurations():
-        config = compose(config_name, list(overrides), return_hydra_config=True)
+    first, overrides = ROOT / "configs", list(overrides)
+    if folder:
+        own = (folder / f"{config_name}.yaml").is_file()
+        first, second = (folder, first) if own else (first, folder)
+        overrides.append(f"hydra.searchpath=['file://{second}']")
+    with configurations(first):
+        config = compose(config_name, overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # which ${hydra:...} reads
     del config.hydra
     return config
