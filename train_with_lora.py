@@ -73,8 +73,7 @@ def choose_lora(cfg) -> Any:  # noqa: ANN001
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
 
-    absolute_paths(cfg)
-    check(cfg)
+    check_composed(cfg)
     images = len(instantiate(cfg.data, _convert_="all").train_set)
     preset = preset_for(images)
     logging.getLogger(__name__).info("lora=auto: %d training images, so lora=%s", images, preset)
@@ -85,6 +84,12 @@ def choose_lora(cfg) -> Any:  # noqa: ANN001
 def preset_for(images: int) -> str:
     """The LoRA preset for a number of training images."""
     return "small" if images < 2000 else "medium" if images <= 5000 else "large"
+
+
+def check_composed(cfg) -> None:  # noqa: ANN001
+    """Raises ValueError or OSError where a run would refuse this configuration; its paths become absolute."""
+    absolute_paths(cfg)
+    check(cfg)
 
 
 def check(cfg) -> None:  # noqa: ANN001

@@ -8,13 +8,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a checkout that is not installed
+import _checkout  # noqa: F401
 
-from eomt.command_line import one_sentence
+from eomt.command_line import reports_errors
 from eomt.comparison.evaluations import evaluate_run, report_runs
 from eomt.comparison.matrix import VARIANTS, run_matrix
+from train_with_lora import check_composed
 
 EXAMPLES = f"""examples:
   python scripts/compare.py run experiment=toy_night "variants=[none,head,lora_r8,full]" "seeds=[0,1,2]"
@@ -39,8 +39,26 @@ hydra/launcher=  joblib or submitit_slurm (extra: launchers); default: one run a
 anything else    is passed to train_with_lora.py: experiment=NAME, data.root=..., trainer.max_epochs=..."""
 
 
-def main() -> int:
-    """Exit code 0; 1 with one sentence, or when a cell failed; 2 for a mistyped command."""
+@reports_errors()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 with one sentence, or when a cell failed; 130 after an interruption."""
+    args = parse(argv)
+    try:
+        if args.command == "run":
+            return run_matrix(args.overrides, args.config_name, check_composed)
+        if args.command == "evaluate":
+            evaluate_run(args.run, args.source)
+            return 0
+        output = args.output or args.runs[0] / "report"
+        report_runs(args.runs, output, args.baseline, args.score, args.allow_different)
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line: `run`, `report` or `evaluate`, with what belongs to it."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -56,26 +74,7 @@ def main() -> int:
     evaluate = commands.add_parser("evaluate", help="evaluate a run for the report (run and report do it as needed)")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("source", nargs="*", metavar="key=value", help="the source domain, as in source= above")
-    args = parser.parse_args(options_first(sys.argv[1:]))
-
-    from hydra.errors import HydraException
-
-    try:
-        if args.command == "run":
-            return run_matrix(args.overrides, args.config_name, check_run)
-        if args.command == "evaluate":
-            evaluate_run(args.run, args.source)
-            return 0
-        output = args.output or args.runs[0] / "report"
-        report_runs(args.runs, output, args.baseline, args.score, args.allow_different)
-        return 0
-    except (ValueError, OSError, HydraException) as error:
-        hint = "; pip install -e .[launchers] brings joblib and submitit" if "hydra/launcher" in str(error) else ""
-        print(f"error: {one_sentence(error)}{hint}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+    return parser.parse_args(options_first(sys.argv[1:] if argv is None else argv))
 
 
 def options_first(words: Sequence[str]) -> list[str]:
@@ -86,14 +85,6 @@ def options_first(words: Sequence[str]) -> list[str]:
             option = words[i : i + 1 if "=" in word else i + 2]
             return ["run", *option, *words[1:i], *words[i + len(option) :]]
     return words
-
-
-def check_run(config: Any) -> None:
-    """Raises ValueError or OSError where a training run would refuse this configuration."""
-    from train_with_lora import absolute_paths, check
-
-    absolute_paths(config)
-    check(config)
 
 
 if __name__ == "__main__":

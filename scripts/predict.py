@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import _data  # noqa: F401  finds a checkout that is not installed
+import _checkout  # noqa: F401
 
 from eomt.command_line import fail, reports_errors
 
@@ -79,8 +79,10 @@ def run(args: argparse.Namespace) -> "Tally":
         ValueError, OSError: input, output or network are not what they should be.
     """
     from eomt.inference.inputs import find_inputs
+    from eomt.inference.saved import find_artefact
 
     inputs = find_inputs(args.input, args.output, args.cityscapes_submission)
+    find_artefact(args.model)
     is_video = not isinstance(inputs, dict)
 
     import torch

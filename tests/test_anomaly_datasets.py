@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.anomaly.components import ANOMALY_TRACK, OBSTACLE_TRACK
-from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
+from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.data.cityscapes import TRAIN_ID_OF_ID
 from eomt.toys.scene import draw_scene

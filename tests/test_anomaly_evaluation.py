@@ -2,23 +2,25 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
+from conftest import TINY, run_script
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
+from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.anomaly.components import components, together
-from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
+from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.evaluation import LogitCache, Result, evaluate, export, score_maps
 from eomt.anomaly.metrics import PixelScores
+from eomt.anomaly.request import parse
 from eomt.anomaly.scores import SCORES, semantic_scores, variants
 from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.inference.windows import segment, window_logits
 from eomt.reporting.anomaly_pictures import ANOMALOUS, HeatMap, Row, anomaly_picture
+from eomt.reporting.anomaly_report import draw, identity, open_datasets
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 SCRIPT = "evaluate_anomaly.py"
@@ -272,11 +274,7 @@ def test_test_images_without_labels_are_exported_too(model, tmp_path):
     assert not (output / "road_anomaly_21.png").exists()
 
 
-def test_logits_of_other_weights_are_not_taken_from_the_cache(module, toys, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from evaluate_anomaly import identity
-
-    sys.modules.pop("evaluate_anomaly", None)
+def test_logits_of_other_weights_are_not_taken_from_the_cache(module, toys):
     torch.manual_seed(0)
     lora = MaskClassificationSemantic(**TINY, use_lora=True, lora_rank=2)
     before = identity(lora, toys, "32-true")
@@ -341,11 +339,7 @@ def test_the_precision_of_a_run_that_no_logits_are_computed_in_is_one_sentence(m
     assert result.stderr.startswith("error: the run's precision was bf16-true: choose --precision from 32-true")
 
 
-def test_several_benchmarks_may_be_named_and_numbers_be_written_in_any_way(monkeypatch, toys):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from evaluate_anomaly import open_datasets, parse
-
-    sys.modules.pop("evaluate_anomaly", None)
+def test_several_benchmarks_may_be_named_and_numbers_be_written_in_any_way(toys):
     root = toys.folder.parents[1]
     settings = parse(
         [
@@ -363,19 +357,16 @@ def test_several_benchmarks_may_be_named_and_numbers_be_written_in_any_way(monke
 
 
 def test_one_temperature_is_drawn_and_it_is_not_the_best_of_the_labels(monkeypatch, module, toys, cache, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import evaluate_anomaly
-
-    sys.modules.pop("evaluate_anomaly", None)
     titles = []
     monkeypatch.setattr(
-        "eomt.reporting.anomaly_pictures.anomaly_picture", lambda rows, maps, *_: titles.extend(m.title for m in maps)
+        "eomt.reporting.anomaly_report.anomaly_picture",
+        lambda rows, maps, path, *_: path.touch() or titles.extend(m.title for m in maps),
     )
     for temperatures in ([0.5, 1.0, 2.0], [0.5, 2.0]):
         results = evaluate(cache, toys, variants(["msp", "rba"], temperatures), quietly, with_components=False)
         for result, auprc in zip(results, (0.2, 0.1, 0.9), strict=False):
             object.__setattr__(result.pixels, "auprc", auprc)
-        evaluate_anomaly.draw(tmp_path, toys, cache, results, 1, module.hparams.num_classes)
+        draw(tmp_path, toys, cache, results, 1, module.hparams.num_classes)
     assert set(titles[:2]) == {"msp, T = 1", "rba"} and set(titles[2:]) == {"msp, T = 0.5", "rba"}
 
 

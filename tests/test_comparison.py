@@ -12,7 +12,7 @@ import torch
 import yaml
 from scipy.stats import ttest_rel
 
-from eomt.anomaly.datasets import BENCHMARKS
+from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, iou, mean_iou
 from eomt.comparison.differences import differences
 from eomt.comparison.runs import load_runs

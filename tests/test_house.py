@@ -29,6 +29,7 @@ ORDER = (  # a room may import those that stand before it; README shows the same
     "eomt.reporting",
     "eomt.comparison",
     "eomt.diagnosis",
+    "eomt.launch",
     "train_with_lora",
 )
 FORBIDDEN = {  # room: libraries, and rooms before it, that it must not import

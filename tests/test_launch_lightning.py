@@ -1,6 +1,5 @@
 """Launching on Lightning AI: what would be submitted, what stops before it, and what the job's shell runs."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from eomt.launch.job import Job, find_machine
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "launch_lightning.py"
@@ -62,14 +63,6 @@ def offline(tmp_path):
     }
 
 
-@pytest.fixture(scope="module")
-def launcher():
-    spec = importlib.util.spec_from_file_location("launch_lightning", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_help_shows_examples_and_where_the_arguments_of_the_training_go():
     result = launch("--help")
     assert result.returncode == 0, result.stderr
@@ -89,9 +82,9 @@ def test_a_dry_run_prints_the_job_with_the_real_sdk_and_without_an_account():
 
 
 @pytest.mark.parametrize("machine", ["T4", "L4", "L40S", "A100", "H100_X_8"])
-def test_the_machines_of_help_and_guide_exist(launcher, machine):
+def test_the_machines_of_help_and_guide_exist(machine):
     sdk = pytest.importorskip("lightning_sdk", reason="lightning-sdk is not installed")
-    assert launcher.find_machine(machine) == getattr(sdk.Machine, machine)
+    assert find_machine(machine) == getattr(sdk.Machine, machine)
 
 
 def test_an_sdk_that_takes_other_arguments_is_noticed(offline):
@@ -117,6 +110,7 @@ def test_without_the_sdk_the_error_names_the_installation(offline):
         (["--machine", "L4", "--", *RUN, "--lora_rnk", "8"], 2, "did you mean --lora_rank?"),
         (["--machine", "L4", "--", *RUN, "model.lora_rank=-1"], 1, "rank"),
         (["--machine", "L4", "--", "--use_lora"], 1, "data.root is required"),
+        (["--machine", "L4", "--compare", "--", "experiment=toy_source", "--resolve"], 2, "a matrix has no option but"),
         (["--machine", "L4", "--", *RUN, "--multirun", "seed=0,1"], 1, "a job is one run"),
         (["--machine", "L4", "--max-runtime", "8 hours", "--", *RUN], 2, "as in 8h"),
         (["--machine", "L4", "--name", "my job", "--", *RUN], 2, "use letters"),
@@ -143,6 +137,15 @@ def test_a_job_is_submitted_although_files_of_the_studio_are_not_here(offline):
     assert result.returncode == 0, result.stderr
     assert "https://example.org/job" in result.stdout and "lightning job logs night-1" in result.stdout
     assert json.loads(Path(offline["SUBMITTED"]).read_text()) == ["night-1", "L4", "streets", {"A": "b"}, False]
+
+
+def test_a_configuration_may_lie_in_a_folder_of_ones_own(offline, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [cityscapes_lora, _self_]\nseed: 3\n")
+    words = ["--config-dir", str(tmp_path), "--config-name", "mine", "data.root=/data/my cities"]
+    assert launch("--machine", "L4", "--dry-run", "--", *words, **offline).returncode == 0
+    (tmp_path / "mine.yaml").write_text("defaults: [cityscapes_lora, _self_]\nmodel: {lora_rank: -3}\n")
+    wrong = launch("--machine", "L4", "--dry-run", "--", *words, **offline)
+    assert wrong.returncode == 1 and "LoRA rank -3" in wrong.stderr
 
 
 def test_a_matrix_of_runs_is_one_job(offline):
@@ -180,10 +183,10 @@ def home(tmp_path):
     return tmp_path / "home"
 
 
-def run_job(launcher, home, output_dir=None):
+def run_job(home, output_dir=None):
     """The arguments that the job's shell gives to python, after the script's name."""
     given = ["data.root=a b", *([f"output_dir={output_dir}"] if output_dir else [])]
-    command = launcher.shell_command("train_with_lora.py", given, "n", "eomt-lora", output_dir, "1h")
+    command = Job("n", "train_with_lora.py", given, "eomt-lora", output_dir, "1h").command
     command = command.replace("/teamspace/jobs", str(home.parent / "jobs"))
     subprocess.run(["bash", "-e", "-c", command], cwd=home, check=True)
     script, *arguments = (home / "eomt-lora" / "arguments").read_text().splitlines()
@@ -204,34 +207,34 @@ def leave_run(folder, checkpoint="whole"):
 OWN, RESUME = "output_dir=outputs/n", "resume='outputs/n/checkpoints/last.ckpt'"
 
 
-def test_a_first_start_does_not_resume(launcher, home):
-    assert run_job(launcher, home) == [OWN]
+def test_a_first_start_does_not_resume(home):
+    assert run_job(home) == [OWN]
 
 
-def test_a_start_after_an_interruption_resumes_from_the_last_checkpoint(launcher, home):
+def test_a_start_after_an_interruption_resumes_from_the_last_checkpoint(home):
     leave_run(home / "eomt-lora/outputs/n")
-    assert run_job(launcher, home) == [OWN, RESUME]
+    assert run_job(home) == [OWN, RESUME]
     assert (home / "eomt-lora/outputs/n/metrics.csv").exists()
 
 
-def test_a_new_machine_fetches_what_the_job_had_saved(launcher, home):
+def test_a_new_machine_fetches_what_the_job_had_saved(home):
     leave_run(home.parent / "jobs/n/eomt-lora/outputs/n")
-    assert run_job(launcher, home) == [OWN, RESUME]
+    assert run_job(home) == [OWN, RESUME]
     assert (home / "eomt-lora/outputs/n/metrics.csv").exists()
 
 
 @pytest.mark.parametrize("checkpoint", [None, "half"])
-def test_a_run_without_a_whole_checkpoint_starts_again(launcher, home, checkpoint):
+def test_a_run_without_a_whole_checkpoint_starts_again(home, checkpoint):
     leave_run(home / "eomt-lora/outputs/n", checkpoint)
-    assert run_job(launcher, home) == [OWN]
+    assert run_job(home) == [OWN]
     assert not (home / "eomt-lora/outputs/n/metrics.csv").exists()  # else the training would refuse the folder
 
 
-def test_a_folder_of_ones_own_is_kept_and_resumed(launcher, home):
+def test_a_folder_of_ones_own_is_kept_and_resumed(home):
     folder = home.parent / "my runs"
-    assert run_job(launcher, home, str(folder)) == []
+    assert run_job(home, str(folder)) == []
     leave_run(folder)
-    assert run_job(launcher, home, str(folder)) == [f"resume='{folder}/checkpoints/last.ckpt'"]
+    assert run_job(home, str(folder)) == [f"resume='{folder}/checkpoints/last.ckpt'"]
 
 
 @pytest.mark.parametrize(
@@ -243,5 +246,5 @@ def test_a_folder_of_ones_own_is_kept_and_resumed(launcher, home):
         ("/teamspace/s3_folders/a", "/teamspace/s3_folders/a"),
     ],
 )
-def test_results_are_looked_for_where_they_persist(launcher, output_dir, where):
-    assert str(launcher.results("n", "eomt-lora", output_dir)) == where
+def test_results_are_looked_for_where_they_persist(output_dir, where):
+    assert str(Job("n", "train_with_lora.py", [], "eomt-lora", output_dir).results) == where

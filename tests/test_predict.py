@@ -273,12 +273,14 @@ def test_a_video_is_no_submission_and_is_not_written_over(tmp_path, monkeypatch,
 
 def test_a_missing_input_model_or_gpu_and_an_output_that_is_a_file_are_named(tmp_path, monkeypatch, capsys):
     image = save(draw((8, 8)), tmp_path / "a.png")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "eomt_config.json").write_text("{}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, sentence in (
         (("model", tmp_path / "nowhere", tmp_path / "out"), "nowhere: no such file or folder"),
         ((tmp_path / "no_model", image, tmp_path / "out"), "no_model"),
         (("model", image, image), "a.png is a file: name a folder"),
-        (("model", image, tmp_path / "out", "--device", "cuda"), "torch sees no GPU"),
+        ((tmp_path / "model", image, tmp_path / "out", "--device", "cuda"), "torch sees no GPU"),
     ):
         assert main(monkeypatch, *arguments) == 1
         assert sentence in capsys.readouterr().err

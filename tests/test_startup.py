@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "torchvision", "timm", "lightning", "peft", "torchmetrics", "matplotlib")
@@ -72,3 +73,70 @@ def test_a_second_call_in_one_process_finds_the_environment_as_the_first_one_did
         assert train_with_lora.main(["experiment=toy_source", "model.llrd=2.0"]) == 1
         assert "llrd 2.0" in capsys.readouterr().err
         assert dict(os.environ) == before and sys.argv == words
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a saved network's settings, a run's configuration on data that are gone, and an image."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "eomt_config.json").write_text('{"init": {"use_lora": false, "img_size": [64, 64]}}')
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "config.yaml").write_text(
+        "data: {_target_: eomt.data.camvid.camvid, root: /nowhere, img_size: [64, 64], batch_size: 1}\n"
+    )
+    return tmp_path
+
+
+MISTAKES = [  # script, its arguments, exit code and a part of the sentence
+    ("compare.py", "run experiment=toy_source variants=[hed]", 1, "variant hed is not in configs/variant"),
+    ("compare.py", "run experiment=toy_source variants=[full] model.lr=-1", 1, "lr -1"),
+    ("compare.py", "run experiment=camvid_day variants=[full] data.root=/nowhere", 1, "/nowhere"),
+    ("compare.py", "report /nowhere", 1, "/nowhere"),
+    ("compare.py", "evaluate /nowhere", 1, "/nowhere has no summary.json"),
+    ("cost.py", "model=vit_largest", 1, "vit_largest"),
+    ("cost.py", "--memory=0", 1, "--memory 0: must be greater than 0"),
+    ("cost.py", "model.lora_rank=many", 1, "model.lora_rank 'many'"),
+    ("cost.py", "model.img_size=[60,64]", 1, "try [64, 64]"),
+    ("dataset_report.py", "data=camvid data.root=/nowhere", 2, "/nowhere"),
+    ("demo.py", "--output {}/demo trainer.max_epochs=many", 1, "trainer.max_epochs 'many'"),
+    ("doctor.py", "/nowhere", 2, "no such file or folder"),
+    ("doctor.py", "{} --ckpt_path /nowhere", 2, "ckpt_path /nowhere: no such file or folder"),
+    ("doctor.py", "{}/model data=camvid data.root=/nowhere", 2, "/nowhere"),
+    ("evaluate.py", "/nowhere", 1, "no such file or folder"),
+    ("evaluate.py", "{}/model", 1, "/nowhere"),
+    ("evaluate.py", "{}/model data=camvid data.root=/nowhere", 1, "/nowhere"),
+    ("evaluate.py", "{}/model data=camvit", 1, "data=camvit is not a dataset"),
+    ("evaluate.py", "{}/model trainer.precision=32", 1, "only the data can be chosen here"),
+    ("evaluate_anomaly.py", "/nowhere data=toy_anomalies data.root={}/toys data.number=1", 1, "no such file or folder"),
+    ("evaluate_anomaly.py", "{}/model data.nmber=4", 1, "did you mean data.number?"),
+    ("evaluate_anomaly.py", "{}/model data=toy_anomaly data.root={}", 1, "did you mean toy_anomalies?"),
+    ("evaluate_anomaly.py", "{}/model data=fs_static data.root=/nowhere", 1, "FS Static needs /nowhere"),
+    ("evaluate_anomaly.py", "{}/model data=toy_anomalies scores=[mps]", 1, "did you mean msp?"),
+    ("evaluate_anomaly.py", "{}/model data=toy_anomalies --export energy", 1, "--export energy"),
+    ("inspect_model.py", "/nowhere", 1, "no such file or folder"),
+    ("inspect_model.py", "{}/model --base /nowhere", 1, "no such file or folder"),
+    ("launch_lightning.py", "--machine L4 -- --lora_rnk 8", 2, "did you mean --lora_rank?"),
+    ("launch_lightning.py", "--machine L4 -- experiment=toy_source model.lora_rnk=8", 2, "did you mean lora_rank?"),
+    ("launch_lightning.py", "--machine L4 -- --multirun seed=0,1", 1, "a job is one run"),
+    ("make_cut_paste.py", "--out {} data=toy_streets", 1, "is there already"),
+    ("make_cut_paste.py", "--out {}/out data=cityscapes data.root=/nowhere data/cut_paste=toy", 1, "/nowhere"),
+    ("merge_lora.py", "/nowhere {}/out", 1, "no such file or folder"),
+    ("merge_lora.py", "{}/model {}", 1, "exists and is not empty"),
+    ("merge_lora.py", "{}/model {}/out --images /nowhere*", 1, "no pictures there"),
+    ("merge_lora.py", "{}/model {}/out", 1, "give --images"),
+    ("predict.py", "{}/model /nowhere {}/out", 1, "/nowhere"),
+    ("predict.py", "/nowhere {}/image.png {}/out", 1, "no such file or folder"),
+]
+
+
+def test_every_script_makes_a_mistake_here():
+    scripts = {path.name for path in (ROOT / "scripts").glob("[!_]*.py")}
+    assert scripts == {script for script, *_ in MISTAKES}
+
+
+@pytest.mark.parametrize(("script", "words", "code", "sentence"), MISTAKES)
+def test_a_mistake_of_a_script_is_answered_without_the_libraries_that_compute(script, words, code, sentence, place):
+    found, error, imported = imported_by(f"scripts/{script}", *words.replace("{}", str(place)).split())
+    assert (found, imported) == (code, "imported: []"), error
+    assert sentence in error and "Traceback" not in error
+    assert error.startswith("error: ") and error.count("\n") == 1

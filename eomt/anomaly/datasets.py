@@ -1,98 +1,18 @@
-"""Anomaly benchmarks: images with maps that say which pixels show something unknown.
-
-A registry says of each data set where it lies, how its labels read, which region they cover, and on which track its
-components are judged.
-"""
+"""Images of anomaly benchmarks with maps that say which pixels show something unknown."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eomt.anomaly.components import ANOMALY_TRACK, OBSTACLE_TRACK, Track
-from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
-from eomt.command_line import did_you_mean
+from eomt.anomaly.benchmarks import find_benchmark, find_folder
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sources import IndexDecoder, Sample, Source
 from eomt.files import PICTURES
 
 KINDS = LabelSet(("normal", "anomalous"), ((110, 110, 120), (255, 120, 0)))
-STANDARD = {0: NORMAL, 1: ANOMALY, 255: IGNORED}
-WITHOUT_VOID = {0: NORMAL, 2: ANOMALY}
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A data set's convention.
-
-    title: what tables call it. folders: where it may lie under the root, the course's layout first, then the official.
-    labels: what each value of its label maps means; any other is an error. region: what is not ignored.
-    track: how its components are judged.
-    export_name: the name under which the SegmentMeIfYouCan benchmark looks for score maps.
-    """
-
-    title: str
-    folders: tuple[str, ...]
-    labels: Mapping[int, int]
-    region: str
-    track: Track
-    export_name: str
-
-
-BENCHMARKS = {
-    "road_anomaly_21": Benchmark(
-        title="RoadAnomaly21",
-        folders=("RoadAnomaly21", "dataset_AnomalyTrack"),
-        labels=STANDARD,
-        region="all but void",
-        track=ANOMALY_TRACK,
-        export_name="AnomalyTrack-all",
-    ),
-    "road_obstacle_21": Benchmark(
-        title="RoadObstacle21",
-        folders=("RoadObsticle21", "RoadObstacle21", "dataset_ObstacleTrack"),
-        labels=STANDARD,
-        region="the road and what lies on it",
-        track=OBSTACLE_TRACK,
-        export_name="ObstacleTrack-all",
-    ),
-    "fs_lost_and_found": Benchmark(
-        title="FS L&F",
-        folders=("FS_LostFound_full",),
-        labels=STANDARD,
-        region="all but void",
-        track=ANOMALY_TRACK,
-        export_name="FishyLAFAnomaly-val",
-    ),
-    "fs_static": Benchmark(
-        title="FS Static",
-        folders=("fs_static", "FS_Static"),
-        labels=STANDARD,
-        region="all but void",
-        track=ANOMALY_TRACK,
-        export_name="FishyscapesStatic-val",
-    ),
-    "road_anomaly": Benchmark(
-        title="Road Anomaly",
-        folders=("RoadAnomaly",),
-        labels=WITHOUT_VOID,
-        region="the whole image",
-        track=ANOMALY_TRACK,
-        export_name="RoadAnomaly-test",
-    ),
-    "toy_anomalies": Benchmark(
-        title="Toy anomalies",
-        folders=("toy_anomalies",),
-        labels=STANDARD,
-        region="all but void",
-        track=OBSTACLE_TRACK,
-        export_name="ToyAnomalies-val",
-    ),
-}
 
 
 class AnomalyDataset(Dataset):
@@ -111,10 +31,7 @@ class AnomalyDataset(Dataset):
     """
 
     def __init__(self, root: str | Path, name: str) -> None:
-        if name not in BENCHMARKS:
-            hint = did_you_mean(str(name), BENCHMARKS) or f"; choose from {', '.join(BENCHMARKS)}"
-            raise ValueError(f"data={name} is no anomaly benchmark{hint}")
-        self.name, self.benchmark = name, BENCHMARKS[name]
+        self.name, self.benchmark = name, find_benchmark(name)
         self.folder = find_folder(Path(root).expanduser(), self.benchmark)
         images = by_frame(self.folder / "images", PICTURES)
         labels = by_frame(self.folder / "labels_masks", (".png",))
@@ -170,17 +87,6 @@ class AnomalyDataset(Dataset):
         """SHA-256 of the names and sizes of all images: the same if two runs saw the same."""
         files = [f"{sample.name} {sample.image.identity()}" for sample in self.pairs.samples]
         return hashlib.sha256("\n".join(files).encode()).hexdigest()
-
-
-def find_folder(root: Path, benchmark: Benchmark) -> Path:
-    """Finds the folder of `images/` and `labels_masks/`."""
-    places = [*(root / folder for folder in benchmark.folders), root]
-    for place in places:
-        if (place / "images").is_dir() and (place / "labels_masks").is_dir():
-            return place
-    raise FileNotFoundError(
-        f"{benchmark.title} needs {places[0]}/images and {places[0]}/labels_masks; give their data.root"
-    )
 
 
 def by_frame(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:

@@ -16,13 +16,12 @@ from torch import Tensor
 from eomt.anomaly.components import Components, components, together
 from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.metrics import PixelMetrics, PixelScores
-from eomt.anomaly.scores import SCORES
+from eomt.anomaly.scores import SCORES, Variant
 from eomt.files import replacing
 from eomt.inference.prediction import evaluating
 from eomt.inference.windows import WindowLogits, window_logits
 from eomt.models.eomt import EoMT
 
-Variant = tuple[str, float]  # a score and its temperature
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]  # items and what is done with them -> the same items
 SCHEMA_VERSION = 1
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

@@ -5,17 +5,24 @@ of Mask2Former (Cheng et al., CVPR 2022, section 3.4), float [K, H, W] or [B, K,
 S lies in [0, Q] and is, where one query is sure of a pixel, nearly a probability. A score is [H, W] or [B, H, W].
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from eomt.command_line import did_you_mean
+
+if TYPE_CHECKING:  # names and temperatures are checked without torch
+    from torch import Tensor
+
+
+Variant = tuple[str, float]  # a score and its temperature
 
 
 def semantic_scores(mask_logits: Tensor, class_logits: Tensor, class_temperature: float = 1.0) -> Tensor:
     """S [B, K, h, w], from mask logits [B, Q, h, w] and class logits [B, Q, K + 1], "no object" last."""
+    import torch
+
     votes = (class_logits / class_temperature).softmax(-1)[..., :-1]
     return torch.einsum("bqk,bqhw->bkhw", votes, mask_logits.sigmoid())
 
@@ -94,7 +101,7 @@ SCORES = {
 }
 
 
-def variants(names: Sequence[str], temperatures: Sequence[float]) -> list[tuple[str, float]]:
+def variants(names: Sequence[str], temperatures: Sequence[float]) -> list[Variant]:
     """(score, temperature) of everything that is asked for; 1.0 where a score knows no temperature.
 
     Raises:
@@ -118,6 +125,8 @@ def usual_range(name: str, temperature: float, num_classes: int) -> tuple[float,
 
     Nearly all scores lie between the two; they are the ends of the colour scale of heat maps.
     """
+    import torch
+
     sure, unclaimed = torch.zeros(2, num_classes, 1, 1)
     sure[0] = 1
     low, high = (SCORES[name](scores, temperature).item() for scores in (sure, unclaimed))

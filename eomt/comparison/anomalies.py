@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from scipy.special import stdtrit
 
-from eomt.anomaly.datasets import BENCHMARKS
+from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.differences import by_value, run_names
 from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Delta, Spread, Variant, pairs

@@ -21,14 +21,15 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     Raises:
         ValueError: the artefact does not score what the run reported.
     """
+    summary = read_json(run / "summary.json", {})
+    if not summary:
+        raise FileNotFoundError(f"{run} has no summary.json: give the folder of a run that ended")
+
     from eomt.reporting.run_summary import machine
     from eomt.training.evaluation import evaluate
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     quiet_libraries()
-    summary = read_json(run / "summary.json", {})
-    if not summary:
-        raise FileNotFoundError(f"{run} has no summary.json: give the folder of a run that ended")
     module = MaskClassificationSemantic.from_pretrained(run / summary["artefact"])
     settings = read_yaml(run / "config.yaml")["trainer"]
     options = {key: settings[key] for key in ("precision", "accelerator")} | {"progress": sys.stderr.isatty()}
@@ -51,7 +52,6 @@ def report_runs(
     folders: Sequence[Path], output: Path, baseline: str | None, score: str | None, allow_different: bool
 ) -> None:
     """Evaluates what has not been evaluated yet, and writes the report."""
-    from eomt.comparison.page import write_report
     from eomt.comparison.runs import load_runs
 
     for run in load_runs(folders):
@@ -68,6 +68,8 @@ def report_runs(
                 f"{run.path}/anomaly/{old[0]}.json is older than the run's end: score again with "
                 f"scripts/evaluate_anomaly.py {run.path} data={old[0]}, or delete it"
             )
+    from eomt.comparison.page import write_report
+
     write_report(load_runs(folders), output, baseline, allow_different, predictions, score)
     print(f"{output}/report.html, report.md, report.csv, report.tex")
 

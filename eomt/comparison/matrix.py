@@ -10,7 +10,7 @@ from typing import Any
 from eomt.command_line import fail, one_sentence, own_process_state
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell
 from eomt.files import read_json, write_json
-from eomt.settings.compose import ROOT, build_data, open_data
+from eomt.settings.compose import ROOT, build_data, compose_run, configurations, open_data
 
 VARIANTS = sorted(path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml") if path.stem != "base")
 OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
@@ -32,6 +32,7 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
     """
     import hydra
     from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
 
     facts, launcher = parse_matrix(overrides, config_name)
     folder = Path(facts.pop("folder"))
@@ -45,6 +46,9 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped launcher arrives here and not as Hydra's own page
         try:
             hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
+        except HydraException as error:  # of what may be mistyped, only the launcher is left
+            hint = "; pip install -e .[launchers] brings joblib and submitit" if "hydra/launcher" in str(error) else ""
+            raise ValueError(one_sentence(error) + hint) from error
         except RuntimeError as error:  # a cluster's job that was ended from outside
             fail(error, 1)
     return summarise(folder, facts)
@@ -117,9 +121,6 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
 
     Adds to the facts what the overrides are for each variant: in a cell, Hydra composes nothing else.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -132,10 +133,7 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
         facts["overrides_of"] = {variant: overrides_for(variant, facts) for variant in facts["variants"]}
         for variant in facts["variants"]:
             words = [*facts["overrides_of"][variant], *fixed(variant, facts["seeds"][0], "run")]
-            with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-                config = compose(facts["config_name"], words, return_hydra_config=True)
-            HydraConfig.instance().set_config(config)
-            del config.hydra
+            config = compose_run(words, facts["config_name"])
             check_variant(variant, config)
             check(config)
             configs[OmegaConf.to_yaml(config.data)] = config
@@ -144,13 +142,14 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
         if facts["source"]:
             open_data(facts["source"], config.model.img_size, batch_size=1)
         check_benchmarks(facts["anomaly"], facts["anomaly_root"])
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise ValueError(one_sentence(error)) from error
 
 
 def check_benchmarks(names: Sequence[str], root: str | None) -> None:
     """Raises ValueError or FileNotFoundError where a benchmark is unknown, not there, or has labels of another."""
-    from eomt.anomaly.datasets import BENCHMARKS, AnomalyDataset
+    from eomt.anomaly.benchmarks import BENCHMARKS
+    from eomt.anomaly.datasets import AnomalyDataset
 
     for name in names:
         if name not in BENCHMARKS:
@@ -178,9 +177,9 @@ def check_variant(variant: str, config: Any) -> None:
 
 def alone(variant: str) -> Any:
     """Reads the settings in a variant's file."""
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with configurations():
         return compose(overrides=[f"+variant={variant}"])
 
 

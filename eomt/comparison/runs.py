@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eomt.anomaly.datasets import BENCHMARKS
+from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
 from eomt.comparison.result_files import read_confusion, read_scores
 from eomt.files import read_json, read_yaml

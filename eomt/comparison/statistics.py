@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eomt.anomaly.datasets import BENCHMARKS
+from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.counts import iou, mean_iou, nanmean
 from eomt.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
 from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from eomt.comparison.result_files import read_confusion, read_scores
 from eomt.cost.training_cost import build_without_weights
 from eomt.diagnosis.checks import Channels
-from eomt.diagnosis.inspection import BACKBONE, by_number, choose, inspect_model, read, resample, stored_by_layer
+from eomt.diagnosis.inspection import BACKBONE, by_number, inspect_model, read, resample, stored_by_layer
 from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, spread, training_images
 from eomt.files import read_json, read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
-from eomt.inference.artefacts import BASE_FILE, read_lightning, set_settings
+from eomt.inference.artefacts import read_lightning, set_settings
+from eomt.inference.saved import BASE_FILE, check_ckpt_path, find_weights
 from eomt.models.checkpoint import (
     CLASS_HEAD,
     NOT_WEIGHTS,
@@ -51,10 +52,9 @@ class RunFacts:
         self, path: Path, run: Path, data: SegmentationDataModule | None, no_data: str, ckpt_path: str | Path | None
     ) -> None:
         self.run, self.data, self.no_data, self.ckpt_path = run, data, no_data, ckpt_path
-        if ckpt_path and not Path(ckpt_path).expanduser().exists():
-            raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file or folder")
+        check_ckpt_path(ckpt_path)
         try:
-            self.path: Path | None = choose(path)
+            self.path: Path | None = find_weights(path)
         except FileNotFoundError:
             if not (self.summary and path.is_dir()):
                 raise
@@ -119,7 +119,7 @@ class RunFacts:
         if not Path(path).expanduser().exists():
             raise NothingToCheck(f"the weights that the run started from are not there: {path}")
         try:
-            return choose(path)
+            return find_weights(path)
         except FileNotFoundError as error:
             raise NothingToCheck(f"the run started from {path}, which holds no weights") from error
 

@@ -10,16 +10,8 @@ from torch import Tensor
 
 from eomt.files import read_json
 from eomt.fingerprints import Identity, hash_tensors, identify_tensors, is_adapter
-from eomt.inference.artefacts import (
-    BASE_FILE,
-    CONFIG_FILE,
-    HEADS_FILE,
-    WEIGHTS_FILE,
-    find_artefact,
-    read_config,
-    read_lightning,
-    recorded_base,
-)
+from eomt.inference.artefacts import read_config, read_lightning, recorded_base
+from eomt.inference.saved import BASE_FILE, HEADS_FILE, WEIGHTS_FILE, find_weights
 from eomt.lora.files import CONFIG_FILE as LORA_CONFIG
 from eomt.lora.files import WEIGHTS_FILE as LORA_WEIGHTS
 from eomt.lora.updates import stored_updates
@@ -56,7 +48,7 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
     Raises:
         FileNotFoundError: nothing there. ValueError: no network, or a base given for a whole network.
     """
-    path = choose(path)
+    path = find_weights(path)
     content, files = read(path)
     init, state = content.get("hyper_parameters") or {}, content["state_dict"]
     adapted = any(is_adapter(key) for key in state)
@@ -88,17 +80,6 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
 def by_number(name: str) -> list:
     """Sorts block 10 behind block 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def choose(path: str | Path) -> Path:
-    """The file of weights, or the folder that is meant."""
-    path = Path(path).expanduser()
-    if path.is_dir() and not (path / CONFIG_FILE).is_file():  # as downloaded from a hub
-        for name in (WEIGHTS_FILE, "pytorch_model.bin"):
-            if (path / name).is_file():
-                return path / name
-    in_folder = path.is_file() and (path.parent / CONFIG_FILE).is_file() and path.name != BASE_FILE
-    return path.parent if in_folder else path if path.is_file() else find_artefact(path)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -250,7 +231,7 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
     Returns:
         `base`, `fits` (None if it cannot be told) and `why`, a sentence.
     """
-    state, base_size = read_checkpoint(choose(base))
+    state, base_size = read_checkpoint(find_weights(base))
     verdict = {"base": str(base)}
     if not any(key.startswith(BACKBONE) for key in state):
         raise ValueError(f"{base} holds no backbone (no key begins with {BACKBONE}): give an EoMT checkpoint")
@@ -258,7 +239,7 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
         return verdict | {"fits": False, "why": other}
     if trained_on.exact is None:
         return verdict | {"fits": None, "why": "the adapter names no fingerprint to compare with"}
-    if needs_pretrained(choose(base), init.get("delta_weights")):
+    if needs_pretrained(find_weights(base), init.get("delta_weights")):
         return verdict | {
             "fits": None,
             "why": "the base is a difference to timm's pretrained weights, which are not here",

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eomt import __version__
-from eomt.command_line import did_you_mean
 from eomt.files import read_json, replacing_files, write_json
 from eomt.fingerprints import Identity, identify, is_adapter
+from eomt.inference.saved import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, bare_weights, find_artefact
 from eomt.lora import files as lora_files
 from eomt.lora.files import BASE
 from eomt.lora.merging import merge
@@ -26,12 +26,6 @@ from lora_config import listed
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
-    "eomt_config.json",
-    "model.safetensors",
-    "heads.safetensors",
-    "base.safetensors",
-)
 BACKBONE = "network.encoder.backbone."
 # What rebuilding is not about.
 ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_dtype": "float32"}
@@ -127,44 +121,6 @@ def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None =
 def read_config(directory: Path) -> dict[str, Any]:
     """Returns the settings that `save_pretrained` wrote."""
     return read_json(directory / CONFIG_FILE)
-
-
-def find_artefact(path: str | Path) -> Path:
-    """The adapter or model folder that is meant, or the Lightning checkpoint: a run folder means what it holds.
-
-    Raises:
-        FileNotFoundError: there is nothing of the kind. ValueError: bare weights, or a run folder that holds both.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        if path.suffix == ".ckpt":
-            return path
-        if (path.parent / CONFIG_FILE).is_file():
-            raise ValueError(f"{path} is a part of what was saved: give its folder, {path.parent}")
-        raise ValueError(bare_weights(path))
-    if not path.exists():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
-    if (path / CONFIG_FILE).is_file():
-        return path
-    found = [path / name for name in ("adapter", "model") if (path / name / CONFIG_FILE).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
-    if not found:
-        raise FileNotFoundError(
-            f"{path} has no {CONFIG_FILE}, and no adapter/ or model/ with one: give the adapter/ or model/ folder of a "
-            "run, the run's folder, or its checkpoints/best.ckpt"
-        )
-    return found[0]
-
-
-def bare_weights(path: Path) -> str:
-    """The sentence for weights that say nothing of the network they belong to."""
-    return (
-        f"{path} holds weights without a configuration, so the network they belong to is not known: to evaluate them, "
-        f"name it and its data: python train_with_lora.py variant=none model.ckpt_path={path} data.root=..., with the "
-        "model= or experiment= that it was trained with"
-    )
 
 
 def open_model(cls: type[Module], directory: Path, config: Mapping[str, Any], ckpt_path: str | None) -> Module:

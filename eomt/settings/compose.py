@@ -1,6 +1,7 @@
 """Composing configurations with Hydra, and building the data that they describe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,153 @@ from eomt.settings.config_check import check_config
 from eomt.settings.run import check_data
 
 ROOT = Path(__file__).resolve().parents[2]  # holds configs/, train_with_lora.py and scripts/
+Described = tuple[str, Any, str]  # name of a data set, its configuration, where to look if a value is missing
+
+
+@contextmanager
+def configurations(folder: Path = ROOT / "configs") -> Iterator[None]:
+    """Lets Hydra compose from a folder in the block, and turns its errors into a ValueError of one sentence."""
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(one_sentence(error)) from error
+
+
+def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folder: Path | None = None) -> Any:
+    """Returns the configuration that `train_with_lora.py --config-name CONFIG_NAME OVERRIDES` would have.
+
+    Args:
+        overrides: `group=choice`, `key=value`.
+        config_name: the file, without its ending, of `configs/` or `folder`.
+        folder: of further configurations, as `--config-dir` takes it.
+
+    Raises:
+        ValueError: there is no such configuration, or an override cannot be applied.
+    """
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    first, overrides = ROOT / "configs", list(overrides)
+    if folder:
+        own = (folder / f"{config_name}.yaml").is_file()
+        first, second = (folder, first) if own else (first, folder)
+        overrides.append(f"hydra.searchpath=['file://{second}']")
+    with configurations(first):
+        config = compose(config_name, overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # which ${hydra:...} reads
+    del config.hydra
+    return config
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Returns a configuration as a resolved mapping of plain values; raises ValueError where that is impossible."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(one_sentence(error)) from error
+
+
+def read_settings(words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults, and in their place the values of words `KEY=VALUE`, which are read as YAML.
+
+    Raises:
+        ValueError: a key without a default, or a value that cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    settings = dict(defaults)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in defaults:
+            raise ValueError(f"{word} is no setting{did_you_mean(key, defaults)}")
+        try:
+            settings[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
+        except YAMLError as error:
+            raise ValueError(f"{word} cannot be read: a list looks like {key}=[a,b]") from error
+    return settings
 
 
 def datasets_known() -> list[str]:
-    """What `data=` may be."""
+    """Returns the names that `data=` may have."""
     return sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml") if path.stem != "base")
 
 
+def names_data(overrides: Sequence[str]) -> bool:
+    """Whether the overrides name a data set, and not only values of one."""
+    return any(word.startswith(("data=", "experiment=")) for word in overrides)
+
+
 def open_data(overrides: Sequence[str], img_size: Sequence[int], batch_size: int) -> tuple[str, Any]:
-    """The data set of `data=NAME data.key=value ...`, or of `experiment=NAME data.key=value ...`, and that name.
+    """Opens the data set of `data=NAME data.key=value ...`, or that of `experiment=NAME data.key=value ...`.
+
+    Args:
+        overrides: as on the command line.
+        img_size: (height, width) of training crops, pixels.
+        batch_size: images a batch.
+
+    Returns:
+        That name, and the data module.
 
     Raises:
         ValueError: an override that cannot be applied, or data that is wrong. FileNotFoundError: files are missing.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    name, config, remedy = _compose_data(overrides, img_size, batch_size)
+    return name, build_data(config, remedy)
+
+
+def data_of_run(run: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
+    """Opens the data set that a run trained on, by its `config.yaml` and any `data.key=value`.
+
+    Returns:
+        The name of its function, and the data module.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder has no configuration, or the data are gone.
+    """
+    name, config, remedy = _read_data_of_run(run, overrides)
+    return name, build_data(config, remedy)
+
+
+def data_for(run: Path, overrides: Sequence[str], img_size: Sequence[int]) -> tuple[str, Any]:
+    """Opens the data that the overrides name, or else those of the run; see `open_data` and `data_of_run`."""
+    return open_data(overrides, img_size, batch_size=1) if names_data(overrides) else data_of_run(run, overrides)
+
+
+def check_data_for(run: Path, overrides: Sequence[str]) -> None:
+    """Raises what `data_for` would, as far as it is known without torch."""
+    described = _compose_data(overrides, [64, 64], 1) if names_data(overrides) else _read_data_of_run(run, overrides)
+    _check_described(*described[1:])
+
+
+def build_data(config: Any, remedy: str) -> Any:
+    """Returns the data module that the `data` of a configuration describes, after the checks before a training.
+
+    Raises:
+        ValueError: a value that is missing or wrong; `remedy` says where to look. FileNotFoundError: missing files.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    _check_described(config, remedy)
+    check_config({"data": plain(config.data)})
+    try:
+        return instantiate(config.data, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        raise cause if isinstance(cause, (ValueError, OSError)) else ValueError(one_sentence(error)) from error
+
+
+def _compose_data(overrides: Sequence[str], img_size: Sequence[int], batch_size: int) -> Described:
+    from hydra import compose
 
     chosen = [override for override in overrides if override.startswith(("data=", "experiment="))]
     if not chosen:
@@ -34,23 +166,15 @@ def open_data(overrides: Sequence[str], img_size: Sequence[int], batch_size: int
     if group == "data" and name not in datasets_known():
         raise ValueError(f"data={name} is not a dataset; choose from {', '.join(datasets_known())}")
     sizes = [f"++model.img_size={list(img_size)}", f"data.batch_size={batch_size}"]
-    try:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            if group == "data":
-                config = compose(overrides=[f"+data={name}", *sizes, *(o for o in overrides if o != chosen[0])])
-            else:
-                config = compose("cityscapes", [*overrides, *sizes])
-        return name, build_data(config, f"see configs/{group}/{name}.yaml")
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(one_sentence(error)) from error
+    with configurations():
+        if group == "data":
+            config = compose(overrides=[f"+data={name}", *sizes, *(o for o in overrides if o != chosen[0])])
+        else:
+            config = compose("cityscapes", [*overrides, *sizes])
+    return name, config, f"see configs/{group}/{name}.yaml"
 
 
-def data_of_run(run: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
-    """The data set that a run trained on, from its `config.yaml` and any `data.key=value`, and its name.
-
-    Raises:
-        ValueError, FileNotFoundError: the folder has no configuration, or the data are gone.
-    """
+def _read_data_of_run(run: Path, overrides: Sequence[str]) -> Described:
     import yaml
     from omegaconf import OmegaConf
 
@@ -65,22 +189,13 @@ def data_of_run(run: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
         if OmegaConf.select(config, key, default=config) is config:
             raise ValueError(f"{key} is not in {run / 'config.yaml'}{did_you_mean(key.split('.')[-1], config.data)}")
         OmegaConf.update(config, key, yaml.safe_load(value))
-    return config.data._target_.rsplit(".", 1)[-1], build_data(config, f"see {run / 'config.yaml'}")
+    return config.data._target_.rsplit(".", 1)[-1], config, f"see {run / 'config.yaml'}"
 
 
-def build_data(config: Any, remedy: str) -> Any:
-    """The data module that the `data` of a configuration describes, after the same checks as before training."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+def _check_described(config: Any, remedy: str) -> None:
+    """Raises ValueError or FileNotFoundError for data that can be known to be wrong without torch."""
     from omegaconf import OmegaConf
 
     if missing := sorted(OmegaConf.missing_keys(config.data)):
         raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")
-    plain = OmegaConf.to_container(config.data, resolve=True)
-    check_data(plain)
-    check_config({"data": plain})
-    try:
-        return instantiate(config.data, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        raise cause if isinstance(cause, (ValueError, OSError)) else ValueError(one_sentence(error)) from error
+    check_data(plain(config.data))

@@ -1,0 +1,145 @@
+"""Merges a LoRA adapter into its base, after a comparison of the network's logits before and after."""
+
+import glob
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eomt.files import PICTURES
+from eomt.inference.saved import find_artefact, run_of
+from eomt.settings.compose import check_data_for, data_of_run
+
+if TYPE_CHECKING:  # mistakes are told before torch is there
+    from torch import Tensor
+
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+CROPS = 4
+
+
+def merge_and_check(
+    adapter: Path, out: Path, images: Sequence[str] | None, tolerance: float, ckpt_path: str | None = None
+) -> None:
+    """Merges an adapter, compares the logits with those of the unmerged network, and writes a model/ folder.
+
+    Args:
+        adapter: an adapter/ folder, a LoRA run's folder, or its checkpoint.
+        out: the folder to write; nothing may be in it.
+        images: folders or patterns of images to compare on; None: the run's validation data.
+        tolerance: the largest difference of a logit, relative to the largest logit.
+        ckpt_path: the base weights, if they have moved.
+
+    Raises:
+        ValueError, OSError: the adapter, the images or `out` are not what they should be, or the networks disagree.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: choose a new folder")
+    adapter = find_artefact(adapter)
+    pictures = check_images(images, run_of(adapter))
+
+    from eomt.inference.artefacts import merge_adapter
+    from eomt.lora.methods import update_norms
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+    module = MaskClassificationSemantic.from_pretrained(adapter, ckpt_path).float()
+    if module.lora is None:
+        raise ValueError(f"{adapter} is a whole network, not an adapter: there is nothing to merge")
+    crops = read_crops(pictures, run_of(adapter), module.hparams.img_size)
+    norms = update_norms(module.backbone)
+    before = logits(module, crops, "Unmerged")
+    merge_adapter(module)
+    after = logits(module, crops, "Merged")
+    print(f"Merged {len(norms)} layers, norms of their updates {min(norms.values()):.3g} to {max(norms.values()):.3g}")
+    compare_logits(before, after, len(crops), tolerance)
+    module.save_pretrained(out)
+    print(
+        f"Before: {megabytes(adapter):.1f} MB in {adapter}, beside its base\nAfter:  {megabytes(out):.1f} MB in {out}"
+    )
+
+
+def check_images(images: Sequence[str] | None, run: Path) -> list[Path]:
+    """Returns the pictures that are named; without any, checks the run's data as far as it can be done without torch.
+
+    Raises:
+        ValueError, FileNotFoundError: there is nothing to compare on.
+    """
+    if images:
+        return find_images(images)
+    try:
+        check_data_for(run, ())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the run's validation data cannot be read ({error}): give --images") from error
+    return []
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Returns the pictures that folders hold or patterns name; raises FileNotFoundError if there are none."""
+    names = [Path(pattern).expanduser() for pattern in patterns]
+    found = [
+        path
+        for name in names
+        for path in (name.rglob("*") if name.is_dir() else map(Path, glob.iglob(str(name), recursive=True)))
+    ]
+    pictures = sorted({path for path in found if path.suffix.lower() in PICTURES})
+    if not pictures:
+        raise FileNotFoundError(f"--images {' '.join(patterns)}: no pictures there ({', '.join(PICTURES)})")
+    return pictures
+
+
+def read_crops(pictures: Sequence[Path], run: Path, img_size: Sequence[int]) -> "list[Tensor]":
+    """Reads the first evaluation window, uint8 [3, h, w], of up to `CROPS` pictures or of the run's validation images.
+
+    Raises:
+        ValueError: there is no such picture.
+    """
+    from eomt.inference.prediction import read_image
+    from eomt.inference.windows import to_windows
+
+    if pictures:
+        images = [read_image(path) for path in spread(pictures)]
+    else:
+        try:
+            _, data = data_of_run(run)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the run's validation data cannot be read ({error}): give --images") from error
+        images = [data.val_set.image(i) for i in spread(range(len(data.val_set)))]
+    return [to_windows(image, tuple(img_size))[0][0] for image in images]
+
+
+def spread(items: Sequence) -> list:
+    """Returns up to `CROPS` items, evenly spread over all of them."""
+    return list(items[:: max(1, len(items) // CROPS)][:CROPS])
+
+
+def logits(module: "MaskClassificationSemantic", crops: "Sequence[Tensor]", title: str) -> "dict[str, Tensor]":
+    """Computes logits as deployed, in float32: `mask` [N, Q, h/4, w/4] and `class` [N, Q, K + 1] of N crops."""
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    found = []
+    with torch.no_grad(), module.network.deployed():
+        for crop in track(crops, title, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+            (mask_logits,), (class_logits,) = module.network(crop[None] / 255)
+            found.append((mask_logits, class_logits))
+    return {kind: torch.cat(parts) for kind, parts in zip(("mask", "class"), zip(*found, strict=True), strict=True)}
+
+
+def compare_logits(before: "Mapping[str, Tensor]", after: "Mapping[str, Tensor]", crops: int, tolerance: float) -> None:
+    """Prints the largest difference of each kind of logits, relative to the largest logit; raises ValueError above
+    the tolerance.
+    """
+    for kind, values in before.items():
+        difference = ((values - after[kind]).abs().max() / values.abs().max()).item()
+        print(f"  {kind + ' logits':<13} differ by {difference:.1e} of the largest, on {crops} crops")
+        if not difference <= tolerance:
+            raise ValueError(
+                f"the {kind} logits differ by {difference:.1e} of the largest, more than --tolerance {tolerance:g}: "
+                "nothing was written"
+            )
+
+
+def megabytes(path: Path) -> float:
+    """Returns the size of a file, or of a folder's files, in MB."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())) / 1e6

@@ -1,0 +1,73 @@
+"""Finds what a run saved: the folder, the checkpoint or the file of weights that a path means; torch is not needed."""
+
+from pathlib import Path
+
+from eomt.command_line import did_you_mean
+
+CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
+    "eomt_config.json",
+    "model.safetensors",
+    "heads.safetensors",
+    "base.safetensors",
+)
+
+
+def find_artefact(path: str | Path) -> Path:
+    """Returns the adapter or model folder that is meant, or the Lightning checkpoint; a run folder means what it holds.
+
+    Raises:
+        FileNotFoundError: there is nothing of the kind. ValueError: bare weights, or a run folder that holds both.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        if path.suffix == ".ckpt":
+            return path
+        if (path.parent / CONFIG_FILE).is_file():
+            raise ValueError(f"{path} is a part of what was saved: give its folder, {path.parent}")
+        raise ValueError(bare_weights(path))
+    if not path.exists():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
+    if (path / CONFIG_FILE).is_file():
+        return path
+    found = [path / name for name in ("adapter", "model") if (path / name / CONFIG_FILE).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
+    if not found:
+        raise FileNotFoundError(
+            f"{path} has no {CONFIG_FILE}, and no adapter/ or model/ with one: give the adapter/ or model/ folder of a "
+            "run, the run's folder, or its checkpoints/best.ckpt"
+        )
+    return found[0]
+
+
+def find_weights(path: str | Path) -> Path:
+    """Returns the file of weights or the folder that is meant; raises as `find_artefact` does."""
+    path = Path(path).expanduser()
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():  # as downloaded from a hub
+        for name in (WEIGHTS_FILE, "pytorch_model.bin"):
+            if (path / name).is_file():
+                return path / name
+    in_folder = path.is_file() and (path.parent / CONFIG_FILE).is_file() and path.name != BASE_FILE
+    return path.parent if in_folder else path if path.is_file() else find_artefact(path)
+
+
+def run_of(path: Path) -> Path:
+    """Returns the run's folder that an artefact or checkpoint lies in, or the folder itself."""
+    folder = path if path.is_dir() else path.parent
+    return next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder)
+
+
+def bare_weights(path: Path) -> str:
+    """Returns the sentence for weights that say nothing of the network they belong to."""
+    return (
+        f"{path} holds weights without a configuration, so the network they belong to is not known: to evaluate them, "
+        f"name it and its data: python train_with_lora.py variant=none model.ckpt_path={path} data.root=..., with the "
+        "model= or experiment= that it was trained with"
+    )
+
+
+def check_ckpt_path(ckpt_path: str | Path | None) -> None:
+    """Raises FileNotFoundError where weights are named that are not there."""
+    if ckpt_path and not Path(ckpt_path).expanduser().exists():
+        raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file or folder")
