@@ -94,12 +94,16 @@ def quote_path(word: str, sweeps: bool = False) -> str:
         return word
     if unquoted(value) != value or (sweeps and "," in value):
         return word
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
-    return f"{key}{equals}'{escaped}'"
+    return f"{key}{equals}{quoted(value)}"
+
+
+def quoted(text: object) -> str:
+    """Returns text in quotes that Hydra takes off again, whatever is in it."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(text)) + "'"
 
 
 def unquoted(value: str) -> str:
-    """Returns the path that `quote_path` quoted; any other text as it is."""
+    """Returns the text that was quoted; any other text as it is."""
     if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:
         return value
     return re.sub(r"(\\*)" + f"({value[0]}|$)", lambda found: found[1][: len(found[1]) // 2] + found[2], value[1:-1])
@@ -179,13 +183,22 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def own_process_state(argv: Sequence[str]) -> Iterator[bool]:
-    """Hydra reads `sys.argv` and `HYDRA_FULL_ERROR`: both are afterwards as before; yields whether the latter was 1."""
+    """Hydra reads `sys.argv` and `HYDRA_FULL_ERROR`, and sets up the log: all are afterwards as before.
+
+    Yields whether `HYDRA_FULL_ERROR` was 1.
+    """
     before, setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    log = logging.getLogger()
+    handlers, level = list(log.handlers), log.level
     sys.argv = list(argv)
     try:
         yield setting == "1"
     finally:
         sys.argv = before
+        for handler in set(log.handlers) - set(handlers):
+            handler.close()
+        log.handlers[:] = handlers
+        log.setLevel(level)
         if setting is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:

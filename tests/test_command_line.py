@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import run_cold
+from conftest import TOY_DATA, TOY_MODEL, run_cold, run_script
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eomt.command_line import one_sentence, translate_flags
+from eomt.command_line import one_sentence, quote_path, translate_flags, unquoted
+from eomt.comparison.matrix import parse_matrix
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,3 +176,40 @@ def test_a_wrong_key_within_a_mapping_is_named():
     with initialize_config_dir(str(ROOT / "configs"), version_base=None), pytest.raises(Exception) as error:
         compose("cityscapes", ["data={bach_size: 2}"])
     assert one_sentence(error.value).startswith("data.bach_size is not in the configuration; did you mean batch_size")
+
+
+ODD = "a=1, [b] {c} it's (d) größe"  # a folder's name, as people have them
+
+
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1).filter(lambda text: "${" not in text))
+def test_hydra_reads_any_path_as_it_was_typed(path):
+    word = quote_path(f"data.root={path}")
+    if path == "null" or unquoted(path) != path:  # the user has said how to read it
+        assert word == f"data.root={path}"
+        return
+    value = OverridesParser.create().parse_override(word).value()
+    assert getattr(value, "text", value) == path
+    assert quote_path(word) == word and unquoted(word.partition("=")[2]) == path
+
+
+def test_sweeps_over_paths_interpolations_and_other_keys_are_left_as_they_are():
+    words = ["model.ckpt_path=a.ckpt,b.ckpt", "resume=null", "output_dir=${oc.env:HOME}/x", "model.lr=1e-3"]
+    assert translate_flags([*words, "--multirun"])[1:] == words
+    assert translate_flags(["model.ckpt_path=a.ckpt,b.ckpt"]) == ["model.ckpt_path='a.ckpt,b.ckpt'"]
+
+
+def test_folders_with_odd_names_train_and_are_evaluated(toy_run, toy_cache, tmp_path):
+    run_folder, data = tmp_path / ODD / "run", tmp_path / ODD / "data"
+    shutil.copytree(toy_run[0], run_folder)
+    shutil.copytree(toy_cache, data)
+    checkpoint = run_folder / "checkpoints" / "epoch=1-step=16.ckpt"  # Lightning's own way of naming one
+    shutil.move(run_folder / "checkpoints" / "last.ckpt", checkpoint)
+    words = [*TOY_DATA, f"data.root={data}", "model=tiny", *TOY_MODEL, "variant=none", f"model.ckpt_path={checkpoint}"]
+    result = run(*words, "data.batch_size=4", f"output_dir={tmp_path / ODD / 'none'}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    result = run_script("evaluate.py", run_folder, f"data.root={data}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    result = run_script("evaluate.py", run_folder / "model", *TOY_DATA, f"data.root={data}", "--output", tmp_path / ODD)
+    assert result.returncode == 0, result.stderr[-2000:]
+    facts, _ = parse_matrix([f"output_dir={tmp_path / ODD}", f"data.root={data}"], "cityscapes")
+    assert facts["folder"] == str(tmp_path / ODD) and facts["overrides"] == [quote_path(f"data.root={data}")]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eomt.command_line import quoted
 from eomt.files import read_json, write_json
 from eomt.settings.compose import ROOT
 
@@ -75,7 +76,7 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
 
 def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
     """Settings of each run; the artefact of the last step is no choice among the evaluated images."""
-    return [f"variant={variant}", f"seed={seed}", f"output_dir='{folder}'", "callbacks.save_best.keep=last"]
+    return [f"variant={variant}", f"seed={seed}", f"output_dir={quoted(folder)}", "callbacks.save_best.keep=last"]
 
 
 def finished(folder: Path, facts: dict[str, Any]) -> bool:
@@ -105,7 +106,7 @@ def resume(folder: Path) -> list[str]:
     """
     last = folder / "checkpoints" / "last.ckpt"
     if zipfile.is_zipfile(last) and not (status(folder) or "").startswith("failed: LoRA audit"):
-        return [f"resume='{last}'"]
+        return [f"resume={quoted(last)}"]
     if status(folder) != "finished":
         shutil.rmtree(folder, ignore_errors=True)
     return []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from eomt.command_line import quiet_libraries
+from eomt.command_line import quiet_libraries, quoted
 from eomt.files import read_json, write_json
 from eomt.settings.compose import ROOT
 
@@ -37,7 +37,7 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> int:
     """
     runs = {name: output / words[-1].split("=")[1] for name, words in VARIANTS.items()}
     for name, words in VARIANTS.items():
-        start = [] if name == "source" else [f"model.ckpt_path='{runs['source'] / 'model'}'"]
+        start = [] if name == "source" else [f"model.ckpt_path={quoted(runs['source'] / 'model')}"]
         if code := train([*words, *start, *overrides], runs[name]):
             return code
     quiet_libraries()
@@ -51,7 +51,7 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> int:
 
 def train(overrides: Sequence[str], output_dir: Path) -> int:
     """Trains one network in a process of its own, as a user does, and returns the exit code."""
-    command = [sys.executable, str(ROOT / "train_with_lora.py"), f"output_dir='{output_dir}'"]
+    command = [sys.executable, str(ROOT / "train_with_lora.py"), f"output_dir={quoted(output_dir)}"]
     command += [f"trainer.precision={PRECISION}", *overrides]
     print("\n$ " + " ".join(["python", "train_with_lora.py", *command[2:]]), flush=True)
     return subprocess.run(command).returncode

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import fail, one_sentence, own_process_state
+from eomt.command_line import fail, one_sentence, own_process_state, quote_path, quoted
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell
 from eomt.files import read_json, write_json
 from eomt.settings.compose import ROOT, build_data, compose_run, configurations, open_data
@@ -60,7 +60,7 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
     from hydra.errors import OverrideParseException
 
     sources = [word for word in overrides if word.startswith("source=")]
-    overrides = [word for word in overrides if word not in sources]
+    overrides = [quote_path(word) for word in overrides if word not in sources]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
@@ -83,9 +83,9 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
             value = getattr(value, "list", value)  # 0,1,2 is a sweep to Hydra
             facts[key] = list(dict.fromkeys(value if isinstance(value, (list, tuple)) else [value]))
         elif key == "output_dir":
-            folder = override.value()
+            folder = str(override.value())
         elif key == "anomaly_root":
-            facts[key] = os.path.abspath(os.path.expanduser(override.value()))
+            facts[key] = os.path.abspath(os.path.expanduser(str(override.value())))
         elif key.startswith("hydra"):
             launcher.append(word)
         elif key in OWN_KEYS:
@@ -194,8 +194,8 @@ def sweep(folder: Path, facts: dict[str, Any]) -> list[str]:
     return [
         f"seed={','.join(map(str, facts['seeds']))}",
         f"variant={','.join(facts['variants'])}",
-        f"matrix='{folder.resolve()}'",
-        f"hydra.sweep.dir='{folder.resolve()}'",
+        f"matrix={quoted(folder.resolve())}",
+        f"hydra.sweep.dir={quoted(folder.resolve())}",
         "hydra.sweep.subdir=${variant}/seed_${seed}",
         "hydra.output_subdir=null",
         "hydra/job_logging=none",

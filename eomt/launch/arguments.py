@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from eomt.command_line import unquoted
 from eomt.comparison.matrix import check_matrix, parse_matrix
 from eomt.launch.job import IN_STUDIO
 from eomt.settings.compose import ROOT, compose_run
@@ -29,7 +30,7 @@ def find_output_dir(words: Sequence[str]) -> str | None:
     given = [found[1] for word in words if (found := re.fullmatch(r"\+{0,2}output_dir=(.*)", word))]
     if not given:
         return None
-    folder = given[-1].strip("'\"")
+    folder = unquoted(given[-1])
     if not folder or "$" in folder:
         raise ValueError(f"output_dir {folder!r}: give a plain path, so that the job finds its checkpoint again")
     resumes = any(word.startswith("resume=") for word in words)

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,13 +13,31 @@ from rich.console import Console
 from rich.table import Table
 
 from eomt.cost.training_cost import Cost, training_cost
-from eomt.fingerprints import Identity
+from eomt.fingerprints import Identity, identify
 from eomt.lora.report import trainable_report
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.trunk_cache import TrunkCache, cached_blocks
 
 logger = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """What is known of a run before its first step."""
+
+    weights: Identity  # fresh adapters left out
+    cost: Cost | None
+
+
+def report_start(trainer: Trainer, module: MaskClassificationSemantic, datamodule: LightningDataModule) -> Start:
+    """Logs the parameters that will train, the data and the cost, and records the weights.
+
+    Raises:
+        ValueError: a `TrunkCache` that cannot be; see `cached_blocks`.
+    """
+    print_start(module, datamodule, trains=trainer.max_steps != 0)
+    cost = estimate_cost(trainer, module, datamodule.batch_size)
+    return Start(identify(module.network, module.network.drawn), cost)
 
 
 def print_start(module: MaskClassificationSemantic, datamodule: LightningDataModule, trains: bool = True) -> None:
@@ -74,12 +92,11 @@ def finish_run(
     module: MaskClassificationSemantic,
     datamodule: LightningDataModule,
     callbacks: Mapping[str, Callback],
-    output_dir: Path,
     seed: int,
-    start: Identity,
-    cost: Cost | None = None,
+    start: Start,
 ) -> dict[str, Any]:
-    """Writes `summary.json` and prints the result; returns the summary."""
+    """Writes `summary.json` to the trainer's folder and prints the result; returns the summary."""
+    output_dir = Path(trainer.default_root_dir)
     error = sys.exc_info()[1]
     best = callbacks["save_best"].best
     audit = callbacks["audit"].audit
@@ -105,15 +122,15 @@ def finish_run(
             for name, size in file_sizes(part).items()
         },
         "peak_memory": peak_memory(callbacks["clock"].memory_before),
-        "estimated_memory": memory_of(cost) if cost else None,
+        "estimated_memory": memory_of(start.cost) if start.cost else None,
         "seconds_per_step": callbacks["clock"].summary(),
         "flops_per_step": callbacks["flops"].flops if "flops" in callbacks else None,
         "wall_seconds": callbacks["clock"].elapsed(),
         "data": datamodule.fingerprint(),
         "batches": batches and batches.exact,
         "batch_contents": batches and batches.as_dict(),
-        "start_fingerprint": start.exact,
-        "start_weights": start.as_dict(),
+        "start_fingerprint": start.weights.exact,
+        "start_weights": start.weights.as_dict(),
         "seed": seed,
         "lora_audit": audit.results if audit else None,
     }

@@ -143,8 +143,8 @@ class HashBatches(Callback):
         if self.seen < self.num_batches:
             self.seen += 1
             self.hash, self.labels = _add(self.hash, batch), _add(self.labels, batch[1:])
-            images = batch[0]
-            self.means += (images.sum((-2, -1), dtype=torch.double) / images[0, 0].numel()).flatten().tolist()
+            channels = batch[0].reshape(*batch[0].shape[:2], -1)
+            self.means += (channels.sum(-1, dtype=torch.double) / channels.shape[-1]).flatten().tolist()
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "hash": self.hash, "labels": self.labels, "means": self.means}

@@ -1,11 +1,12 @@
 """Composing configurations with Hydra, and building the data that they describe."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import did_you_mean, one_sentence
+from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, quote_path, unquoted
 from eomt.files import read_yaml
 from eomt.settings.config_check import check_config
 from eomt.settings.run import check_data
@@ -42,7 +43,7 @@ def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folde
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    first, overrides = ROOT / "configs", list(overrides)
+    first, overrides = ROOT / "configs", [quote_path(word) for word in overrides]
     if folder:
         own = (folder / f"{config_name}.yaml").is_file()
         first, second = (folder, first) if own else (first, folder)
@@ -52,6 +53,16 @@ def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folde
     HydraConfig.instance().set_config(config)  # which ${hydra:...} reads
     del config.hydra
     return config
+
+
+def absolute_paths(config: Any) -> None:
+    """Makes paths begin at the root, so that a run's records hold anywhere; `~` too, which no shell expands here."""
+    from omegaconf import OmegaConf
+
+    for key in PATH_KEYS:
+        path = OmegaConf.select(config, key, throw_on_missing=False)
+        if isinstance(path, str) and key.startswith(("data.", "model.", "resume")):
+            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(path)))
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -159,6 +170,7 @@ def build_data(config: Any, remedy: str) -> Any:
 def _compose_data(overrides: Sequence[str], img_size: Sequence[int], batch_size: int) -> Described:
     from hydra import compose
 
+    overrides = [quote_path(word) for word in overrides]
     chosen = [override for override in overrides if override.startswith(("data=", "experiment="))]
     if not chosen:
         raise ValueError(f"name a data set: data={', data='.join(datasets_known())}, or experiment=NAME for its data")
@@ -188,7 +200,7 @@ def _read_data_of_run(run: Path, overrides: Sequence[str]) -> Described:
         key, _, value = override.partition("=")
         if OmegaConf.select(config, key, default=config) is config:
             raise ValueError(f"{key} is not in {run / 'config.yaml'}{did_you_mean(key.split('.')[-1], config.data)}")
-        OmegaConf.update(config, key, yaml.safe_load(value))
+        OmegaConf.update(config, key, unquoted(value) if key in PATH_KEYS else yaml.safe_load(value))
     return config.data._target_.rsplit(".", 1)[-1], config, f"see {run / 'config.yaml'}"
 
 

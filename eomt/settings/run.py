@@ -4,6 +4,7 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 """
 
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Collection, Mapping
@@ -56,6 +57,17 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
             f"trainer.strategy {strategy}: sharded weights can neither be audited nor saved as an adapter here; use ddp"
         )
     check_data(config["data"])
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that touches the folder, however they were started."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def check_output_dir(folder: Path, resume: str | None) -> None:
+    """Raises ValueError where the folder holds a run that is not continued: it is not written over."""
+    if is_first_process() and (folder / "metrics.csv").is_file() and not resume:
+        raise ValueError(f"output_dir {folder} holds a run: choose another folder, or continue it with resume=")
 
 
 def check_parts(config: Mapping[str, Any]) -> None:
