@@ -174,8 +174,15 @@ class LayerNorms(LoHa):
         return peft.LNTuningConfig(target_modules=["norm1"])
 
 
+def of(name, heads=2, width=64):
+    return {"backbone_name": name, "backbone_kwargs": {"embed_dim": width, "depth": 3, "num_heads": heads}}
+
+
+IA3 = {"lora_method": "ia3", "lora_target_modules": ["attn.qkv", "fc2"]}
 METHODS = {
-    "ia3": {"lora_method": "ia3", "lora_target_modules": ["attn.qkv", "fc2"]},
+    "ia3": IA3,
+    "ia3 in DINOv3": {**IA3, **of("vit_small_patch16_dinov3_qkvb")},
+    "ia3 in EVA": {**IA3, **of("eva02_tiny_patch14_224", width=48)},
     "own": {"lora_method": f"{__name__}.LoHa", "lora_rank": 4},
 }
 ADAPTED = {"use_lora": True, "lora_lr": 0.1, "warmup_steps": [0, 0]}
@@ -213,6 +220,24 @@ def test_another_adapter_method_trains_is_audited_saved_opened_and_merged(method
     merge_adapter(again)
     assert not any(is_adapter(name) for name, _ in again.named_parameters())
     torch.testing.assert_close(outputs(again), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ia3_trains_on_a_base_in_bfloat16_and_two_of_them_share_it(batches, tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    settings = {**ADAPTED, **IA3, "ckpt_path": str(tmp_path / "base"), "base_dtype": "bfloat16"}
+    expected = {}
+    for name, lr in (("day", 0.1), ("night", 0.2)):
+        module, audit = build(**{**settings, "lora_lr": lr}), AuditLoRA()
+        fit(module, batches, audit, max_steps=4, precision="bf16-mixed")
+        assert all(check["passed"] for check in audit.audit.results.values())
+        module.save_pretrained(tmp_path / name)
+        expected[name] = outputs(MaskClassificationSemantic.from_pretrained(tmp_path / name))
+    both = MaskClassificationSemantic.from_pretrained(tmp_path / "day")
+    both.add_adapter(tmp_path / "night", "night")
+    for name, adapter in (("night", "night"), ("day", "default")):
+        both.use_adapter(adapter)
+        assert torch.equal(outputs(both), expected[name])
+    assert not torch.equal(expected["day"], expected["night"])
 
 
 def test_the_audit_refuses_a_method_whose_adapters_do_not_move(batches):
