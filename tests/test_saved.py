@@ -1,11 +1,15 @@
 """What earlier versions saved opens, and says what it said then: one of each, written at commit 7d5a494."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from eomt.comparison.runs import load_runs
+from eomt.diagnosis.doctor import diagnose
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 SAVED = Path(__file__).parent / "saved"
@@ -27,3 +31,32 @@ def test_an_artefact_of_an_earlier_version_opens_and_predicts_what_it_did(artefa
         masks, classes = module.network(then["image"] / 255)
     torch.testing.assert_close(masks[0], then[f"{expected}.masks"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(classes[0], then[f"{expected}.classes"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_folder_of_an_earlier_run_is_opened_reported_and_diagnosed(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(SAVED / "run", run)
+    summary = json.loads((run / "summary.json").read_text())
+    module = MaskClassificationSemantic.from_pretrained(run)
+    assert module.lora is not None and module.hparams.lora_rank == 2
+    (read,) = load_runs([run])
+    assert read.error is None and read.steps == summary["steps"] == 4 and read.uses_lora
+    assert read.start.exact == summary["start_fingerprint"] and read.start.stored is None
+    findings = diagnose(run, run)
+    failed = [name for name, finding in findings.items() if finding.passed is False]
+    assert failed == ["evaluation classes"]  # two images do not show all 19
+    assert findings["lora audit"].passed and findings["adapter updates"].passed
+
+
+def test_settings_that_an_earlier_version_did_not_have_take_their_defaults(tmp_path):
+    shutil.copytree(SAVED / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "eomt_config.json"
+    config = json.loads(file.read_text())
+    kept = ("img_size", "num_classes", "backbone_name", "backbone_kwargs", "num_q", "num_blocks", "use_lora")
+    kept += ("lora_rank", "lora_alpha", "ckpt_path", "pretrained", "patch_size")
+    config["init"] = {name: value for name, value in config["init"].items() if name in kept}
+    file.write_text(json.dumps(config))
+    base = str(SAVED / "model")
+    old, new = (MaskClassificationSemantic.from_pretrained(path, base) for path in (SAVED / "adapter", file.parent))
+    for one, other in zip(old.network.parameters(), new.network.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,7 @@ class Module(Protocol):
     adapter_names: list[str]
     base: Identity | None
     trained_precision: str | None
+    settings_type: ClassVar[type]
 
     @classmethod
     def setting_names(cls) -> set[str]: ...
@@ -112,10 +114,16 @@ def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None =
     if path.is_file():
         return open_checkpoint(cls, path, ckpt_path)
     config = read_config(path)
+    config["init"] = complete(cls, config["init"])
     open_folder = open_adapter if config["init"]["use_lora"] else open_model
     module = open_folder(cls, path, config, ckpt_path)
     module.trained_precision = config.get("precision")
     return module.eval()
+
+
+def complete(cls: type[Module], init: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of any version with the defaults of those that it did not have."""
+    return {field.name: field.default for field in fields(cls.settings_type) if field.default is not MISSING} | init
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -140,7 +148,7 @@ def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], 
     module.base = identify(module.backbone)
     check_base(config, module.base, f"the adapter {directory}")
     keep_base_heads(module, init)
-    method = find_method(init.get("lora_method", "lora"))
+    method = find_method(init["lora_method"])
     module.attach(lora_files.load_adapter(module.backbone, directory, method=method))
     load_heads(module, load_file(directory / HEADS_FILE))
     set_settings(module, init)
@@ -154,6 +162,7 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
     unknown = init.keys() - cls.setting_names()
     if not init or unknown:
         raise ValueError(bare_weights(path))
+    init = complete(cls, init)
     if not init["use_lora"]:
         refuse_base(path, ckpt_path)
         module = build_empty(cls, init)
@@ -293,8 +302,9 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
         raise ValueError(f"{directory} is not an adapter: give the adapter/ folder of a LoRA run")
     if module.lora is None:
         raise ValueError("this network has no adapters: open one with from_pretrained, and add others to it")
+    config["init"] = complete(type(module), config["init"])
     for setting in ALIKE:
-        here, there = ({"lora_method": "lora", **init}[setting] for init in (module.hparams, config["init"]))
+        here, there = (init[setting] for init in (module.hparams, config["init"]))
         if json.dumps(here) != json.dumps(there):
             raise ValueError(
                 f"adapters of one network must agree in {setting}: here it is {json.dumps(here)}, in {directory} "
