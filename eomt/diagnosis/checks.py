@@ -205,19 +205,19 @@ def check_label_indices(
         problems.append(f"{pixels[value]:,} pixels have the label {value}, which means {meaning} to the network")
     if pixels is not None and not any(value < num_classes for value in pixels):
         problems.append("no pixel has the label of a class")
-    looked = "no data to compare with" if pixels is None else f"labels in the data: {_spans(sorted(pixels))}"
+    looked = "no data to compare with" if pixels is None else f"labels in the data: {spans(sorted(pixels))}"
     return Finding(not problems, "; ".join([*problems, indices, looked]))
 
 
-def _spans(values: Sequence[int]) -> str:
-    """[0, 1, 2, 255] -> `0..2, 255`."""
+def spans(values: Sequence[int], dash: str = "..") -> str:
+    """Returns `0..2, 255` for [0, 1, 2, 255]."""
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][-1] + 1:
             runs[-1].append(value)
         else:
             runs.append([value])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}{dash}{run[-1]}" for run in runs)
 
 
 def check_mask_annealing(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from eomt.diagnosis.checks import spans
 from eomt.files import replacing
 
 
@@ -83,7 +84,7 @@ def lora_rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "alpha", f"{lora['alpha']:g}, scaling {each('scaling')}"
     yield "dropout", lora["dropout"]
     yield "targets", ", ".join(sorted({split(name)[1] for name in updates}))
-    yield "layers", f"{len(updates)}, in {len(blocks)} blocks: {spans(blocks)}"
+    yield "layers", f"{len(updates)}, in {len(blocks)} blocks: {spans(blocks, dash='-')}"
     if lora["options"]:
         yield "options", ", ".join(f"{name}={value}" for name, value in lora["options"].items())
     yield "heads", ", ".join(part for part in facts["parts"] if part not in ("adapters", "buffers and others"))
@@ -106,17 +107,6 @@ def split(name: str) -> tuple[int | None, str]:
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return (None, name) if place is None else (int(parts[place]), ".".join(parts[place + 1 :]))
-
-
-def spans(numbers: list[int]) -> str:
-    """Returns `0-2, 5` for [0, 1, 2, 5]."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def by_target(updates: Mapping[str, Mapping]) -> dict[str, dict[int, Mapping]]:
