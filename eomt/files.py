@@ -56,11 +56,9 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     Until it is complete and on the disk, the earlier folder stays; between two renames there is none. The draft of a
     writer that was killed is removed by the next one. Two writers of one folder at a time need a lock.
     """
-    path = Path(path)
-    work = path.with_name(f".{path.name}.part")
+    path = restored(path)
+    work = _work_folder(path)
     draft, earlier = work / path.name, work / "earlier"
-    if earlier.exists() and not path.exists():
-        earlier.rename(path)  # a writer was killed between its renames
     shutil.rmtree(work, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
@@ -72,6 +70,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         draft.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def restored(path: str | Path) -> Path:
+    """Returns the path of a folder, after putting it back where a writer was killed between its renames."""
+    path = Path(path)
+    if not path.exists() and (earlier := _work_folder(path) / "earlier").exists():
+        earlier.rename(path)
+    return path
+
+
+def _work_folder(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 @contextmanager

@@ -195,3 +195,20 @@ def test_a_half_written_configuration_of_an_artefact_or_run_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {")
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read: it is no valid YAML .* half-written"):
         data_of_run(tmp_path)
+
+
+def set_aside(folder):
+    """As a writer leaves it that is killed between its two renames."""
+    work = folder.with_name(f".{folder.name}.part")
+    work.mkdir(exist_ok=True)
+    folder.rename(work / "earlier")
+
+
+def test_an_artefact_that_was_set_aside_when_its_writer_was_killed_opens_and_keeps_its_score(tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    set_aside(tmp_path / "model")
+    resumed = SaveBest(tmp_path)
+    resumed.load_state_dict({"best": {"miou": 0.5}, "directory": str(tmp_path)})
+    assert resumed.best["miou"] == 0.5 and (tmp_path / "model").is_dir()
+    set_aside(tmp_path / "model")
+    assert MaskClassificationSemantic.from_pretrained(tmp_path).hparams.num_q > 0

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from eomt.command_line import did_you_mean
+from eomt.files import restored
 
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",
@@ -30,7 +31,7 @@ def find_artefact(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
     if (path / CONFIG_FILE).is_file():
         return path
-    found = [path / name for name in ("adapter", "model") if (path / name / CONFIG_FILE).is_file()]
+    found = [folder for name in ("adapter", "model") if ((folder := restored(path / name)) / CONFIG_FILE).is_file()]
     if len(found) > 1:
         raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
     if not found:

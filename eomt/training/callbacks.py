@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from eomt.files import new_folder, replacing_folder
+from eomt.files import new_folder, replacing_folder, restored
 from eomt.lora.audit import LoRAAudit
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -97,7 +97,7 @@ class SaveBest(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """A resumed run goes on from the best so far, if its artefact is still there to be kept."""
         for name in ("adapter", "model"):
-            earlier, here = Path(state["directory"]) / name, self.directory / name
+            earlier, here = (restored(Path(folder) / name) for folder in (state["directory"], self.directory))
             if earlier.is_dir():
                 self.best = state["best"]
                 if not here.is_dir():
