@@ -42,7 +42,7 @@ def train(cfg, output_dir: Path) -> dict[str, Any]:  # noqa: ANN001
             trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
         validate_last_step(trainer, module, datamodule)
     finally:  # a run that fails leaves its summary, too
-        summary = finish_run(trainer, module, datamodule, callbacks, cfg.seed, start)
+        summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
     return summary
 
 

@@ -1,4 +1,4 @@
-"""What training will cost, before a card is rented: parameters, operations and memory, full, with LoRA, and frozen.
+"""Estimates the cost of training before a card is rented: parameters, operations and memory, full, with LoRA, and frozen.
 
 A training step is run on tensors without values: no weights, no data and no GPU are needed. Overrides are those of
 train_with_lora.py. A * marks what they ask for.

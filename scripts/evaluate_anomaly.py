@@ -1,4 +1,4 @@
-"""How well a network tells what it has never seen: AuPRC, FPR95 and component metrics on anomaly benchmarks.
+"""Measures how well a network tells what it has never seen: AuPRC, FPR95 and component metrics on anomaly benchmarks.
 
 The network runs once over every image; all scores and temperatures come from its logits, which stay on disk.
 """

@@ -1,4 +1,4 @@
-"""What is in a saved network, read from its files without building it, and whether an adapter fits its base."""
+"""Shows what is in a saved network, without building it, and whether an adapter fits its base."""
 
 import argparse
 import sys

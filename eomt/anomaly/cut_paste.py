@@ -146,7 +146,8 @@ class CutPaste:
             share = self.size[0] + (self.size[1] - self.size[0]) * torch.rand(()).item()
             cutout, mirrored = randint(0, len(self.cutouts) - 1), bool(randint(0, 1))
             size = round(share * unit[row].item())
-            pastes.append(Paste(cutout, self.cutouts.name(cutout), size, row, column, mirrored))
+            source = self.cutouts.name(cutout)
+            pastes.append(Paste(cutout, source, size=size, row=row, column=column, mirrored=mirrored))
         return sorted(pastes, key=lambda paste: paste.row)
 
     def unit_sizes(self, places: Tensor) -> Tensor:

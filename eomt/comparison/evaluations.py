@@ -70,7 +70,8 @@ def report_runs(
             )
     from eomt.comparison.page import write_report
 
-    write_report(load_runs(folders), output, baseline, allow_different, predictions, score)
+    runs = load_runs(folders)
+    write_report(runs, output, baseline, allow_different=allow_different, predictions=predictions, score=score)
     print(f"{output}/report.html, report.md, report.csv, report.tex")
 
 

@@ -222,7 +222,13 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
     resumed = [run for run in runs if run.parts > 1]
     notes = [f"Resumed: {run_names(resumed)}."] if resumed else []
     return Comparison(
-        list(runs), variants, reference.name, found, machinery + notes, not machinery, _score(runs, score)
+        runs=list(runs),
+        variants=variants,
+        baseline=reference.name,
+        differences=found,
+        notes=machinery + notes,
+        same_machinery=not machinery,
+        score=_score(runs, score),
     )
 
 

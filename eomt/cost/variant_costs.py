@@ -44,7 +44,7 @@ def variant_costs(config: Mapping[str, Any], memory: float | None, targets: int 
         "accumulate": trainer["accumulate_grad_batches"],
         "targets": targets,
     }
-    rows = _costs(ways, given, batch_size, memory, config["trunk_cache"], options)
+    rows = _costs(ways, given, batch_size=batch_size, memory=memory, trunk_cache=config["trunk_cache"], options=options)
     asked = ("backbone_name", "img_size", "patch_size", "num_q", "num_blocks", "num_classes")
     facts = {key: settings[key] for key in asked} | {"batch_size": batch_size, "memory": memory} | options
     return {"configuration": facts, "variants": rows}

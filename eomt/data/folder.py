@@ -44,7 +44,8 @@ def folder(
     """
     from eomt.data.datamodule import feed
 
-    data = feed(splits(classes, images, masks, val_images, val_masks, val_share, split_seed), **loader)
+    places = {"images": images, "masks": masks, "val_images": val_images, "val_masks": val_masks}
+    data = feed(splits(classes, **places, val_share=val_share, split_seed=split_seed), **loader)
     for dataset in (data.train_set.with_transform(None), data.val_set):
         dataset[0]  # a mask of the other kind or size fails here, not in the middle of training
     return data

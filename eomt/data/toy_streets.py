@@ -52,7 +52,7 @@ def toy_streets(
         ValueError: An unknown domain, fewer than one image a split, or a size under 32 pixels.
     """
     place = Path(root) if root else cache_folder("toy_streets")
-    folder = write_toy_streets(place, domain, num_train, num_val, size, data_seed)
+    folder = write_toy_streets(place, domain, num_train=num_train, num_val=num_val, size=size, data_seed=data_seed)
     return cityscapes(str(folder), **loader)
 
 

@@ -1,4 +1,4 @@
-"""What is in a saved network, read from its files without building it, and whether an adapter fits a base."""
+"""Reads what is in a saved network from its files, without building it, and checks an adapter against a base."""
 
 import math
 from collections import defaultdict
@@ -168,7 +168,7 @@ def stored_by_layer(lora: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
 
 
 def kind(path: Path, adapted: bool, configured: bool) -> str:
-    """What the files are, in two or three words."""
+    """Names the kind of files in two or three words."""
     if path.is_dir():
         return "LoRA adapter" if adapted else "full model"
     if not configured:
@@ -184,7 +184,7 @@ def describe_network(init: Mapping[str, Any], state: Mapping[str, Tensor]) -> di
 
 
 def part_of(key: str) -> str:
-    """Which part of the network a cleaned key belongs to."""
+    """Names the part of the network that a cleaned key belongs to."""
     if is_adapter(key):
         return "adapters"
     if key.startswith(BACKBONE):
@@ -205,7 +205,7 @@ def count_parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
 
 
 def name_base(path: Path, init: Mapping[str, Any]) -> str:
-    """Where an adapter says that its base weights are, in its folder or elsewhere."""
+    """Names the place of an adapter's base weights, in its folder or elsewhere."""
     if path.is_dir() and (path / BASE_FILE).is_file():
         return str(path / BASE_FILE)
     if init.get("ckpt_path"):
@@ -256,7 +256,7 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
 
 
 def other_shape(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | None:
-    """How the backbone differs in shape from the adapter's, if it does."""
+    """Says how the backbone differs in shape from the adapter's; None if it does not."""
     there, here = describe(state), facts["network"]
     for name in ("embed_dim", "patch_size", "depth"):
         if name in there and name in here and there[name] != here[name]:

@@ -130,7 +130,10 @@ def score_strips(
     for top in range(0, image_size[0], step):
         rows = range(top, min(top + step, image_size[0]))
         yield interpolate_rows(
-            lambda r: merged_scores(mask_logits, votes, origins, window, width, r), height, image_size, rows
+            lambda r: merged_scores(mask_logits, votes, origins=origins, window=window, width=width, rows=r),
+            height,
+            image_size,
+            rows,
         )
 
 

@@ -31,7 +31,7 @@ from eomt.training.mask_classification_semantic import MaskClassificationSemanti
 
 @dataclass(frozen=True)
 class Options:
-    """How an evaluation is done, and where its results go.
+    """The way an evaluation is done, and the place of its results.
 
     Args:
         output: folder of the results.
@@ -81,11 +81,18 @@ def evaluate_benchmarks(
         wanted = [*dataset.frames, *(dataset.unlabelled if options.export else [])]
         images = [(frame, partial(dataset.image, i)) for i, frame in enumerate(wanted)]
         cache.fill(module.network, progress(images, f"{title}: network"), device, precision)
-        results = evaluate(cache, dataset, asked, title_of(dataset), options.components, device)
+        results = evaluate(cache, dataset, asked, title_of(dataset), with_components=options.components, device=device)
         print_results(dataset, results)
         write_results(options.output, dataset, results, precision, module.hparams.img_size)
         if options.pictures > 0:
-            draw(options.output, dataset, cache, results, options.pictures, module.hparams.num_classes)
+            draw(
+                options.output,
+                dataset,
+                cache,
+                results,
+                count=options.pictures,
+                num_classes=module.hparams.num_classes,
+            )
         if options.export:
             export_maps(options, dataset, cache, wanted)
         size = sum(file.stat().st_size for file in folder.iterdir())

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
-    """What is known of a run before its first step."""
+    """The weights and the cost of a run, known before its first step."""
 
     weights: Identity  # fresh adapters left out
     cost: Cost | None

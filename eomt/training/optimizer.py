@@ -1,6 +1,7 @@
 """The optimiser of a run, and the schedule of its learning rates."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,7 +26,14 @@ def build_scheduler(optimizer: torch.optim.Optimizer, settings: OptimizerSetting
     heads, backbone = resolve_warmup(settings.warmup_steps, total_steps)
 
     def schedule(start: int, warmup: int) -> Callable[[int], float]:
-        return lambda step: lr_factor(step, total_steps, start, warmup, settings.lr_schedule, settings.poly_power)
+        return partial(
+            lr_factor,
+            total_steps=total_steps,
+            start=start,
+            warmup=warmup,
+            schedule=settings.lr_schedule,
+            power=settings.poly_power,
+        )
 
     waits = {"backbone": schedule(heads, backbone), "heads": schedule(0, heads), "lora": schedule(0, heads)}
     return LambdaLR(optimizer, [waits[group["kind"]] for group in optimizer.param_groups])
