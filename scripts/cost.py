@@ -1,4 +1,4 @@
-"""Estimates the cost of training before a card is rented: parameters, operations and memory, full, with LoRA, and frozen.
+"""Estimates the cost of training before a card is rented: parameters, operations, memory, full, with LoRA, frozen.
 
 A training step is run on tensors without values: no weights, no data and no GPU are needed. Overrides are those of
 train_with_lora.py. A * marks what they ask for.

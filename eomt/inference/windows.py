@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -129,12 +130,8 @@ def score_strips(
     step = max(1, resized_rows * image_size[0] // height)
     for top in range(0, image_size[0], step):
         rows = range(top, min(top + step, image_size[0]))
-        yield interpolate_rows(
-            lambda r: merged_scores(mask_logits, votes, origins=origins, window=window, width=width, rows=r),
-            height,
-            image_size,
-            rows,
-        )
+        scores = partial(merged_scores, mask_logits, votes, origins, window, width)
+        yield interpolate_rows(scores, height, image_size, rows)
 
 
 class WindowLogits(NamedTuple):
