@@ -13,6 +13,7 @@ import yaml
 from scipy.stats import ttest_rel
 
 from eomt.anomaly.benchmarks import BENCHMARKS
+from eomt.comparison.cells import finished
 from eomt.comparison.counts import hits_and_unions, iou, mean_iou
 from eomt.comparison.differences import differences
 from eomt.comparison.runs import load_runs
@@ -670,3 +671,10 @@ def test_an_anomaly_file_without_results_is_named(tmp_path):
     write_anomalies(run, results=[])
     with pytest.raises(ValueError, match=r"toy_anomalies\.json holds no results of anomaly scores"):
         load_runs([run])
+
+
+@pytest.mark.parametrize("ended", ["finished", "interrupted", "failed: no space left"])
+def test_a_cell_is_finished_only_if_its_own_summary_says_so(tmp_path, ended):
+    (tmp_path / "cell.json").write_text('{"status": "finished"}')
+    (tmp_path / "summary.json").write_text(json.dumps({"status": ended}))
+    assert finished(tmp_path, {"source": [], "anomaly": []}) is (ended == "finished")

@@ -58,6 +58,8 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
     started = time.time()
     with one_device(matrix, facts["devices"]) as environment:
         error = None if status(folder) == "finished" else run_logged(train, folder / "run.log", environment)
+        if not error and status(folder) != "finished":  # a signal ended it
+            error = f"the run was {status(folder)}: the same command goes on from its last checkpoint"
         error = error or run_logged(evaluate, folder / "run.log", environment)
         anomaly_errors = {} if error else score_anomalies(folder, facts, environment)
     cell_facts = {"variant": cell.variant, "seed": cell.seed, "status": "failed" if error else "finished"}
@@ -80,8 +82,9 @@ def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
 
 
 def finished(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether a cell is done: its own summary says so, and it is evaluated on all that the matrix asks for."""
     evaluated = not facts["source"] or (folder / "evaluation" / "source.json").is_file()
-    ended = evaluated and read_json(folder / "cell.json", {}).get("status") == "finished"
+    ended = evaluated and read_json(folder / "cell.json", {}).get("status") == "finished" == status(folder)
     return ended and not without_scores(folder, facts["anomaly"])
 
 
