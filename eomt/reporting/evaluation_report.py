@@ -56,9 +56,9 @@ def evaluate_artefact(
     keep_other_scores(file, data.val_set.fingerprint())
     precision = precision or module.trained_precision or "bf16-mixed"
     evaluation = evaluate(module, data, precision, progress=sys.stderr.isatty(), description=name)
-    print_scores(f"{model} on {name}, {len(evaluation.confusion)} images, {precision}", evaluation)
     evaluation.save(file.parent, name)
     write_confusion(evaluation, file.with_name(f"{name}_confusion.csv"))
+    print_scores(f"{model} on {name}, {len(evaluation.confusion)} images, {precision}", evaluation)
     return file
 
 
