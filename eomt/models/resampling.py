@@ -10,16 +10,17 @@ from eomt.fingerprints import combine_hashes, hash_tensors
 
 
 def create_resized(
-    create: Callable[..., nn.Module], own_file: bool, img_size: tuple[int, int], patch_size: int
+    create: Callable[..., nn.Module], compare: bool, img_size: tuple[int, int], patch_size: int
 ) -> nn.Module:
     """Creates a timm model at its published sizes and resamples it; the attribute `resampled` says what was stored.
 
-    Weights of one's own file may have other sizes than the model. Then timm resamples them by itself, and what the file
-    holds is not known here: None in place of SHA-256.
+    With `compare`, the model that timm makes at these sizes at once is taken where the two differ: weights of one's own
+    file may have other sizes than the model, and FlexiViT is resampled otherwise when it is loaded. What the file holds
+    is not known then: None in place of SHA-256.
     """
     backbone = create()
     backbone.resampled = resize(backbone, img_size, patch_size)
-    if not own_file:
+    if not compare:
         return backbone
     direct, tensors = create(img_size=img_size, patch_size=patch_size), backbone.state_dict()
     differing = [name for name, tensor in direct.state_dict().items() if not torch.equal(tensor, tensors[name])]

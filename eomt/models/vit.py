@@ -162,7 +162,7 @@ def create_backbone(
     create, sizes = partial(timm.create_model, name, **options), {"img_size": img_size, "patch_size": patch_size}
     try:
         if pretrained:
-            backbone = create_resized(create, own_file="pretrained_cfg_overlay" in kwargs, **sizes)
+            backbone = create_resized(create, "pretrained_cfg_overlay" in kwargs or "flexi" in family, **sizes)
         else:
             backbone = create(**sizes)
     except (TypeError, AssertionError, RuntimeError) as error:  # arguments, or weights of other shapes
