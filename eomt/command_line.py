@@ -102,6 +102,11 @@ def quoted(text: object) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(text)) + "'"
 
 
+def path_in(value: str) -> str | None:
+    """Returns the path in the value of an override, without quotes; None for null."""
+    return None if value == "null" else unquoted(value)
+
+
 def unquoted(value: str) -> str:
     """Returns the text that was quoted; any other text as it is."""
     if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:

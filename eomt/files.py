@@ -69,6 +69,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             path.rename(earlier)
         draft.rename(path)
     finally:
+        restored(path)  # an error, or a signal, between the renames
         shutil.rmtree(work, ignore_errors=True)
 
 

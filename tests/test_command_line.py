@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from eomt.command_line import one_sentence, quote_path, translate_flags, unquoted
 from eomt.comparison.matrix import parse_matrix
+from eomt.settings.compose import compose_run, data_of_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -213,3 +214,18 @@ def test_folders_with_odd_names_train_and_are_evaluated(toy_run, toy_cache, tmp_
     assert result.returncode == 0, result.stderr[-2000:]
     facts, _ = parse_matrix([f"output_dir={tmp_path / ODD}", f"data.root={data}"], "cityscapes")
     assert facts["folder"] == str(tmp_path / ODD) and facts["overrides"] == [quote_path(f"data.root={data}")]
+
+
+def test_null_is_no_folder(tmp_path):
+    facts, _ = parse_matrix(["output_dir=null", "anomaly_root=null"], "cityscapes")
+    assert facts["anomaly_root"] is None and facts["folder"] == "outputs/compare/cityscapes"
+    lines = "data: {_target_: eomt.data.folder.folder, classes: c, images: i, masks: m, val_images: v, val_masks: v}"
+    (tmp_path / "config.yaml").write_text(lines)
+    with pytest.raises(FileNotFoundError, match="c is not there"):  # and val_images no folder named null
+        data_of_run(tmp_path, ["data.val_images=null", "data.val_masks=null"])
+
+
+def test_further_configurations_may_lie_in_a_folder_with_an_odd_name(tmp_path):
+    (tmp_path / ODD / "variant").mkdir(parents=True)
+    (tmp_path / ODD / "variant" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    assert compose_run(["variant=mine", "data.root=/x"], folder=tmp_path / ODD).seed == 7

@@ -678,3 +678,18 @@ def test_a_cell_is_finished_only_if_its_own_summary_says_so(tmp_path, ended):
     (tmp_path / "cell.json").write_text('{"status": "finished"}')
     (tmp_path / "summary.json").write_text(json.dumps({"status": ended}))
     assert finished(tmp_path, {"source": [], "anomaly": []}) is (ended == "finished")
+
+
+def test_start_weights_of_two_machines_are_one_value_and_others_another(tmp_path):
+    def start(exact, stored, value):
+        sums = " ".join([f"{value:.8g}"] + ["1"] * 15)
+        return {
+            "start_fingerprint": exact * 64,
+            "start_weights": {"stored": stored, "computed": {"pos_embed": {"shape": [2], "sums": sums}}},
+        }
+
+    starts = {"none": start("a", "S", 1.0), "lora_r8": start("b", "S", 1.0 + 1e-7), "full": start("c", "other", 1.0)}
+    runs = [run for name, facts in starts.items() for run in load_runs([write_run(tmp_path / name, name, **facts)])]
+    (found,) = [each for each in differences(runs) if each.aspect == "start weights"]
+    assert list(found.values) == ["a" * 12, "c" * 12] and found.variants("none") == {"full"}
+    assert not [each for each in differences(runs[:2]) if each.aspect == "start weights"]

@@ -172,3 +172,19 @@ def test_nobody_else_in_the_package_has_endings_caches_or_drafts_of_its_own(word
     package = Path(__file__).parents[1] / "eomt"
     found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if words in path.read_text()}
     assert found <= {"files.py"}
+
+
+def test_an_error_between_the_renames_puts_the_earlier_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("old")
+    rename = Path.rename
+
+    def fails(path, target):
+        if Path(target) == tmp_path / "adapter" and path.name == "adapter":
+            raise OSError("no more")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no more"), replacing_folder(tmp_path / "adapter") as draft:
+        (draft / "weights").write_text("new")
+    assert (tmp_path / "adapter" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["adapter"]

@@ -162,3 +162,16 @@ def test_inspecting_builds_nothing_and_needs_no_training_library(adapter):
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("grid", [8, 12, 23])  # one token more is 5 x 13, 5 x 29, 10 x 53
+def test_a_base_whose_file_tells_no_size_fits_as_it_is_loaded(tmp_path, grid):
+    base = trained(seed=3, img_size=[16 * grid, 16 * grid])
+    with torch.no_grad():  # as smooth as those of trained networks
+        place = torch.linspace(0, 3, grid)
+        waves = torch.sin(place[:, None, None] + torch.cos(place[None, :, None] + torch.arange(64)))
+        base.backbone.pos_embed[:, 1:] = waves.reshape(1, -1, 64)
+    torch.save(base.network.state_dict(), tmp_path / "base.bin")
+    trained(use_lora=True, ckpt_path=str(tmp_path / "base.bin")).save_pretrained(tmp_path / "adapter")
+    fit = inspect_model(tmp_path / "adapter")["fit"]
+    assert fit["fits"] is True and "position embeddings resampled" in fit["why"]

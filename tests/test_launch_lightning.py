@@ -204,7 +204,7 @@ def leave_run(folder, checkpoint="whole"):
         last.write_bytes(last.read_bytes()[:-99])
 
 
-OWN, RESUME = "output_dir=outputs/n", "resume='outputs/n/checkpoints/last.ckpt'"
+OWN, RESUME = "output_dir=outputs/n", "resume=outputs/n/checkpoints/last.ckpt"
 
 
 def test_a_first_start_does_not_resume(home):
@@ -234,7 +234,7 @@ def test_a_folder_of_ones_own_is_kept_and_resumed(home):
     folder = home.parent / "my runs"
     assert run_job(home, str(folder)) == []
     leave_run(folder)
-    assert run_job(home, str(folder)) == [f"resume='{folder}/checkpoints/last.ckpt'"]
+    assert run_job(home, str(folder)) == [f"resume={folder}/checkpoints/last.ckpt"]
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,20 @@ def _disagreements(aspect: Aspect, runs: Sequence[Run]) -> Iterator[Difference]:
         for seed in sorted({run.seed for run in alike}, key=str) if aspect.per_seed else [None]:
             group = [run for run in alike if not aspect.per_seed or run.seed == seed]
             values = by_value(group, lambda run: aspect.value(run) or UNKNOWN)
-            if UNKNOWN not in values and aspect.alike and all(aspect.alike(group[0], run) for run in group):
-                continue
+            if aspect.alike:
+                values = _merged(values, aspect.alike)
             if len(group) > 1 and (len(values) > 1 or UNKNOWN in values):
                 yield Difference(aspect.name, seed, values)
+
+
+def _merged(values: dict[str, tuple[Run, ...]], alike: Callable[[Run, Run], bool]) -> dict[str, tuple[Run, ...]]:
+    """Puts values together that are the same but for rounding, under the first of them."""
+    merged: dict[str, tuple[Run, ...]] = {}
+    for value, runs in values.items():
+        known = [] if value == UNKNOWN else [first for first in merged if first != UNKNOWN]
+        name = next((first for first in known if alike(merged[first][0], runs[0])), value)
+        merged[name] = (*merged.get(name, ()), *runs)
+    return merged
 
 
 def by_value(runs: Sequence[Run], value: Callable[[Run], Any]) -> dict[str, tuple[Run, ...]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import fail, one_sentence, own_process_state, quote_path, quoted
+from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell
 from eomt.files import read_json, write_json
 from eomt.settings.compose import ROOT, build_data, compose_run, configurations, open_data
@@ -83,9 +83,10 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
             value = getattr(value, "list", value)  # 0,1,2 is a sweep to Hydra
             facts[key] = list(dict.fromkeys(value if isinstance(value, (list, tuple)) else [value]))
         elif key == "output_dir":
-            folder = str(override.value())
+            folder = path_in(word.partition("=")[2])
         elif key == "anomaly_root":
-            facts[key] = os.path.abspath(os.path.expanduser(str(override.value())))
+            path = path_in(word.partition("=")[2])
+            facts[key] = path and os.path.abspath(os.path.expanduser(path))
         elif key.startswith("hydra"):
             launcher.append(word)
         elif key in OWN_KEYS:

@@ -25,6 +25,7 @@ from eomt.models.checkpoint import (
     CLASS_HEAD,
     NOT_WEIGHTS,
     OPTIONAL_KEYS,
+    POS_EMBED,
     clean_key,
     describe,
     needs_pretrained,
@@ -146,7 +147,9 @@ class RunFacts:
         """Reads the weights that the run started from, at this network's image size."""
         path = self.start_path
         state, size = read_checkpoint(path)
-        resampled = resample(state, size, self.init["img_size"], self.init["patch_size"])
+        own = self.module.network.state_dict().get(POS_EMBED)
+        tokens = None if own is None else own.shape[1]
+        resampled = resample(state, size, self.init["img_size"], self.init["patch_size"], tokens)
         recorded = Identity.from_dict(self.summary.get("start_fingerprint"), self.summary.get("start_weights"))
         found = self.identify_start(state, resampled) if recorded.exact else None
         if self.misfit or (found and recorded.difference(found)):

@@ -27,6 +27,7 @@ from eomt.models.checkpoint import (
     read_safetensors,
 )
 from eomt.models.resampling import find_grid, fit_pos_embed
+from eomt.settings.model import completed
 
 BASE_RECORD = ("base_fingerprint", "base_weights")
 HEADS = {"q.": "queries", "class_head.": "class head", "mask_head.": "mask head", "upscale.": "upscale"}
@@ -90,7 +91,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     if path.is_file():
         content = read_weights(path)
         init = content.get("hyper_parameters") or {}
-        init = init if "backbone_name" in init else {}  # another program's, or the image size alone
+        init = completed(init) if "backbone_name" in init else {}  # another program's, or the image size alone
         state = content.get("state_dict", content)
         state = {clean_key(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         if not state:
@@ -108,6 +109,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
         return {**found, "hyper_parameters": init, "state_dict": map_dinov3(state), "lora": lora}, [path]
 
     config = read_config(path)
+    config["init"] = completed(config["init"])
     content = {"hyper_parameters": config["init"], "precision": config.get("precision")}
     files = sorted(file for file in path.iterdir() if file.is_file())
     if not config["init"]["use_lora"]:
@@ -245,7 +247,8 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
             "why": "the base is a difference to timm's pretrained weights, which are not here",
         }
     size = facts["network"].get("img_size")
-    resampled = resample(state, base_size, size, facts["network"]["patch_size"]) if size else {}
+    shape, _ = trained_on.computed.get("pos_embed", ((None, None), ()))
+    resampled = resample(state, base_size, size, facts["network"]["patch_size"], shape[1]) if size else {}
     found = identify_backbone(state, resampled)
     grids = f"; position embeddings resampled to {size[0]}x{size[1]}" if resampled else ""
     if difference := trained_on.difference(found):
@@ -266,23 +269,38 @@ def other_shape(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | 
 
 
 def resample(
-    state: dict[str, Tensor], old_size: tuple[int, int] | None, size: Sequence[int], patch_size: int
+    state: dict[str, Tensor],
+    old_size: tuple[int, int] | None,
+    size: Sequence[int],
+    patch_size: int,
+    tokens: int | None = None,
 ) -> dict[str, str]:
-    """Brings position embeddings to an image size, as loading does; returns SHA-256 of what they were, by key."""
+    """Brings position embeddings to an image size, as loading does.
+
+    Args:
+        state: cleaned keys; changed in place.
+        old_size, size: (height, width) in pixels, of the file as far as it says so, and of the network.
+        tokens: how many embeddings the network has at `size`, those before the patches included, if that is known.
+
+    Returns:
+        SHA-256 of what was resampled, by key.
+    """
     stored = state.get(POS_EMBED)
     if stored is None:
         return {}
-    registers = sum(state[key].shape[1] for name in ("cls_token", "reg_token") if (key := BACKBONE + name) in state)
     grid = tuple(length // patch_size for length in size)
+    registers = sum(state[key].shape[1] for name in ("cls_token", "reg_token") if (key := BACKBONE + name) in state)
+    choices = sorted({0, 1, registers}) if tokens is None else [tokens - math.prod(grid)]
     patches = math.prod(length // patch_size for length in old_size or size)
-    prefix = _prefix(stored[0], sorted({0, 1, registers}), patches)
+    prefix = _prefix(stored[0], choices, patches)
     state[POS_EMBED], old_grid = fit_pos_embed(stored, prefix, grid, patch_size, old_size)
     return hash_tensors({POS_EMBED: stored}) if old_grid else {}
 
 
 def _prefix(embeddings: Tensor, choices: Sequence[int], patches: int) -> int:
-    """Finds how many tokens stand before the patches: what leaves as many as expected, a clear grid, or a square."""
+    """Finds how many tokens stand before the patches: what leaves as many as expected, a square, or a clear grid."""
     tokens = len(embeddings)
     fitting = [prefix for prefix in choices if tokens - prefix == patches]
+    fitting += [prefix for prefix in choices if math.isqrt(tokens - prefix) ** 2 == tokens - prefix]
     fitting += [prefix for prefix in choices if find_grid(embeddings[prefix:])]
-    return fitting[0] if fitting else tokens - math.isqrt(tokens) ** 2
+    return (fitting or choices)[0]

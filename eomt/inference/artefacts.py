@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -22,6 +21,7 @@ from eomt.lora.files import BASE
 from eomt.lora.merging import merge
 from eomt.lora.methods import find_method
 from eomt.models.checkpoint import load_checkpoint
+from eomt.settings.model import completed
 from lora_config import listed
 
 if TYPE_CHECKING:
@@ -114,16 +114,11 @@ def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None =
     if path.is_file():
         return open_checkpoint(cls, path, ckpt_path)
     config = read_config(path)
-    config["init"] = complete(cls, config["init"])
+    config["init"] = completed(config["init"], cls.settings_type)
     open_folder = open_adapter if config["init"]["use_lora"] else open_model
     module = open_folder(cls, path, config, ckpt_path)
     module.trained_precision = config.get("precision")
     return module.eval()
-
-
-def complete(cls: type[Module], init: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings of any version with the defaults of those that it did not have."""
-    return {field.name: field.default for field in fields(cls.settings_type) if field.default is not MISSING} | init
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -162,7 +157,7 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
     unknown = init.keys() - cls.setting_names()
     if not init or unknown:
         raise ValueError(bare_weights(path))
-    init = complete(cls, init)
+    init = completed(init, cls.settings_type)
     if not init["use_lora"]:
         refuse_base(path, ckpt_path)
         module = build_empty(cls, init)
@@ -302,7 +297,7 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
         raise ValueError(f"{directory} is not an adapter: give the adapter/ folder of a LoRA run")
     if module.lora is None:
         raise ValueError("this network has no adapters: open one with from_pretrained, and add others to it")
-    config["init"] = complete(type(module), config["init"])
+    config["init"] = completed(config["init"], module.settings_type)
     for setting in ALIKE:
         here, there = (init[setting] for init in (module.hparams, config["init"]))
         if json.dumps(here) != json.dumps(there):

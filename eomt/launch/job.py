@@ -78,7 +78,7 @@ class Job:
             return "\n".join([*lines, shlex.join(words)])  # a matrix finds its finished runs itself
         lines += [
             'LAST="$OUT/checkpoints/last.ckpt"',
-            'RESUME=; if python -m zipfile -l "$LAST" >/dev/null 2>&1; then RESUME="resume=\'$LAST\'"; fi',
+            'RESUME=; if python -m zipfile -l "$LAST" >/dev/null 2>&1; then RESUME="resume=$LAST"; fi',
         ]
         if not self.output_dir:
             lines.append('if [ -z "$RESUME" ]; then rm -f "$OUT/metrics.csv"; fi')

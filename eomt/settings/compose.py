@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, quote_path, unquoted
+from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
 from eomt.files import read_yaml
 from eomt.settings.config_check import check_config
 from eomt.settings.run import check_data
@@ -47,7 +47,7 @@ def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folde
     if folder:
         own = (folder / f"{config_name}.yaml").is_file()
         first, second = (folder, first) if own else (first, folder)
-        overrides.append(f"hydra.searchpath=['file://{second}']")
+        overrides.append(f"hydra.searchpath=[{quoted(f'file://{second}')}]")
     with configurations(first):
         config = compose(config_name, overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # which ${hydra:...} reads
@@ -200,7 +200,7 @@ def _read_data_of_run(run: Path, overrides: Sequence[str]) -> Described:
         key, _, value = override.partition("=")
         if OmegaConf.select(config, key, default=config) is config:
             raise ValueError(f"{key} is not in {run / 'config.yaml'}{did_you_mean(key.split('.')[-1], config.data)}")
-        OmegaConf.update(config, key, unquoted(value) if key in PATH_KEYS else yaml.safe_load(value))
+        OmegaConf.update(config, key, path_in(value) if key in PATH_KEYS else yaml.safe_load(value))
     return config.data._target_.rsplit(".", 1)[-1], config, f"see {run / 'config.yaml'}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -322,3 +322,8 @@ def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any])
                 f"resume: the checkpoint was trained with {name} {before}, now it is {after}; a run goes on with its "
                 "own settings, and ckpt_path starts a new one from its weights"
             )
+
+
+def completed(settings: Mapping[str, Any], kind: type = ModelSettings) -> dict[str, Any]:
+    """Returns settings of any version, with the defaults of those that it did not have."""
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING} | dict(settings)
