@@ -134,7 +134,9 @@ def split_flag(word: str) -> list[str]:
 
 def help_text(configs: Path) -> str:
     """Returns the text of `--help`: examples, flags, configuration groups and the LoRA options with their defaults."""
-    flags = "\n".join(f"  {flag + ' VALUE' * count:<24}{override}" for flag, (count, override) in FLAGS.items())
+    flags = "\n".join(
+        f"  {flag + ' VALUE' * count:<24}{override.replace('{}', 'VALUE')}" for flag, (count, override) in FLAGS.items()
+    )
     groups = "\n".join(
         textwrap.fill(
             ", ".join(sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "base")),
@@ -190,7 +192,8 @@ def quiet_libraries() -> None:
 def own_process_state(argv: Sequence[str]) -> Iterator[bool]:
     """Hydra reads `sys.argv` and `HYDRA_FULL_ERROR`, and sets up the log: all are afterwards as before.
 
-    Yields whether `HYDRA_FULL_ERROR` was 1.
+    Yields whether `HYDRA_FULL_ERROR` was 1. Hydra closes handlers that were there: a file opened with mode "w" stays
+    closed.
     """
     before, setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     log = logging.getLogger()

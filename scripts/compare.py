@@ -6,6 +6,7 @@ number of steps, and evaluates what the last step left. Run the same command aga
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ EXAMPLES = f"""examples:
       "anomaly=[toy_anomalies]"
   python scripts/compare.py report outputs/compare/dusk --baseline full
 
-variants: {", ".join(VARIANTS)} (configs/variant/)"""
+{textwrap.fill("variants: " + ", ".join(VARIANTS) + " (configs/variant/)", 100)}"""
 RUN_HELP = """variants=[...]   what trains (default: none, head, lora_r8, lora_r16, full)
 seeds=[...]      default: 0
 source="..."     the data that the start weights come from, to measure what is forgotten:

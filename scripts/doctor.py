@@ -47,7 +47,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "path", type=Path, metavar="RUN_OR_MODEL", help="a run's folder, its adapter/ or model/ folder, or a checkpoint"
     )
-    add("overrides", nargs="*", metavar="data=NAME data.key=value", help="other data, or where they are now")
+    add(
+        "overrides", nargs="*", default=[], metavar="data=NAME data.key=value", help="other data, or where they are now"
+    )
     add("--ckpt_path", type=Path, help="the weights that the run started from, if they have moved")
     add("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     args = parser.parse_intermixed_args(argv)

@@ -36,7 +36,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
-    add("overrides", nargs="*", metavar="data=NAME data.key=value", help="or experiment=NAME data.key=value")
+    add(
+        "overrides", nargs="*", default=[], metavar="data=NAME data.key=value", help="or experiment=NAME data.key=value"
+    )
     add("--precision", help="default: that of the run")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--output", type=Path, help="folder for the results; default: evaluation/ in the run's folder")

@@ -67,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
-    add("settings", nargs="*", metavar="KEY=VALUE", help="see below")
+    add("settings", nargs="*", default=[], metavar="KEY=VALUE", help="see below")
     add("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: that of the run")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")

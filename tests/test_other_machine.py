@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from eomt.diagnosis.inspection import inspect_model
 from eomt.fingerprints import Identity, identify
+from eomt.models.resampling import create_resized
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -230,3 +232,14 @@ def test_inspection_finds_a_base_that_was_resampled_on_another_machine(trained, 
     config["base_weights"]["stored"] = "1" * 64
     (tmp_path / "adapter" / "eomt_config.json").write_text(json.dumps(config | {"base_fingerprint": "0" * 64}))
     assert "trained on 111111111111" in inspect_model(tmp_path / "adapter")["fit"]["why"]
+
+
+def test_what_is_drawn_after_the_backbone_does_not_depend_on_where_its_weights_came_from(runs):
+    kwargs = runs["small"][1]["backbone_kwargs"]
+    create = partial(timm.create_model, "vit_small_patch14_dinov2", pretrained=True, num_classes=0, **kwargs)
+    drawn = []
+    for compare in (False, True):
+        torch.manual_seed(0)
+        create_resized(create, compare, img_size=(64, 128), patch_size=16)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)

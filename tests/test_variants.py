@@ -124,6 +124,13 @@ def colourless(data):
     return data
 
 
+def test_a_run_that_an_earlier_version_began_identifies_its_batches_by_their_bytes_alone():
+    batches = HashBatches(num_batches=2)
+    batches.load_state_dict({"seen": 1, "hash": "a" * 64})
+    batches.on_train_batch_start(None, None, [torch.zeros(2), torch.zeros(2)], 1)
+    assert batches.seen == 2 and batches.identity.exact == batches.hash and batches.identity.stored is None
+
+
 def test_a_resumed_run_keeps_the_hash_and_the_clock_that_it_began_with():
     batches, clock = HashBatches(num_batches=1), StepClock()
     batches.on_train_batch_start(None, None, [torch.zeros(2)], 0)

@@ -33,7 +33,7 @@ def find_output_dir(words: Sequence[str]) -> str | None:
     folder = unquoted(given[-1])
     if not folder or "$" in folder:
         raise ValueError(f"output_dir {folder!r}: give a plain path, so that the job finds its checkpoint again")
-    resumes = any(word.startswith("resume=") for word in words)
+    resumes = any(word.lstrip("+").startswith("resume=") for word in words)
     if (ROOT / folder / "metrics.csv").is_file() and not resumes:
         raise ValueError(f"output_dir {folder} holds a run: choose another folder, or continue it with resume=")
     return folder

@@ -22,7 +22,9 @@ def create_resized(
     backbone.resampled = resize(backbone, img_size, patch_size)
     if not compare:
         return backbone
-    direct, tensors = create(img_size=img_size, patch_size=patch_size), backbone.state_dict()
+    with torch.random.fork_rng(devices=[]):  # what is drawn later is the same, compared or not
+        direct = create(img_size=img_size, patch_size=patch_size)
+    tensors = backbone.state_dict()
     differing = [name for name, tensor in direct.state_dict().items() if not torch.equal(tensor, tensors[name])]
     if not differing:
         return backbone

@@ -142,7 +142,10 @@ class HashBatches(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.seen < self.num_batches:
             self.seen += 1
-            self.hash, self.labels = _add(self.hash, batch), _add(self.labels, batch[1:])
+            self.hash = _add(self.hash, batch)
+            if self.seen > 1 and not self.labels:
+                return  # the first batches were seen by an earlier version, which kept the hash alone
+            self.labels = _add(self.labels, batch[1:])
             channels = batch[0].reshape(*batch[0].shape[:2], -1)
             self.means += (channels.sum(-1, dtype=torch.double) / channels.shape[-1]).flatten().tolist()
 

@@ -13,7 +13,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from eomt.command_line import did_you_mean
 from eomt.indices import IGNORE
 from eomt.lora.methods import check_method_name
 from lora_config import LoRASettings
@@ -263,14 +262,6 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
     checkpoint_predictions: bool = False
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
-
-    @classmethod
-    def check_names(cls, settings: Iterable[str]) -> None:
-        """Raises ValueError where a setting is unknown."""
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"model.{name} is unknown{did_you_mean(name, known)}")
 
     def check(self) -> None:
         """See `Checked.check`."""

@@ -61,7 +61,9 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the one of several processes that touches the folder, however they were started."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    )
 
 
 def check_output_dir(folder: Path, resume: str | None) -> None:
