@@ -107,6 +107,7 @@ MISTAKES = [  # script, its arguments, exit code and a part of the sentence
     ("evaluate.py", "{}/model data=camvid data.root=/nowhere", 1, "/nowhere"),
     ("evaluate.py", "{}/model data=camvit", 1, "data=camvit is not a dataset"),
     ("evaluate.py", "{}/model trainer.precision=32", 1, "only the data can be chosen here"),
+    ("evaluate.py", "{}/model data=toy_streets data.img_size=[32,32]", 1, "the model, which carries img_size=[64, 64]"),
     ("evaluate_anomaly.py", "/nowhere data=toy_anomalies data.root={}/toys data.number=1", 1, "no such file or folder"),
     ("evaluate_anomaly.py", "{}/model data.nmber=4", 1, "did you mean data.number?"),
     ("evaluate_anomaly.py", "{}/model data=toy_anomaly data.root={}", 1, "did you mean toy_anomalies?"),
@@ -124,6 +125,7 @@ MISTAKES = [  # script, its arguments, exit code and a part of the sentence
     ("merge_lora.py", "{}/model {}", 1, "exists and is not empty"),
     ("merge_lora.py", "{}/model {}/out --images /nowhere*", 1, "no pictures there"),
     ("merge_lora.py", "{}/model {}/out", 1, "give --images"),
+    ("merge_lora.py", "{}/model {}/out --images {}/image.png", 1, "is a whole network, not an adapter"),
     ("predict.py", "{}/model /nowhere {}/out", 1, "/nowhere"),
     ("predict.py", "/nowhere {}/image.png {}/out", 1, "no such file or folder"),
 ]

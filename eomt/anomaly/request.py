@@ -8,6 +8,7 @@ from typing import Any
 from eomt.anomaly.benchmarks import benchmarks_below, find_benchmark, find_folder
 from eomt.anomaly.scores import Variant
 from eomt.anomaly.toy_anomalies import check_settings
+from eomt.command_line import unquoted
 from eomt.settings.compose import read_settings
 
 TOYS, OF_TOYS = "toy_anomalies", ("data.number", "data.size", "data.seed")
@@ -30,7 +31,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     """
     settings = read_settings(words, SETTINGS)
     roots = [word.partition("=")[2] for word in words if word.startswith("data.root=")]
-    settings["data.root"] = roots[-1] if roots else None  # a path, also where it looks like a number
+    settings["data.root"] = unquoted(roots[-1]) if roots else None  # a path, also where it looks like a number
     for key in ("data", "scores", "temperatures"):
         if not isinstance(settings[key], list):
             settings[key] = [] if settings[key] is None else [settings[key]]

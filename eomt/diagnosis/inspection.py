@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eomt.files import read_json
 from eomt.fingerprints import Identity, hash_tensors, identify_tensors, is_adapter
-from eomt.inference.artefacts import read_config, read_lightning, recorded_base
-from eomt.inference.saved import BASE_FILE, HEADS_FILE, WEIGHTS_FILE, find_weights
+from eomt.inference.artefacts import read_lightning, recorded_base
+from eomt.inference.saved import BASE_FILE, HEADS_FILE, WEIGHTS_FILE, find_weights, read_config
 from eomt.lora.files import CONFIG_FILE as LORA_CONFIG
 from eomt.lora.files import WEIGHTS_FILE as LORA_WEIGHTS
 from eomt.lora.updates import stored_updates

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eomt.files import PICTURES
-from eomt.inference.saved import find_artefact, run_of
+from eomt.inference.saved import find_artefact, read_config, run_of
 from eomt.settings.compose import check_data_for, data_of_run
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
@@ -37,6 +37,9 @@ def merge_and_check(
         raise ValueError(f"{out} exists and is not empty: choose a new folder")
     adapter = find_artefact(adapter)
     pictures = check_images(images, run_of(adapter))
+    nothing = f"{adapter} is a whole network, not an adapter: there is nothing to merge"
+    if adapter.is_dir() and not read_config(adapter)["init"]["use_lora"]:
+        raise ValueError(nothing)
 
     from eomt.inference.artefacts import merge_adapter
     from eomt.lora.methods import update_norms
@@ -44,7 +47,7 @@ def merge_and_check(
 
     module = MaskClassificationSemantic.from_pretrained(adapter, ckpt_path).float()
     if module.lora is None:
-        raise ValueError(f"{adapter} is a whole network, not an adapter: there is nothing to merge")
+        raise ValueError(nothing)
     crops = read_crops(pictures, run_of(adapter), module.hparams.img_size)
     norms = update_norms(module.backbone)
     before = logits(module, crops, "Unmerged")

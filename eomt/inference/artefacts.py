@@ -13,9 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eomt import __version__
-from eomt.files import read_json, replacing_files, write_json
+from eomt.files import replacing_files, write_json
 from eomt.fingerprints import Identity, identify, is_adapter
-from eomt.inference.saved import BASE_FILE, CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, bare_weights, find_artefact
+from eomt.inference.saved import (
+    BASE_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    WEIGHTS_FILE,
+    bare_weights,
+    find_artefact,
+    read_config,
+)
 from eomt.lora import files as lora_files
 from eomt.lora.files import BASE
 from eomt.lora.merging import merge
@@ -119,11 +127,6 @@ def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None =
     module = open_folder(cls, path, config, ckpt_path)
     module.trained_precision = config.get("precision")
     return module.eval()
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the settings that `save_pretrained` wrote."""
-    return read_json(directory / CONFIG_FILE)
 
 
 def open_model(cls: type[Module], directory: Path, config: Mapping[str, Any], ckpt_path: str | None) -> Module:

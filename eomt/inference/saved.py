@@ -1,9 +1,10 @@
 """Finds what a run saved: the folder, the checkpoint or the file of weights that a path means; torch is not needed."""
 
 from pathlib import Path
+from typing import Any
 
 from eomt.command_line import did_you_mean
-from eomt.files import restored
+from eomt.files import read_json, restored
 
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",
@@ -66,6 +67,11 @@ def bare_weights(path: Path) -> str:
         f"name it and its data: python train_with_lora.py variant=none model.ckpt_path={path} data.root=..., with the "
         "model= or experiment= that it was trained with"
     )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the settings that `save_pretrained` wrote."""
+    return read_json(directory / CONFIG_FILE)
 
 
 def check_ckpt_path(ckpt_path: str | Path | None) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from eomt.command_line import quiet_libraries
 from eomt.files import read_json, replacing
-from eomt.inference.saved import find_artefact, run_of
+from eomt.inference.saved import find_artefact, read_config, run_of
 from eomt.settings.compose import check_data_for, data_for
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
@@ -40,10 +40,12 @@ def evaluate_artefact(
         ValueError, OSError: model or data are not what they should be, contradict each other, or the file holds scores
             on other images.
     """
-    find_artefact(model)
+    found = find_artefact(model)
     run, words = run_of(model), [word for word in overrides if not word.startswith("model.")]
     refuse_other_groups(overrides)
     check_data_for(run, words)
+    if found.is_dir():  # a checkpoint is read with torch
+        refuse_contradictions(read_config(found)["init"], overrides)
 
     from eomt.training.evaluation import evaluate
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
