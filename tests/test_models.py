@@ -11,6 +11,7 @@ from torch import nn
 
 from eomt.lora.audit import LoRAAudit
 from eomt.models.eomt import EoMT, Prediction
+from eomt.models.resampling import resize
 from eomt.models.scale_block import ScaleBlock, as_map
 from eomt.models.vit import QueryMask, ViT, attend
 from lora_config import LoRASettings, apply_lora
@@ -502,3 +503,13 @@ def test_other_backbones_with_rotary_coordinates_stay_as_timm_has_them():
     vit = ViT((64, 64), 16, "eva02_tiny_patch14_224", False, {"depth": 2}).train()
     image = torch.rand(1, 3, 64, 64)
     assert torch.equal(vit.embed(image)[1], vit.embed(image)[1])
+
+
+def test_embeddings_of_as_many_patches_in_another_grid_are_resampled():
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    backbone = timm.create_model("vit_tiny_patch16_224", **small)
+    before = backbone.pos_embed.detach().clone()
+    assert set(resize(backbone, (112, 448), 16)) == {"pos_embed"}  # 14x14 and 7x28 are 196
+    expected = timm.layers.resample_abs_pos_embed(before, [7, 28], [14, 14], num_prefix_tokens=1)
+    assert torch.equal(backbone.pos_embed, expected) and not torch.equal(expected, before)

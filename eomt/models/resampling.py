@@ -34,14 +34,8 @@ def create_resized(
 
 def resize(backbone: nn.Module, img_size: tuple[int, int], patch_size: int) -> dict[str, str]:
     """Resamples position and patch embeddings to other sizes; returns SHA-256 of what they were, by name."""
-    from timm.layers import resample_abs_pos_embed
-
-    before, grid = dict(backbone.state_dict()), backbone.patch_embed.grid_size
+    before = dict(backbone.state_dict())
     backbone.set_input_size(img_size=img_size, patch_size=patch_size)
-    embeddings, new_grid = getattr(backbone, "pos_embed", None), backbone.patch_embed.grid_size
-    if embeddings is not None and grid != new_grid and embeddings.shape == before["pos_embed"].shape:
-        prefix = embeddings.shape[1] - math.prod(grid)  # timm leaves another grid of as many patches as it is
-        backbone.pos_embed = nn.Parameter(resample_abs_pos_embed(embeddings.detach(), new_grid, grid, prefix))
     after = backbone.state_dict()
     names = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     return hash_tensors({name: before[name] for name in names})
