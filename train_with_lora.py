@@ -8,18 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from eomt.command_line import EXPECTED_ERRORS, fail, help_text, own_process_state, quiet_libraries, translate_flags
+from eomt.files import write_text
+from eomt.processes import Interrupted, Interruption, command_to_continue, is_first_process, report_interruption
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def train(cfg, output_dir: Path) -> dict[str, Any]:  # noqa: ANN001
+def train(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  # noqa: ANN001
     """Trains one run, from configuration to summary, and returns the summary."""
-    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     cfg = prepare(cfg, output_dir)
+    from eomt.training.run_folder import run_folder
 
+    with run_folder(output_dir, cfg.resume, OmegaConf.to_container(cfg.model, resolve=True)) as cfg.resume:
+        if is_first_process():
+            write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        return fit(cfg, output_dir, interruption)
+
+
+def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  # noqa: ANN001
+    """Builds the parts, trains, and returns the summary that it writes."""
     import lightning
     import torch
+    from hydra.utils import instantiate
 
     from eomt.reporting.run_report import finish_run, report_start, validate_last_step
 
@@ -28,7 +40,7 @@ def train(cfg, output_dir: Path) -> dict[str, Any]:  # noqa: ANN001
     quiet_libraries()
 
     datamodule, module = build(cfg)
-    callbacks = build_callbacks(cfg)
+    callbacks = build_callbacks(cfg, output_dir, interruption)
     trainer = instantiate(
         cfg.trainer,
         callbacks=list(callbacks.values()),
@@ -47,17 +59,10 @@ def train(cfg, output_dir: Path) -> dict[str, Any]:  # noqa: ANN001
 
 
 def prepare(cfg, output_dir: Path) -> Any:  # noqa: ANN001
-    """Completes and checks the configuration, and writes it to the run's folder, which is not touched before."""
-    from omegaconf import OmegaConf
-
+    """Returns the configuration, completed and checked; the run's folder is not touched before."""
     cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
     check_composed(cfg, output_dir)
-    from eomt.settings.run import is_first_process
-    from eomt.training.run_folder import begin
-
-    if is_first_process():
-        begin(output_dir, OmegaConf.to_yaml(cfg, resolve=True))
     return cfg
 
 
@@ -107,7 +112,7 @@ def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001
         plain["model"]["num_classes"] = 1  # the data set says, later
     import_method(plain["model"].get("lora_method", "lora"))
     check_config(plain)
-    if cfg.resume:
+    if cfg.resume and cfg.resume != "auto":
         from eomt.training.run_folder import check_resume
 
         check_resume(cfg.resume, plain["model"])
@@ -131,10 +136,12 @@ def build(cfg) -> tuple[Any, Any]:  # noqa: ANN001
     return datamodule, instantiate(cfg.model, **classes, _convert_="all")
 
 
-def build_callbacks(cfg) -> dict[str, Any]:  # noqa: ANN001
+def build_callbacks(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  # noqa: ANN001
     """Builds the callbacks of the configuration, and those that single settings ask for."""
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import EarlyStopping
+
+    from eomt.training.stop_on_signal import StopOnSignal
 
     callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
     if cfg.patience is not None:
@@ -143,11 +150,13 @@ def build_callbacks(cfg) -> dict[str, Any]:  # noqa: ANN001
         from eomt.training.trunk_cache import TrunkCache
 
         callbacks["trunk_cache"] = TrunkCache(cfg.views)
+    callbacks["stop_on_signal"] = StopOnSignal(interruption, output_dir / "checkpoints" / "last.ckpt")
     return callbacks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: exit code 0; 1 for a run that cannot or must not go on; 2 for a mistyped command."""
+    """Command line: exit code 0; 1 for a run that cannot or must not go on; 2 for a mistyped command; 128 + a signal's
+    number for a run that it ended."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(words):
         print(help_text(CONFIGS))
@@ -156,11 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = translate_flags(words)
     except ValueError as error:
         return fail(error, 2)
-    with own_process_state([sys.argv[0], *words]) as full_error:
-        return run_with_hydra(full_error)
+    with own_process_state([sys.argv[0], *words]) as full_error, Interruption() as interruption:
+        try:
+            return run_with_hydra(words, full_error, interruption)
+        except Interrupted as stopped:
+            return report_interruption(stopped)
 
 
-def run_with_hydra(full_error: bool) -> int:
+def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interruption) -> int:
     """Composes the configuration that the command line asks for, and trains."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -170,12 +182,16 @@ def run_with_hydra(full_error: bool) -> int:
     @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
     def run(cfg) -> None:  # noqa: ANN001
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
+        output_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            train(cfg, Path(HydraConfig.get().runtime.output_dir))
+            train(cfg, output_dir, interruption)
         except (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException) as error:
             if full_error:
                 raise
             sys.exit(fail(error, 1))
+        except Interrupted as stopped:
+            stopped.command = command_to_continue(words, output_dir)
+            raise
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped override arrives here and not as Hydra's own page
     try:

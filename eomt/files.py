@@ -1,5 +1,7 @@
 """Files and folders that are written as a whole or not at all, JSON and YAML, and where caches are kept."""
 
+import errno
+import fcntl
 import glob
 import json
 import os
@@ -71,6 +73,30 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     finally:
         restored(path)  # an error, or a signal, between the renames
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Holds a folder against other processes until the block ends, or this process does.
+
+    Processes that it starts hold nothing. Where the file system knows no locks, nothing is held.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"{folder} is in use by another process: wait for its end, or choose another folder"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
 
 
 def restored(path: str | Path) -> Path:

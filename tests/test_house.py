@@ -14,6 +14,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 ORDER = (  # a room may import those that stand before it; README shows the same tree
     "eomt.command_line",
     "eomt.files",
+    "eomt.processes",
     "eomt.indices",
     "eomt.fingerprints",
     "lora_config",
@@ -41,7 +42,7 @@ FORBIDDEN = {  # room: libraries, and rooms before it, that it must not import
     "eomt": ("scripts", "unittest"),  # nothing is patched
 }
 COMPOSES = ("eomt.settings.compose", "eomt.comparison.cells", "eomt.comparison.matrix")  # and nobody else knows Hydra
-WITHOUT_TORCH = ("eomt.command_line", "eomt.files", "eomt.indices", "lora_config", "eomt.settings")
+WITHOUT_TORCH = ("eomt.command_line", "eomt.files", "eomt.processes", "eomt.indices", "lora_config", "eomt.settings")
 HEAVY = ("torch", "timm", "lightning", "peft", "torchvision", "torchmetrics", "matplotlib")
 LINES, FUNCTION_LINES = 400, 60
 LONG = 5  # lines of a public function from which on it needs a docstring

@@ -1,6 +1,6 @@
 """Feeds any pair of segmentation datasets to Lightning."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from eomt.data.sampler import SeededSampler
 from eomt.data.sources import Splits
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.transforms import TrainTransform
+from eomt.processes import ignore_signals
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -117,6 +118,7 @@ class SegmentationDataModule(LightningDataModule):
         self._check_batch(self._world_size)
         sampler = SeededSampler(self.train_set, torch.initial_seed(), self._world_size, self._rank)
         return LazyLoader(
+            self._batches_done,
             self.train_set,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -140,6 +142,10 @@ class SegmentationDataModule(LightningDataModule):
             )
         return DataLoader(self.val_set, batch_size=1, sampler=sampler, collate_fn=collate_lists, **self._workers())
 
+    def _batches_done(self) -> int:
+        """Batches of this epoch that the run has trained on, also in an earlier part."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
@@ -153,6 +159,7 @@ class SegmentationDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": ignore_signals,
         }
 
     def _check_batch(self, processes: int) -> None:
@@ -173,9 +180,17 @@ def feed(splits: Splits, **loader: Any) -> SegmentationDataModule:
 
 
 class LazyLoader(DataLoader):
-    """Loads nothing before the first batch is asked for: on resuming, Lightning iterates before it says the epoch."""
+    """Begins behind the batches of the epoch that are done.
+
+    Nothing is loaded before the first batch is asked for: on resuming, Lightning iterates before it says the epoch.
+    """
+
+    def __init__(self, batches_done: Callable[[], int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches_done = batches_done
 
     def __iter__(self) -> Iterator[Any]:
+        self.sampler.start = self.batches_done() * self.batch_size
         yield from super().__iter__()
 
 

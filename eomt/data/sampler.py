@@ -13,6 +13,8 @@ class SeededSampler(DistributedSampler):
     order, even if one of them draws random numbers for dropout or fresh adapters and the other does not; and a resumed
     run sees what it would have seen.
 
+    `start` is the number of pairs of the epoch that an earlier part of the run has seen.
+
     Args:
         dataset: what to draw from; its items must take such a pair (`SegmentationDataset` does).
         seed: of the run.
@@ -21,10 +23,12 @@ class SeededSampler(DistributedSampler):
 
     def __init__(self, dataset: Dataset, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed % 2**64, drop_last=True)
+        self.start = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # Not seed + epoch, as in torch: epoch 1 of seed 0 would be epoch 0 of seed 1.
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.dataset))[self.rank : self.total_size : self.num_replicas]
         seeds = generator.integers(2**32, size=len(self.dataset))  # torch's generator heeds 32 bits
+        order = order[self.start :]
         return zip(order.tolist(), seeds[order].tolist(), strict=True)

@@ -15,6 +15,7 @@ from rich.table import Table
 from eomt.cost.training_cost import Cost, training_cost
 from eomt.fingerprints import Identity, identify
 from eomt.lora.report import trainable_report
+from eomt.processes import Interrupted
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.trunk_cache import TrunkCache, cached_blocks
@@ -151,7 +152,7 @@ def memory_of(cost: Cost) -> dict[str, int]:
 def status_of(error: BaseException | None) -> str:
     if error is None:
         return "finished"
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns Ctrl-C into the latter
+    if isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit)):  # Lightning turns Ctrl-C into the last
         return "interrupted"
     return f"failed: {error}"
 

@@ -61,7 +61,11 @@ def absolute_paths(config: Any) -> None:
 
     for key in PATH_KEYS:
         path = OmegaConf.select(config, key, throw_on_missing=False)
-        if isinstance(path, str) and key.startswith(("data.", "model.", "resume")):
+        if (
+            isinstance(path, str)
+            and key.startswith(("data.", "model.", "resume"))
+            and (key, path) != ("resume", "auto")
+        ):
             OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(path)))
 
 

@@ -4,7 +4,6 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 """
 
 import inspect
-import os
 import pkgutil
 import sys
 from collections.abc import Collection, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eomt.command_line import did_you_mean
+from eomt.processes import is_first_process
 from eomt.settings.config_check import argument_types, check_call, check_type
 from eomt.settings.model import ModelSettings
 
@@ -27,6 +27,7 @@ OPTIONS = {
     "trunk_cache": bool,
     "views": int,
 }
+LEFT_BY_RUNS = ("metrics.csv", "checkpoints", "adapter", "model")  # worth keeping
 RECORDS = ("experiment", "lora", "lora_preset")  # choices that may leave their names
 
 
@@ -49,8 +50,8 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
     if missing:
         first = sorted(missing)[0]
         raise ValueError(f"{first} is required: give {first}=VALUE")
-    if config["resume"] and not Path(config["resume"]).is_file():
-        raise FileNotFoundError(f"resume {config['resume']}: no such checkpoint; a run keeps checkpoints/last.ckpt")
+    if config["resume"] not in (None, "auto") and not Path(config["resume"]).is_file():
+        raise FileNotFoundError(f"resume {config['resume']}: no such checkpoint; resume=auto finds the newest one")
     strategy = config["trainer"].get("strategy")
     if any(word in str(strategy) for word in ("fsdp", "deepspeed")):
         raise ValueError(
@@ -59,17 +60,11 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
     check_data(config["data"])
 
 
-def is_first_process() -> bool:
-    """Whether this is the one of several processes that touches the folder, however they were started."""
-    return all(
-        os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    )
-
-
 def check_output_dir(folder: Path, resume: str | None) -> None:
     """Raises ValueError where the folder holds a run that is not continued: it is not written over."""
-    if is_first_process() and (folder / "metrics.csv").is_file() and not resume:
-        raise ValueError(f"output_dir {folder} holds a run: choose another folder, or continue it with resume=")
+    goes_on = resume == "auto" or (resume and folder.resolve() in Path(resume).resolve().parents)
+    if is_first_process() and not goes_on and any((folder / name).exists() for name in LEFT_BY_RUNS):
+        raise ValueError(f"output_dir {folder} holds a run: continue it with resume=auto, or choose another folder")
 
 
 def check_parts(config: Mapping[str, Any]) -> None:

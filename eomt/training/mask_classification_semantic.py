@@ -246,9 +246,9 @@ class MaskClassificationSemantic(lightning.LightningModule):
             self.annealing = self.annealing_of(self.total_steps)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:  # an epoch's random numbers follow from the seed alone, so that a resumed run draws the same
-            epoch = self.current_epoch * self.trainer.world_size + self.global_rank
-            torch.manual_seed((self.seed % 2**32 << 20) + epoch)
+        # The random numbers of a batch follow from the seed and its place alone, so that a resumed run draws the same.
+        count = self.current_epoch * self.trainer.num_training_batches + batch_idx
+        torch.manual_seed((self.seed % 2**32 << 31) + count * self.trainer.world_size + self.global_rank)
         if self.anneals and self.network.masked_attn_enabled:
             probs = [mask_probability(self.global_step, *span) for span in self.annealing]
             self.network.attn_mask_probs.copy_(torch.tensor(probs))

@@ -1,0 +1,104 @@
+"""The processes of a run: which one is the first, and the signals that ask them to end."""
+
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from eomt.command_line import quoted, unquoted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that touches the folder, however they were started."""
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    )
+
+
+class Interrupted(BaseException):
+    """A signal ended the work. It is no `Exception`, so that nothing takes it for an error on its way.
+
+    `code` is the exit code, as a shell would report it; `command` goes on with the work, where it is known.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.code = 128 + signum
+        self.command: str | None = None
+
+
+class Interruption:
+    """Receives the signals in its block.
+
+    Where somebody promised to look at `signum` soon (`deferred`), the first signal is only remembered; elsewhere it
+    raises `Interrupted` on the spot. The second one ends the process as if nothing had received it.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.deferred = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if _in_main_thread():
+            for signum, handler in self.before.items():
+                signal.signal(signum, handler)
+
+    def install(self) -> None:
+        """Takes the signals over, also from a library that has received them meanwhile."""
+        if _in_main_thread():  # the only one that may
+            for signum in SIGNALS:
+                signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self.signum = signum
+        if not self.deferred:
+            raise Interrupted(signum)
+
+
+def ignore_signals(*_: object) -> None:
+    """For processes that work for another one, which decides when they end; they notice its death themselves."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def command_to_continue(words: Sequence[str], output_dir: Path) -> str:
+    """Returns the command that goes on in the folder of a run that was started with these words."""
+    kept = [word for word in words if not word.lstrip("+").startswith(("output_dir=", "resume="))]
+    return shlex.join(
+        ["python", sys.argv[0], *map(_plain, kept), _plain(f"output_dir={quoted(output_dir)}"), "resume=auto"]
+    )
+
+
+def _plain(word: str) -> str:
+    """An override without quotes that it does not need."""
+    key, _, value = word.partition("=")
+    return f"{key}={unquoted(value)}" if re.fullmatch(r"[\w./-]+", unquoted(value)) else word
+
+
+def report_interruption(stopped: Interrupted) -> int:
+    """Prints that the work was interrupted and how it goes on, in the first process alone; returns the exit code."""
+    if not is_first_process():
+        return 0  # a failure of another process would end the first one, which is still writing its summary
+    print(f"{stopped}; go on with: {stopped.command}" if stopped.command else stopped, file=sys.stderr)
+    return stopped.code
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
