@@ -3,13 +3,31 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import EXPECTED_ERRORS, fail, help_text, own_process_state, quiet_libraries, translate_flags
-from eomt.files import write_text
-from eomt.processes import Interrupted, Interruption, command_to_continue, is_first_process, report_interruption
+from eomt.command_line import (
+    EXPECTED_ERRORS,
+    fail,
+    find_sweep,
+    help_text,
+    name_sweep,
+    one_sentence,
+    own_process_state,
+    quiet_libraries,
+    translate_flags,
+)
+from eomt.files import read_json, write_text
+from eomt.processes import (
+    Interrupted,
+    Interruption,
+    check_one_folder,
+    command_to_continue,
+    is_first_process,
+    report_interruption,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -34,6 +52,7 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
     from hydra.utils import instantiate
 
     from eomt.reporting.run_report import finish_run, report_start, validate_last_step
+    from eomt.training.end_together import explain_lost_process
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -53,6 +72,8 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
         if trainer.max_steps != 0:
             trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
         validate_last_step(trainer, module, datamodule)
+    except RuntimeError as error:
+        raise explain_lost_process(error) or error from error
     finally:  # a run that fails leaves its summary, too
         summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
     return summary
@@ -141,6 +162,7 @@ def build_callbacks(cfg, output_dir: Path, interruption: Interruption) -> dict[s
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import EarlyStopping
 
+    from eomt.training.end_together import EndTogether
     from eomt.training.stop_on_signal import StopOnSignal
 
     callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
@@ -150,6 +172,7 @@ def build_callbacks(cfg, output_dir: Path, interruption: Interruption) -> dict[s
         from eomt.training.trunk_cache import TrunkCache
 
         callbacks["trunk_cache"] = TrunkCache(cfg.views)
+    callbacks["end_together"] = EndTogether()
     callbacks["stop_on_signal"] = StopOnSignal(interruption, output_dir / "checkpoints" / "last.ckpt")
     return callbacks
 
@@ -162,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(CONFIGS))
         return 0
     try:
-        words = translate_flags(words)
+        words = name_sweep(translate_flags(words))
+        check_one_folder(words)
     except ValueError as error:
         return fail(error, 2)
     with own_process_state([sys.argv[0], *words]) as full_error, Interruption() as interruption:
@@ -173,11 +197,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interruption) -> int:
-    """Composes the configuration that the command line asks for, and trains."""
+    """Composes the configurations that the command line asks for, and trains: one run, or each of a sweep."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+
+    expected = (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException)
+    sweep = find_sweep(words)
+    failed: dict[Path, str] = {}  # of a sweep: the run's folder, and why
 
     @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
     def run(cfg) -> None:  # noqa: ANN001
@@ -185,13 +213,16 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
         output_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
             train(cfg, output_dir, interruption)
-        except (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException) as error:
-            if full_error:
-                raise
-            sys.exit(fail(error, 1))
         except Interrupted as stopped:
-            stopped.command = command_to_continue(words, output_dir)
+            stopped.command = command_to_continue(words, sweep or output_dir)
             raise
+        except Exception as error:
+            if full_error or not (sweep or isinstance(error, expected)):
+                raise
+            if not isinstance(error, expected):
+                traceback.print_exc()
+            failed[output_dir] = one_sentence(error)
+            fail(error, 1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped override arrives here and not as Hydra's own page
     try:
@@ -200,9 +231,20 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
         if full_error:
             raise
         return fail(error, 2)
-    except SystemExit as ended:  # a job that failed, or an option of Hydra's own
+    except SystemExit as ended:  # an option of Hydra's own
         return ended.code or 0
-    return 0
+    return report_sweep(sweep, failed) if sweep else int(bool(failed))
+
+
+def report_sweep(folder: Path, failed: dict[Path, str]) -> int:
+    """Lists the runs of a sweep that failed, also those that a launcher ran in other processes; returns a code."""
+    found = (path for path in sorted(folder.rglob("summary.json")) if not path.parent.name.startswith("earlier_"))
+    statuses = {path.parent: read_json(path).get("status") for path in found}
+    failed = {run: status for run, status in statuses.items() if status != "finished"} | failed
+    for run, reason in failed.items():
+        print(f"failed: {run}: {reason.removeprefix('failed: ')}", file=sys.stderr)
+    print(f"{len(statuses.keys() | failed.keys()) - len(failed)} runs finished in {folder}, {len(failed)} failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 
@@ -40,6 +41,7 @@ HYDRA_FLAGS |= {"--experimental-rerun": 1, "--multirun": 0, "-m": 0, "--resolve"
 HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
 
 
+SWEEP = "hydra.sweep.dir"
 PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.sweep.dir", "model.ckpt_path")
 PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
 PATH_KEYS += tuple(f"data.cut_paste.cutouts.{name}" for name in ("root", "annotations", "images"))
@@ -81,6 +83,30 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
             overrides.append(word)
     sweeps = bool({"--multirun", "-m"} & set(options))
     return options + [open_mapping(quote_path(expand_home(word), sweeps)) for word in overrides]
+
+
+def name_sweep(words: Sequence[str]) -> list[str]:
+    """Returns the words with a folder for all runs of a sweep, if they ask for one: that of `output_dir`, or a new one.
+
+    Raises:
+        ValueError: several folders.
+    """
+    if not {"--multirun", "-m"} & set(words):
+        return list(words)
+    given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("output_dir=")]
+    if given and unquoted(given[-1]) == given[-1]:  # a list of values, which is left without quotes
+        raise ValueError(f"output_dir={given[-1]}: a sweep has one folder, and each run its own in it; give one path")
+    kept = [word for word in words if not word.lstrip("+").startswith("output_dir=")]
+    if any(word.startswith(f"{SWEEP}=") for word in kept):
+        return kept
+    folder = given[-1] if given else f"outputs/multirun/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    return [*kept, f"{SWEEP}={folder}"]
+
+
+def find_sweep(words: Sequence[str]) -> Path | None:
+    """Returns the folder of the sweep that `name_sweep` has named; None for a single run."""
+    folder = next((word.partition("=")[2] for word in words if word.startswith(f"{SWEEP}=")), None)
+    return Path(unquoted(folder)) if folder and {"--multirun", "-m"} & set(words) else None
 
 
 def quote_path(word: str, sweeps: bool = False) -> str:
@@ -186,6 +212,7 @@ def quiet_libraries() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
+    warnings.filterwarnings("ignore", message=".*(ended before the epoch ended|It is recommended to use .self.log).*")
 
 
 @contextmanager
@@ -223,6 +250,9 @@ def reports_errors(code: int = 1) -> Callable:
                 return main(*args, **kwargs) or 0
             except EXPECTED_ERRORS as error:
                 return fail(error, code)
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                return 130
 
         return reporting
 

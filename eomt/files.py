@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,54 @@ from eomt.command_line import one_sentence
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # endings of picture files
 REQUIRED: Any = object()  # the default of a reader whose file must be there
+
+
+def check_room(path: str | Path, needed: int) -> None:
+    """Raises OSError where the disk has no room for a file or folder of so many bytes."""
+    path = Path(path)
+    place = next(folder for folder in path.absolute().parents if folder.is_dir())
+    if needed > shutil.disk_usage(place).free:
+        raise _no_room(path, f"{_size(needed)} are needed", shutil.disk_usage(place).free)
+
+
+@contextmanager
+def explains_full_disk(path: Path, draft: Path) -> Iterator[None]:
+    """Says of an error in the block, if it means that there was no room for `path`, how much is needed and free.
+
+    Raises:
+        OSError: with that sentence, whatever class the library's own error had.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _means_full_disk(error, draft):
+            raise
+        written = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
+        free = shutil.disk_usage(draft).free + written  # the draft will be removed
+        raise _no_room(path, f"more than {_size(written)} are needed", free) from error
+
+
+def _no_room(path: Path, need: str, free: int) -> OSError:
+    path = path.parent.with_name(path.name) if path.parent == _work_folder(path.parent.with_name(path.name)) else path
+    error = OSError(
+        f"there is no room for {path}: {need}, {_size(free)} are free there; delete something, or choose a folder on "
+        "another disk"
+    )
+    error.errno = errno.ENOSPC
+    return error
+
+
+def _means_full_disk(error: Exception, draft: Path) -> bool:
+    """Torch's and safetensors' writers have errors of their own for it."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return getattr(error, "strerror", None) is not None  # not one of ours
+    text = str(error)
+    in_torch = "inline_container" in text or "PytorchStreamWriter" in text
+    return "os error 28" in text or (in_torch and shutil.disk_usage(draft).free < 2**20)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 @contextmanager
@@ -31,24 +79,27 @@ def replacing(path: str | Path, alone: bool = False) -> Iterator[Path]:
     if alone:
         for stray in path.parent.glob(f".{glob.escape(path.name)}.*"):
             shutil.rmtree(stray, ignore_errors=True)
-    with replacing_files(path.parent, f".{path.name}.") as drafts:
+    with replacing_files(path.parent, f".{path.name}.", path) as drafts:
         yield drafts / path.name
 
 
 @contextmanager
-def replacing_files(folder: str | Path, prefix: str = ".draft.") -> Iterator[Path]:
+def replacing_files(folder: str | Path, prefix: str = ".draft.", target: Path | None = None) -> Iterator[Path]:
     """Yields an empty draft folder, whose files go to `folder` when the block ends without an error.
 
-    They replace those of their names once all are complete and on the disk; other files stay.
+    They replace those of their names once all are complete and on the disk; other files stay. An error for want of
+    room names `target`, or the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=prefix, dir=folder) as drafts:
-        mode = _usual_mode(Path(drafts))
-        yield Path(drafts)
-        _to_disk(Path(drafts), mode)
+        with explains_full_disk(target or folder, Path(drafts)):
+            mode = _usual_mode(Path(drafts))
+            yield Path(drafts)
+            _to_disk(Path(drafts), mode)
         for file in sorted(Path(drafts).iterdir()):
             os.replace(file, folder / file.name)
+        _sync(folder)
 
 
 @contextmanager
@@ -64,12 +115,14 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(work, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        mode = _usual_mode(work)
-        yield draft
-        _to_disk(draft, mode)
+        with explains_full_disk(path, draft):
+            mode = _usual_mode(work)
+            yield draft
+            _to_disk(draft, mode)
         if path.exists():
             path.rename(earlier)
         draft.rename(path)
+        _sync(path.parent)
     finally:
         restored(path)  # an error, or a signal, between the renames
         shutil.rmtree(work, ignore_errors=True)
@@ -99,6 +152,15 @@ def claimed(folder: str | Path) -> Iterator[None]:
         yield
 
 
+def in_use(folder: str | Path) -> bool:
+    """Whether another process holds a folder."""
+    try:
+        with claimed(folder):
+            return False
+    except ValueError:
+        return True
+
+
 def restored(path: str | Path) -> Path:
     """Returns the path of a folder, after putting it back where a writer was killed between its renames."""
     path = Path(path)
@@ -119,10 +181,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         draft, mode = Path(work, path.name), _usual_mode(Path(work))
         draft.mkdir()
-        yield draft
-        _to_disk(draft, mode)
+        with explains_full_disk(path, draft):
+            yield draft
+            _to_disk(draft, mode)
         try:
             draft.rename(path)
+            _sync(path.parent)
         except OSError:
             if not path.is_dir():
                 raise
@@ -192,3 +256,13 @@ def _to_disk(draft: Path, mode: int) -> None:
             file.chmod(mode)
             with file.open("rb") as content:
                 os.fsync(content.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Waits until renames in a folder are on the disk, where the system can say so."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -14,6 +14,7 @@ from typing import Any
 from eomt.command_line import quoted, unquoted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PASSED_ON = signal.SIGUSR2  # by a process that was asked to end, to those that it started; it is no second signal
 
 
 def is_first_process() -> bool:
@@ -23,16 +24,26 @@ def is_first_process() -> bool:
     )
 
 
+def check_one_folder(words: Sequence[str]) -> None:
+    """Raises ValueError where several processes that were started from outside would each choose a folder."""
+    in_slurm = "SLURM_PROCID" in os.environ
+    count = max(int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("SLURM_NTASKS") or 1) if in_slurm else 1)
+    if count > 1 and not any(word.lstrip("+").startswith(("output_dir=", "hydra.run.dir=")) for word in words):
+        raise ValueError(f"{count} processes were started for this run: give output_dir=FOLDER, so that they share one")
+
+
 class Interrupted(BaseException):
     """A signal ended the work. It is no `Exception`, so that nothing takes it for an error on its way.
 
-    `code` is the exit code, as a shell would report it; `command` goes on with the work, where it is known.
+    `code` is the exit code, as a shell would report it; `command` goes on with the work, where it is known; `together`
+    says that all processes of a run end by it.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.code = 128 + signum
         self.command: str | None = None
+        self.together = False
 
 
 class Interruption:
@@ -48,7 +59,7 @@ class Interruption:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.before = {signum: signal.getsignal(signum) for signum in (*SIGNALS, PASSED_ON)}
         self.install()
         return self
 
@@ -60,10 +71,15 @@ class Interruption:
     def install(self) -> None:
         """Takes the signals over, also from a library that has received them meanwhile."""
         if _in_main_thread():  # the only one that may
-            for signum in SIGNALS:
+            for signum in (*SIGNALS, PASSED_ON):
                 signal.signal(signum, self.receive)
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
+        """Handles a signal; raises `Interrupted` unless that is deferred."""
+        if signum == PASSED_ON:
+            if self.signum is not None:
+                return  # who passes it on may not be the only one to have received it
+            signum = signal.SIGTERM
         if self.signum is not None:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -93,9 +109,9 @@ def _plain(word: str) -> str:
 
 
 def report_interruption(stopped: Interrupted) -> int:
-    """Prints that the work was interrupted and how it goes on, in the first process alone; returns the exit code."""
-    if not is_first_process():
-        return 0  # a failure of another process would end the first one, which is still writing its summary
+    """Prints that the work was interrupted and how it goes on, once for all processes; returns the exit code."""
+    if stopped.together and not is_first_process():
+        return 0  # a failure would end the first one, which is still writing its summary
     print(f"{stopped}; go on with: {stopped.command}" if stopped.command else stopped, file=sys.stderr)
     return stopped.code
 

@@ -15,6 +15,7 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.comparison.evaluations import evaluate_run, report_runs
 from eomt.comparison.matrix import VARIANTS, run_matrix
+from eomt.processes import Interrupted, Interruption
 from train_with_lora import check_composed
 
 EXAMPLES = f"""examples:
@@ -42,20 +43,21 @@ anything else    is passed to train_with_lora.py: experiment=NAME, data.root=...
 
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 with one sentence, or when a cell failed; 130 after an interruption."""
+    """Returns 0; 1 with one sentence, or when a cell failed; 128 + its number after a signal."""
     args = parse(argv)
     try:
         if args.command == "run":
-            return run_matrix(args.overrides, args.config_name, check_composed)
+            with Interruption():
+                return run_matrix(args.overrides, args.config_name, check_composed)
         if args.command == "evaluate":
             evaluate_run(args.run, args.source)
             return 0
         output = args.output or args.runs[0] / "report"
         report_runs(args.runs, output, args.baseline, args.score, args.allow_different)
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+    except Interrupted as stopped:
+        print(f"{stopped}: the same command goes on from here", file=sys.stderr)
+        return stopped.code
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

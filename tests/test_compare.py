@@ -18,6 +18,9 @@ from conftest import TOY_MODEL as TINY
 from filelock import FileLock
 from PIL import Image
 
+from eomt.files import in_use
+from eomt.training.run_folder import newest_checkpoint, steps_in
+
 ROOT = Path(__file__).parent.parent
 DATA = TOY_DATA[1:]  # the experiment names the data set
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -225,7 +228,37 @@ def test_a_matrix_that_was_killed_goes_on_where_it_stopped(settings, tmp_path):
     compare(*arguments)
     summary = read(tmp_path / "head" / "seed_0" / "summary.json")
     assert summary["status"] == "finished" and summary["steps"] == 12
-    assert f"resume='{last}'" in read(tmp_path / "head" / "seed_0" / "cell.json")["command"]
+    assert summary["parts"] == 2
+
+
+def test_a_matrix_passes_a_signal_on_and_its_run_holds_its_folder_when_the_matrix_is_killed(settings, tmp_path):
+    arguments = ["run", *settings, "variants=[head]", "trainer.max_epochs=200", f"output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), *arguments]
+    run = tmp_path / "head" / "seed_0"
+
+    def start():
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        before = steps_in(newest_checkpoint(run)) if newest_checkpoint(run) else 0
+        while process.poll() is None and not (newest_checkpoint(run) and steps_in(newest_checkpoint(run)) > before):
+            time.sleep(0.1)
+        return process
+
+    process = start()
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted by SIGTERM: the same command goes on from here" in process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and read(run / "summary.json")["status"] == "interrupted"
+    assert not (run / "cell.json").exists()
+
+    process = start()
+    process.kill()
+    process.wait()
+    assert in_use(run)
+    assert "another process runs it, left alone" in compare(*arguments, code=1).stdout
+    orphan = subprocess.run(["pgrep", "-f", f"output_dir='{run}'"], capture_output=True, text=True, check=True).stdout
+    for word in orphan.split():
+        os.kill(int(word), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

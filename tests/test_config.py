@@ -172,7 +172,7 @@ def test_every_logger_and_callback_is_built(logger, tmp_path):
     cfg = composed(overrides=[f"logger={logger}", f"output_dir={tmp_path}"])
     checked(cfg)
     loggers = [instantiate(node) for node in cfg.logger.values()]
-    assert type(loggers[0]).__name__ == "CSVLogger" and len(loggers) == (1 if logger == "csv" else 2)
+    assert type(loggers[0]).__name__ == "MetricsFile" and len(loggers) == (1 if logger == "csv" else 2)
     assert all(instantiate(node) for node in cfg.callbacks.values())
 
 

@@ -204,12 +204,25 @@ def test_a_sweep_gives_every_job_its_own_folder(toy_cache, tmp_path):
         "trainer.max_epochs=1",
         "--multirun",
         "seed=1,2",
-        f"hydra.sweep.dir={tmp_path}/sweep",
     ]
     train(toy_cache, tmp_path, *arguments)
     for job in "01":
-        assert summary_of(tmp_path / "sweep" / job)["status"] == "finished"
-        assert (tmp_path / "sweep" / job / "model" / "model.safetensors").is_file()
+        assert summary_of(tmp_path / job)["status"] == "finished"
+        assert (tmp_path / job / "model" / "model.safetensors").is_file()
+
+
+def test_each_run_of_a_sweep_has_its_turn_and_those_that_failed_are_listed(source, toy_cache, tmp_path):
+    arguments = ["--multirun", "model.lr=-1,1e-3", "seed=0,a", "trainer.max_epochs=0", "data.batch_size=4"]
+    result = train(toy_cache, tmp_path, *arguments, code=1)
+    assert f"failed: {tmp_path}/0: lr must be" in result.stderr, result.stderr
+    assert f"failed: {tmp_path}/3: seed 'a': should be" in result.stderr
+    assert f"1 runs finished in {tmp_path}, 3 failed" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_sweep_takes_one_folder(toy_cache, tmp_path):
+    result = train(toy_cache, tmp_path, "--multirun", "seed=0,1", "output_dir=a,b", code=2)
+    assert "output_dir=a,b: a sweep has one folder, and each run its own in it" in result.stderr
 
 
 def test_a_mistaken_resume_leaves_the_records_of_the_run_as_they_were(source, toy_cache):
@@ -251,7 +264,7 @@ def test_a_full_run_resumes_where_it_stopped(source, toy_cache, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_written_over(source, toy_cache):
     result = train(toy_cache, source[0], "data.batch_size=4", "trainer.max_epochs=1", code=1)
-    assert "holds a run: choose another folder, or continue it with resume=" in result.stderr
+    assert "holds a run: continue it with resume=auto, or choose another folder" in result.stderr
     assert summary_of(source[0])["steps"] == 8
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from eomt.launch.job import Job, find_machine
 
@@ -176,9 +175,7 @@ def home(tmp_path):
     """A Studio's home with the repository, whose python notes its arguments."""
     python = tmp_path / "home" / "eomt-lora" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(
-        f'#!/bin/sh\nif [ "$1" = -m ]; then exec {sys.executable} "$@"; fi\nprintf "%s\\n" "$@" > arguments\n'
-    )
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > arguments\n')
     python.chmod(0o755)
     return tmp_path / "home"
 
@@ -194,47 +191,25 @@ def run_job(home, output_dir=None):
     return arguments[len(given) :]
 
 
-def leave_run(folder, checkpoint="whole"):
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "metrics.csv").write_text("step")
-    last = folder / "checkpoints" / "last.ckpt"
-    if checkpoint:
-        torch.save({"step": 1}, last)
-    if checkpoint == "half":
-        last.write_bytes(last.read_bytes()[:-99])
+OWN, RESUME = "output_dir=outputs/n", "resume=auto"
 
 
-OWN, RESUME = "output_dir=outputs/n", "resume=outputs/n/checkpoints/last.ckpt"
-
-
-def test_a_first_start_does_not_resume(home):
-    assert run_job(home) == [OWN]
-
-
-def test_a_start_after_an_interruption_resumes_from_the_last_checkpoint(home):
-    leave_run(home / "eomt-lora/outputs/n")
+def test_each_start_of_a_job_goes_on_with_what_an_earlier_one_left(home):
     assert run_job(home) == [OWN, RESUME]
-    assert (home / "eomt-lora/outputs/n/metrics.csv").exists()
+    assert run_job(home, str(home.parent / "my runs")) == [RESUME]
 
 
 def test_a_new_machine_fetches_what_the_job_had_saved(home):
-    leave_run(home.parent / "jobs/n/eomt-lora/outputs/n")
+    saved = home.parent / "jobs/n/eomt-lora/outputs/n/checkpoints"
+    saved.mkdir(parents=True)
+    (saved / "last.ckpt").touch()
     assert run_job(home) == [OWN, RESUME]
-    assert (home / "eomt-lora/outputs/n/metrics.csv").exists()
+    assert (home / "eomt-lora/outputs/n/checkpoints/last.ckpt").exists()
 
 
-@pytest.mark.parametrize("checkpoint", [None, "half"])
-def test_a_run_without_a_whole_checkpoint_starts_again(home, checkpoint):
-    leave_run(home / "eomt-lora/outputs/n", checkpoint)
-    assert run_job(home) == [OWN]
-    assert not (home / "eomt-lora/outputs/n/metrics.csv").exists()  # else the training would refuse the folder
-
-
-def test_a_folder_of_ones_own_is_kept_and_resumed(home):
-    folder = home.parent / "my runs"
-    assert run_job(home, str(folder)) == []
-    leave_run(folder)
-    assert run_job(home, str(folder)) == [f"resume={folder}/checkpoints/last.ckpt"]
+def test_a_checkpoint_that_the_arguments_name_is_not_chosen_anew():
+    command = Job("n", "train_with_lora.py", ["resume=mine.ckpt"], "eomt-lora").command
+    assert "resume=auto" not in command
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_mistake_in_a_run_is_answered_without_the_libraries_that_train(words, 
 def test_an_occupied_folder_is_answered_without_the_libraries_that_train(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n")
     code, error, imported = imported_by("train_with_lora.py", "experiment=toy_source", f"output_dir={tmp_path}")
-    assert code == 1 and "holds a run: choose another folder" in error
+    assert code == 1 and "holds a run: continue it with resume=auto, or choose another folder" in error
     assert imported == "imported: []"
     assert (tmp_path / "metrics.csv").read_text() == "step,train/loss\n"
 

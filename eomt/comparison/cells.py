@@ -5,16 +5,17 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from eomt.command_line import quoted
-from eomt.files import read_json, write_json
+from eomt.files import in_use, read_json, write_json
+from eomt.processes import PASSED_ON, Interrupted
 from eomt.settings.compose import ROOT
+from eomt.training.run_folder import set_aside
 
 TOYS = "toy_anomalies"  # the benchmark that is drawn where it is needed
 
@@ -42,6 +43,8 @@ def run_cell(cell: Cell) -> None:
         with FileLock(matrix / f".{cell.variant}_{cell.seed}.lock", timeout=0):
             if finished(folder, facts):
                 print(f"== {title}: finished before, kept", flush=True)
+            elif folder.is_dir() and in_use(folder):  # by a run whose matrix was killed
+                print(f"== {title}: another process runs it, left alone", flush=True)
             else:
                 train_and_evaluate(cell, title, matrix, facts, folder)
     except Timeout:
@@ -52,9 +55,12 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
     """One cell, in processes of its own; whatever happens to it, the others go on."""
     print(f"== {title}", flush=True)
     script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
-    train = [*script, *facts["overrides_of"][cell.variant], *fixed(cell.variant, cell.seed, folder), *resume(folder)]
+    settings = [*facts["overrides_of"][cell.variant], *fixed(cell.variant, cell.seed, folder), "resume=auto"]
+    train = [*script, *settings]
     evaluate = [sys.executable, str(ROOT / "scripts" / "compare.py"), "evaluate", str(folder), *facts["source"]]
     folder.mkdir(parents=True, exist_ok=True)
+    if (status(folder) or "").startswith("failed: LoRA audit"):  # of which the rest of a run shows too little
+        set_aside(folder)
     started = time.time()
     with one_device(matrix, facts["devices"]) as environment:
         error = None if status(folder) == "finished" else run_logged(train, folder / "run.log", environment)
@@ -102,19 +108,6 @@ def status(folder: Path) -> str | None:
     return read_json(folder / "summary.json", {}).get("status")
 
 
-def resume(folder: Path) -> list[str]:
-    """The override that continues a half-finished run.
-
-    It starts anew without a whole checkpoint, and after a failed audit, of which the rest of a run shows too little.
-    """
-    last = folder / "checkpoints" / "last.ckpt"
-    if zipfile.is_zipfile(last) and not (status(folder) or "").startswith("failed: LoRA audit"):
-        return [f"resume={quoted(last)}"]
-    if status(folder) != "finished":
-        shutil.rmtree(folder, ignore_errors=True)
-    return []
-
-
 def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> str | None:
     """Runs a command, its output both shown and appended to the log; returns its error, or None."""
     before = log.stat().st_size if log.is_file() else 0
@@ -122,10 +115,12 @@ def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -
         log.open("ab") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
     ):
-        while part := process.stdout.read1():
-            sys.stdout.buffer.write(part)
-            sys.stdout.buffer.flush()
-            file.write(part)
+        try:
+            copy_output(process, file)
+        except Interrupted:  # it ends as this process was asked to
+            process.send_signal(PASSED_ON)
+            copy_output(process, file)
+            raise
     if process.returncode == 0:
         return None
     if process.returncode < 0:
@@ -134,6 +129,14 @@ def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # its sentence comes last
     return (errors or lines or [f"exit code {process.returncode}"])[-1]
+
+
+def copy_output(process: subprocess.Popen, file: BinaryIO) -> None:
+    """Shows what a process prints until it ends, and writes it to a file."""
+    while part := process.stdout.read1():
+        sys.stdout.buffer.write(part)
+        sys.stdout.buffer.flush()
+        file.write(part)
 
 
 @contextmanager

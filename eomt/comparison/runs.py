@@ -72,7 +72,7 @@ class Run:
     evaluations: dict[str, Evaluation]
     anomalies: dict[str, AnomalyEvaluation]  # by benchmark, in the order of tables
     curve: list[tuple[int, float]]  # (step, mIoU) of every validation
-    parts: int  # metrics files: more than one means resumed
+    parts: int  # more than one means resumed
 
     def __str__(self) -> str:
         return f"{self.variant} seed {self.seed}"
@@ -225,7 +225,7 @@ def _load_run(folder: Path) -> Run:
         evaluations={domain: scores for domain, scores in evaluations.items() if scores},
         anomalies=_load_anomalies(folder / "anomaly"),
         curve=curve,
-        parts=parts,
+        parts=max(parts, summary.get("parts", 1)),
     )
 
 
@@ -313,7 +313,8 @@ def _own_validation(config: dict[str, Any], summary: dict[str, Any]) -> Evaluati
 def read_curve(folder: Path) -> tuple[list[tuple[int, float]], int]:
     """(step, val/miou) of every validation and the number of metrics files.
 
-    A resumed run starts from a checkpoint: what an earlier part logged beyond it is replaced by the later part.
+    Runs of earlier versions have a file for each part: what one logged beyond the checkpoint that the next began with
+    is replaced by that one.
     """
     earlier = sorted(folder.glob("metrics_*.csv"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
     files = [*earlier, *folder.glob("metrics.csv")]

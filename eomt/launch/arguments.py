@@ -13,6 +13,7 @@ from eomt.command_line import unquoted
 from eomt.comparison.matrix import check_matrix, parse_matrix
 from eomt.launch.job import IN_STUDIO
 from eomt.settings.compose import ROOT, compose_run
+from eomt.settings.run import check_output_dir
 
 NOT_A_RUN = ("--multirun", "-m", "--cfg", "-c", "--help", "-h")
 FORGIVEN = () if IN_STUDIO else (FileNotFoundError,)
@@ -33,9 +34,8 @@ def find_output_dir(words: Sequence[str]) -> str | None:
     folder = unquoted(given[-1])
     if not folder or "$" in folder:
         raise ValueError(f"output_dir {folder!r}: give a plain path, so that the job finds its checkpoint again")
-    resumes = any(word.lstrip("+").startswith("resume=") for word in words)
-    if (ROOT / folder / "metrics.csv").is_file() and not resumes:
-        raise ValueError(f"output_dir {folder} holds a run: choose another folder, or continue it with resume=")
+    if not any(word.lstrip("+").startswith("resume=") for word in words):
+        check_output_dir(ROOT / folder, None)
     return folder
 
 

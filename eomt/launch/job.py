@@ -53,7 +53,7 @@ class Job:
         """Shell commands, run from the Studio's home; the script goes on where an interrupted machine left it.
 
         The machine that replaces it begins with the Studio's snapshot, so the run is first fetched from what the job
-        saved. A run of the job's own without a whole checkpoint, which is a zip, starts again.
+        saved.
         """
         out = self.output_dir or f"outputs/{self.name}"
         words = [
@@ -74,15 +74,9 @@ class Job:
                 f"SAVED={shlex.quote(str(saved))}",
                 'if [ ! -d "$OUT" ] && [ -d "$SAVED" ]; then mkdir -p "$(dirname "$OUT")"; cp -r "$SAVED" "$OUT"; fi',
             ]
-        if self.script != "train_with_lora.py":
-            return "\n".join([*lines, shlex.join(words)])  # a matrix finds its finished runs itself
-        lines += [
-            'LAST="$OUT/checkpoints/last.ckpt"',
-            'RESUME=; if python -m zipfile -l "$LAST" >/dev/null 2>&1; then RESUME="resume=$LAST"; fi',
-        ]
-        if not self.output_dir:
-            lines.append('if [ -z "$RESUME" ]; then rm -f "$OUT/metrics.csv"; fi')
-        return "\n".join([*lines, shlex.join(words) + ' ${RESUME:+"$RESUME"}'])
+        if self.script == "train_with_lora.py" and not any("resume=" in word for word in self.arguments):
+            words.append("resume=auto")  # a matrix finds its runs itself
+        return "\n".join([*lines, shlex.join(words)])
 
 
 def lightning_sdk() -> Any:

@@ -49,6 +49,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Writes a row, and those that could not be written before."""
         self.waiting.append({**metrics, "step": step})
         try:
             self.write()

@@ -127,6 +127,7 @@ def finish_run(
         "seconds_per_step": callbacks["clock"].summary(),
         "flops_per_step": callbacks["flops"].flops if "flops" in callbacks else None,
         "wall_seconds": callbacks["clock"].elapsed(),
+        "parts": callbacks["clock"].parts,
         "data": datamodule.fingerprint(),
         "batches": batches and batches.exact,
         "batch_contents": batches and batches.as_dict(),

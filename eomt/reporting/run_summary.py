@@ -37,6 +37,7 @@ class StepClock(Callback):
         self.steps_done = 0
         self.memory_before = resident_set()  # bytes, with everything there but what training adds
         self.started = time.time()
+        self.parts = 1  # a resumed run has more
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.steps_done = trainer.global_step
@@ -72,12 +73,18 @@ class StepClock(Callback):
         return time.time() - self.started
 
     def state_dict(self) -> dict[str, Any]:
-        return {"elapsed": self.elapsed(), "data": list(self.data), "compute": list(self.compute)}
+        return {
+            "elapsed": self.elapsed(),
+            "data": list(self.data),
+            "compute": list(self.compute),
+            "parts": self.parts,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.started -= state["elapsed"]
         self.data.extend(state["data"])
         self.compute.extend(state["compute"])
+        self.parts += state.get("parts", 1)  # which earlier versions did not count
 
     def summary(self) -> dict[str, float]:
         """Medians over optimiser steps; `total` is their sum."""

@@ -116,8 +116,9 @@ class RunProgressBar(TQDMProgressBar):
         super().on_train_start(trainer, module)
 
     def on_exception(self, *args: Any) -> None:
-        if self._train_progress_bar is not None:
-            self.train_progress_bar.close()  # ends its line, so that the error has one of its own
+        for bar in (self._val_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()  # ends its line, so that the error has one of its own
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
         """Returns the figures behind the bar, under short names."""

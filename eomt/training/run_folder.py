@@ -1,4 +1,7 @@
-"""The folder of a run: which checkpoint it goes on from, and that no other run writes there meanwhile."""
+"""The folder of a run: which checkpoint it goes on from, and that no other run writes there meanwhile.
+
+Importing this needs no torch.
+"""
 
 import csv
 import zipfile
@@ -8,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from eomt.files import claimed, read_json, replacing
-from eomt.inference.artefacts import read_lightning
 from eomt.processes import is_first_process
 from eomt.settings.model import check_same_settings
 from eomt.settings.run import LEFT_BY_RUNS, check_output_dir
@@ -34,11 +36,15 @@ def is_whole(checkpoint: Path) -> bool:
 
 def steps_in(checkpoint: Path) -> int:
     """The optimiser steps that a checkpoint has behind it."""
+    from eomt.inference.artefacts import read_lightning
+
     return read_lightning(checkpoint).get("global_step", 0)
 
 
 def check_resume(checkpoint: str | Path, model: Mapping[str, Any]) -> None:
     """Raises ValueError where a run with these settings of its model cannot go on from there."""
+    from eomt.inference.artefacts import read_lightning
+
     content = read_lightning(Path(checkpoint))
     if "optimizer_states" not in content:
         raise ValueError(

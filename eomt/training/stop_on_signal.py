@@ -71,6 +71,7 @@ class StopOnSignal(Callback):
         return trainer.strategy.reduce_boolean_decision(received, all=False)
 
     def stop_validation(self, trainer: Trainer) -> None:
+        """Stops with a checkpoint from which the validation is run again, if training goes on after it."""
         if trainer.state.fn == "fit":
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()  # as in its first step, which Lightning takes for a validation to go back to
@@ -80,4 +81,6 @@ class StopOnSignal(Callback):
         self.stop()
 
     def stop(self) -> None:
-        raise Interrupted(self.interruption.signum or signal.SIGTERM)  # another process may have received it
+        stopped = Interrupted(self.interruption.signum or signal.SIGTERM)  # another process may have received it
+        stopped.together = True
+        raise stopped
