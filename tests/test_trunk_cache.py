@@ -1,5 +1,7 @@
 """Training from the output of frozen blocks: the same loss, seeded views, and what it refuses."""
 
+import copy
+import pickle
 import threading
 import time
 
@@ -14,7 +16,7 @@ from eomt.data.sources import IndexDecoder
 from eomt.data.toy_streets import toy_streets
 from eomt.indices import IGNORE
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from eomt.training.trunk_cache import CachedViews, TrunkCache, check_space
+from eomt.training.trunk_cache import CachedViews, TrunkCache, check_space, open_tensor
 
 LAST = {"use_lora": True, "lora_blocks": 1, "lora_dropout": 0.0, "masked_attn_enabled": False, "lr": 1e-3}
 
@@ -182,6 +184,75 @@ def test_an_interrupted_fill_leaves_nothing_behind(data, cache, tmp_path, monkey
     assert len(losses) == 8 and len(caches(tmp_path)) == 1
     assert not list((tmp_path / "cache").glob(".*/tokens"))  # of the interrupted run
     assert len(list((tmp_path / "cache").rglob("tokens"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted", "longer", "unfinished", "empty"])
+def test_a_cache_that_is_not_whole_is_said_and_filled_again(data, cache, tmp_path, caplog, damage):
+    losses, _ = fit(build(), data(), [cache])
+    (folder,) = caches(tmp_path)
+    if damage == "cut":
+        (folder / "tokens").write_bytes((folder / "tokens").read_bytes()[:100])
+    elif damage == "deleted":
+        (folder / "labels").unlink()
+    elif damage == "longer":
+        (folder / "labels").write_bytes((folder / "labels").read_bytes() + b"more")
+    else:
+        (folder / "finished.json").unlink()
+    if damage == "empty":
+        for file in folder.iterdir():
+            file.unlink()
+    again, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert torch.equal(losses, again)
+    assert f"{folder} is not whole" in caplog.text
+
+
+def test_a_whole_cache_is_not_said_to_be_broken(data, cache, tmp_path, caplog):
+    for _ in range(2):
+        fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert "is not whole" not in caplog.text
+
+
+def test_reading_a_cache_neither_creates_nor_changes_a_file(data, cache, tmp_path):
+    fit(build(), data(), [cache])
+    (folder,) = caches(tmp_path)
+    reader = copy.copy(cache.cache)
+    reader.__dict__.pop("tensors", None)
+    (folder / "labels").unlink()
+    with pytest.raises(ValueError, match="labels is missing"):
+        reader[0, 0]
+    assert not (folder / "labels").exists()
+    (folder / "tokens").write_bytes(b"short")
+    with pytest.raises(ValueError, match="tokens has 5 bytes"):
+        open_tensor(folder / "tokens", cache.cache.shapes["tokens"])
+    assert (folder / "tokens").read_bytes() == b"short"
+
+
+def test_a_fill_that_was_interrupted_midway_does_not_spoil_the_next_one_of_the_process(data, tmp_path, monkeypatch):
+    expected, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "elsewhere"))])
+    module, calls = build(), []
+    trunk = module.network.trunk
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return trunk(*arguments)
+
+    monkeypatch.setattr(module.network, "trunk", stops)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(module, data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    losses, _ = fit(build(), data(), [TrunkCache(3, str(tmp_path / "cache"))])
+    assert torch.equal(losses, expected)
+    (folder,) = caches(tmp_path)
+    assert {"tokens", "labels"} <= {file.name for file in folder.iterdir()}
+
+
+def test_a_loader_process_is_sent_the_place_of_the_views_and_not_their_content(data, cache):
+    fit(build(), data(), [cache])
+    view = cache.cache[3, 0]
+    sent = pickle.dumps(cache.cache)
+    assert len(sent) < cache.cache.bytes / 10
+    assert all(torch.equal(a, b) for a, b in zip(pickle.loads(sent)[3, 0], view, strict=True))
 
 
 def test_heads_alone_can_train_from_a_cache_too(data, cache):

@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 import shutil
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -18,12 +19,15 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eomt.files import cache_folder, replacing_folder
+from eomt.files import cache_folder, read_json, replacing_folder, restored, write_json
 from eomt.fingerprints import combine_hashes, hash_tensors
 from eomt.inference.prediction import evaluating
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 log = logging.getLogger(__name__)
+
+ITEM = {"tokens": torch.bfloat16, "labels": torch.uint8}  # files of a cache, and the type of their numbers
+FINISHED = "finished.json"  # written last: the size of each file
 
 
 class TrunkCache(lightning.Callback):
@@ -57,7 +61,10 @@ class TrunkCache(lightning.Callback):
         cache = self.cache
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f".{cache.folder.name}.lock"):  # another run may be at it: wait for its cache
-            if not cache.folder.is_dir():
+            there = restored(cache.folder).exists()
+            if lack := cache.lack():
+                if there:
+                    log.warning("trunk_cache: %s is not whole (%s): it is filled again", cache.folder, lack)
                 with replacing_folder(cache.folder) as draft:
                     cache.fill(draft, trainer, module)
         log.info(
@@ -160,14 +167,38 @@ class CachedViews(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, seed = item
         row = index * self.views + seed % self.views
-        tokens, labels = (open_tensor(self.folder / name, shape) for name, shape in self.shapes.items())
+        tokens, labels = self.tensors
         return tokens[row].clone(), labels[row].clone()
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Both files, opened when they are first read; raises as `open_tensor` does."""
+        return [open_tensor(self.folder / name, shape) for name, shape in self.shapes.items()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a loader process opens the files by itself: with the tensors it would be sent all of their content
+        return {name: value for name, value in vars(self).items() if name != "tensors"}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: ITEM[name].itemsize * torch.Size(shape).numel() for name, shape in self.shapes.items()}
 
     @property
     def bytes(self) -> int:
         """On disk."""
-        tokens, labels = (torch.Size(shape).numel() for shape in self.shapes.values())
-        return 2 * tokens + labels
+        return sum(self.sizes.values())
+
+    def lack(self) -> str | None:
+        """Says what keeps the files from being read; None: they are whole, and were finished."""
+        for name, size in self.sizes.items():
+            if lack := lack_of(self.folder / name, size):
+                return lack
+        try:
+            finished = read_json(self.folder / FINISHED)
+        except (ValueError, OSError):
+            return f"{FINISHED} is missing or damaged"
+        return None if finished == self.sizes else f"{FINISHED} tells other sizes"
 
     def fill(self, draft: Path, trainer: lightning.Trainer, module: MaskClassificationSemantic) -> None:
         """Runs the frozen blocks over all views, and writes what they give to an empty folder.
@@ -185,7 +216,7 @@ class CachedViews(Dataset):
             num_workers=trainer.datamodule.num_workers,
             generator=torch.Generator(),
         )
-        files = [open_tensor(draft / name, shape) for name, shape in self.shapes.items()]
+        files = [create_tensor(draft / name, shape) for name, shape in self.shapes.items()]
         done = 0
         with evaluating(module.network), torch.no_grad(), trainer.precision_plugin.forward_context():
             for images, labels in track(loader, "Frozen blocks", transient=True):
@@ -193,10 +224,32 @@ class CachedViews(Dataset):
                 for file, batch in zip(files, (tokens, labels), strict=True):
                     file[done : done + len(batch)] = batch.to("cpu", file.dtype)
                 done += len(images)
+        if done != rows:
+            raise ValueError(f"trunk_cache: {done} of {rows} views were computed; look at the data set's length")
+        write_json(draft / FINISHED, self.sizes)
 
 
-@lru_cache(maxsize=8)
 def open_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A file on disk as a tensor: `tokens` in bf16, `labels` in uint8. Files larger than memory can be opened."""
-    dtype = torch.bfloat16 if path.name == "tokens" else torch.uint8
-    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+    """A file on disk as a tensor to read from, also where it is larger than memory; nothing is created or changed.
+
+    Raises:
+        ValueError: the file is missing, or of another size.
+    """
+    size = torch.Size(shape).numel()
+    if lack := lack_of(path, ITEM[path.name].itemsize * size):
+        raise ValueError(f"trunk_cache: {path.parent}: {lack}; start the run again, which fills the cache anew")
+    return torch.from_file(str(path), shared=False, size=size, dtype=ITEM[path.name]).view(shape)
+
+
+def create_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A new file of zeros, as a tensor that is written to disk."""
+    path.touch(exist_ok=False)
+    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=ITEM[path.name]).view(shape)
+
+
+def lack_of(path: Path, size: int) -> str | None:
+    """Says what is wrong with a file that should have so many bytes; None: nothing."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    there = path.stat().st_size
+    return None if there == size else f"{path.name} has {there:,} bytes, not {size:,}"
