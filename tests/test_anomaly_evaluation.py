@@ -120,6 +120,35 @@ def test_the_network_runs_once_an_image_whatever_is_asked_and_never_again(module
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{frame}.safetensors" for frame in toys.frames]
 
 
+@pytest.mark.parametrize("damage", [b"", b"x" * 100, "half"])
+def test_a_cached_file_that_is_damaged_is_computed_again(module, toys, cache, tmp_path, damage):
+    own = LogitCache(tmp_path)
+    frame, read = readers(toys)[0]
+    whole = cache.file(frame).read_bytes()
+    own.file(frame).write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
+    own.fill(module.network, [(frame, read)])
+    assert torch.equal(own.read(frame).mask_logits, cache.read(frame).mask_logits)
+
+
+def test_cached_logits_that_are_gone_or_damaged_when_they_are_read_are_one_sentence(cache, tmp_path):
+    own = LogitCache(tmp_path)
+    own.file("a").write_bytes(b"x" * 100)
+    for frame in ("a", "b"):
+        with pytest.raises(ValueError, match=rf"{frame}\.safetensors .*; score again"):
+            own.read(frame)
+
+
+@pytest.mark.parametrize("part", ["images", "labels_masks"])
+def test_drawn_anomalies_of_which_a_file_is_gone_or_empty_are_drawn_again(tmp_path, part):
+    folder = write_toy_anomalies(str(tmp_path), 3, (64, 128))
+    files = sorted((folder / part).iterdir())
+    whole = [file.read_bytes() for file in files]
+    files[0].unlink()
+    files[1].write_bytes(b"")
+    assert write_toy_anomalies(str(tmp_path), 3, (64, 128)) == folder
+    assert [file.read_bytes() for file in files] == whole
+
+
 def test_logits_that_float16_cannot_hold_are_refused(tmp_path, module, toys):
     with torch.no_grad():
         (logits,) = window_logits(module.network, [toys.image(0)])

@@ -1,3 +1,4 @@
+import os
 import pickle
 from zipfile import ZipFile
 
@@ -87,6 +88,24 @@ def test_a_zip_gives_the_same_pixels_as_files(tmp_path, sample):
     plain = SegmentationDataset([sample], CLASSES, DECODER)
     packed = SegmentationDataset([zipped(sample, tmp_path / "a.zip")], CLASSES, DECODER)
     assert all(torch.equal(a, b) for a, b in zip(plain[0], packed[0], strict=True))
+
+
+def test_an_archive_that_was_replaced_is_opened_anew(tmp_path, sample):
+    for value in (7, 26):
+        Image.fromarray(np.full((2, 3), value, np.uint8)).save(sample.label.path)
+        zipped(sample, tmp_path / "new.zip")
+        os.replace(tmp_path / "new.zip", tmp_path / "a.zip")
+        label = Source(str(tmp_path / "a.zip"), "label.png")
+        dataset = SegmentationDataset([Sample("a", label, label)], CLASSES, DECODER)
+        assert dataset.labels(0).unique().tolist() == [DECODER.table[value]]
+
+
+def test_a_picture_that_left_its_archive_is_named(tmp_path, sample):
+    packed = zipped(sample, tmp_path / "a.zip")
+    with ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("label.png", b"")
+    with pytest.raises(ValueError, match=r"a\.zip has no image\.png"):
+        SegmentationDataset([packed], CLASSES, DECODER).image(0)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

@@ -48,6 +48,20 @@ def test_the_same_settings_write_the_same_bytes(tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut", "another"])
+def test_drawn_streets_of_which_an_archive_is_not_whole_are_drawn_again(tmp_path, damage):
+    whole = images(draw(tmp_path))
+    path = zips(tmp_path)[1]
+    if damage == "another":  # fewer pictures, in an archive that is whole itself
+        with ZipFile(path, "w") as archive:
+            archive.writestr("leftImg8bit/train/toyville/a.png", b"")
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    if damage == "gone":
+        path.unlink()
+    assert all(torch.equal(a, b) for a, b in zip(images(draw(tmp_path)), whole, strict=True))
+
+
 def test_seeds_and_domains_and_splits_show_different_scenes(tmp_path):
     sets = [
         draw(tmp_path).train_set,

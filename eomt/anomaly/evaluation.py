@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class LogitCache:
         device: str = "cpu",
         precision: str = "32-true",
     ) -> None:
-        """Runs the network once over each image that is not there yet.
+        """Runs the network once over each image whose logits are not there yet, or are damaged.
 
         Args:
             images: (frame, what reads the image uint8 [3, H, W]).
@@ -63,9 +63,17 @@ class LogitCache:
         network.to(device)
         with evaluating(network), torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
             for frame, read in images:
-                if not self.file(frame).is_file():
+                if not self.is_whole(frame):
                     (logits,) = window_logits(network, [read()])
                     self.write(frame, logits)
+
+    def is_whole(self, frame: str) -> bool:
+        """Whether the frame's file is there and as long as its header says."""
+        try:
+            with safe_open(self.file(frame), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
 
     def write(self, frame: str, logits: WindowLogits) -> None:
         """Keeps the logits of a frame; a file is there as a whole or not at all."""
@@ -82,10 +90,17 @@ class LogitCache:
             save_file(tensors, draft, {"sizes": json.dumps(sizes)})
 
     def read(self, frame: str, device: str = "cpu") -> WindowLogits:
-        """The logits of a frame, float32."""
-        with safe_open(self.file(frame), "pt") as file:
-            sizes = json.loads(file.metadata()["sizes"])
-            masks, classes = (file.get_tensor(name).to(device).float() for name in ("masks", "classes"))
+        """The logits of a frame, float32.
+
+        Raises:
+            ValueError: the file is not there, or is damaged.
+        """
+        try:
+            with safe_open(self.file(frame), "pt") as file:
+                sizes = json.loads(file.metadata()["sizes"])
+                masks, classes = (file.get_tensor(name).to(device).float() for name in ("masks", "classes"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.file(frame)} is gone or damaged ({error}); score again") from error
         origins = [tuple(origin) for origin in sizes["origins"]]
         return WindowLogits(masks, classes, origins, tuple(sizes["window"]), tuple(sizes["image_size"]))
 

@@ -19,6 +19,7 @@ from eomt.toys.scene import draw_scene
 from eomt.toys.things import Stranger
 
 VERSION = 1  # of the drawings; part of the folder's name
+PARTS = ("images", "labels_masks")
 STREAM = 2**20  # keeps these scenes apart from those of toy streets
 TRIES = 16  # to find a place for an object
 LEAST = 0.002  # share of the image that an object must cover to be there at all
@@ -28,7 +29,7 @@ ON_ROAD = 0.8  # share of it that must hide road, and nothing else
 def write_toy_anomalies(
     root: str | None = None, number: int = 60, size: Sequence[int] = (128, 256), seed: int = 0
 ) -> Path:
-    """Draws the images and label maps, unless they are there.
+    """Draws the images and label maps, unless they are there, all of them.
 
     Args:
         root: folder to keep them in; None: `$EOMT_CACHE/toy_anomalies`, or else `~/.cache/eomt/toy_anomalies`.
@@ -44,12 +45,23 @@ def write_toy_anomalies(
     check_settings(number, size, seed)
     base = Path(root).expanduser() if root else cache_folder("toy_anomalies")
     folder = base / f"v{VERSION}_{size[0]}x{size[1]}_{number}_seed{seed}" / "toy_anomalies"
-    base.mkdir(parents=True, exist_ok=True)
-    with FileLock(base / ".lock"):
-        if not folder.is_dir():
-            with replacing_folder(folder) as draft:
-                draw(draft, number, (size[0], size[1]), seed)
+    if not is_whole(folder, number):
+        base.mkdir(parents=True, exist_ok=True)
+        with FileLock(base / ".lock"):
+            if not is_whole(folder, number):  # now that nobody else is drawing
+                with replacing_folder(folder) as draft:
+                    draw(draft, number, (size[0], size[1]), seed)
     return folder
+
+
+def is_whole(folder: Path, number: int) -> bool:
+    """Whether every picture is there; an empty file is none."""
+    files = (folder / part / file_name(index) for part in PARTS for index in range(number))
+    return all(file.is_file() and file.stat().st_size for file in files)
+
+
+def file_name(index: int) -> str:
+    return f"toy_{index:04d}.png"
 
 
 def check_settings(number: int, size: Sequence[int], seed: int) -> None:
@@ -64,7 +76,7 @@ def check_settings(number: int, size: Sequence[int], seed: int) -> None:
 
 def draw(folder: Path, number: int, size: tuple[int, int], seed: int) -> None:
     """Writes all images and label maps."""
-    for part in ("images", "labels_masks"):
+    for part in PARTS:
         (folder / part).mkdir()
     console = Console(stderr=True)
     indices = range(number)
@@ -72,8 +84,8 @@ def draw(folder: Path, number: int, size: tuple[int, int], seed: int) -> None:
         indices, "Drawing toy anomalies", console=console, transient=True, disable=not console.is_terminal
     ):
         image, ids = draw_street((seed, STREAM, index), size, with_strangers=index >= number // 8)
-        Image.fromarray(image).save(folder / "images" / f"toy_{index:04d}.png")
-        Image.fromarray(anomaly_labels(ids)).save(folder / "labels_masks" / f"toy_{index:04d}.png")
+        Image.fromarray(image).save(folder / "images" / file_name(index))
+        Image.fromarray(anomaly_labels(ids)).save(folder / "labels_masks" / file_name(index))
 
 
 def draw_street(stream: tuple[int, ...], size: tuple[int, int], with_strangers: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Places of pictures and label maps, and the decoding of label pictures: all that is known of data without torch."""
 
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,8 +34,9 @@ class LoaderOptions(TypedDict, total=False):
 
 
 @lru_cache(maxsize=8)
-def _archive_of_process(path: str, pid: int) -> ZipFile:
-    # A forked worker must not share its parent's file handle: the two would move each other's position.
+def _open_archive(path: str, state: tuple[int, ...], pid: int) -> ZipFile:
+    # A file that was replaced since is another one. A forked worker must not share its parent's file handle: the two
+    # would move each other's position.
     try:
         return ZipFile(path)
     except BadZipFile as error:
@@ -45,9 +47,10 @@ def open_archive(path: str | Path) -> ZipFile:
     """The zip at `path`, opened once per process; only its central directory is read.
 
     Raises:
-        ValueError: The file is truncated or no zip.
+        ValueError: The file is truncated or no zip. FileNotFoundError: There is none.
     """
-    return _archive_of_process(str(path), os.getpid())
+    facts = os.stat(path)
+    return _open_archive(str(path), (facts.st_ino, facts.st_size, facts.st_mtime_ns), os.getpid())
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,20 @@ class Source:
             raise ValueError(f"{self} is incomplete ({os.stat(self.path).st_size} bytes); copy or download it again.")
 
     def read(self) -> bytes:
-        """The file's bytes; raises ValueError where an archive's checksum says that they are damaged."""
+        """The file's bytes.
+
+        Raises:
+            ValueError: An archive's checksum says that they are damaged, or the archive has no such member.
+            FileNotFoundError: There is no such file.
+        """
         if self.member is None:
             return Path(self.path).read_bytes()
         try:
             return open_archive(self.path).read(self.member)
-        except BadZipFile as error:  # a wrong checksum
+        except (BadZipFile, zlib.error, EOFError) as error:  # a wrong checksum, or what cannot be unpacked
             raise ValueError(f"{self} is damaged ({error}); download the archive again.") from error
+        except KeyError as error:
+            raise ValueError(f"{self.path} has no {self.member} any more; start again, which lists it anew.") from error
 
     def identity(self) -> str:
         """Byte size, and the checksum where an archive knows it: cheap, nothing is decoded."""

@@ -5,6 +5,7 @@ reader.
 """
 
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from rich.progress import track
 from typing_extensions import Unpack
 
 from eomt.data.cityscapes import cityscapes
-from eomt.data.sources import LoaderOptions
+from eomt.data.sources import LoaderOptions, open_archive
 from eomt.files import cache_folder, new_folder
 from eomt.toys.scene import draw_scene
 
@@ -59,7 +60,7 @@ def toy_streets(
 def write_toy_streets(
     root: Path, domain: Literal["clear", "night_fog"], num_train: int, num_val: int, size: Sequence[int], data_seed: int
 ) -> Path:
-    """Draws and writes both zips, unless they are there; returns their folder."""
+    """Draws and writes both zips, unless they are there, whole; returns their folder."""
     if domain not in DOMAINS:
         raise ValueError(f"data.domain must be one of {', '.join(DOMAINS)}, got {domain!r}.")
     if num_train < 1 or num_val < 1:
@@ -70,10 +71,19 @@ def write_toy_streets(
         raise ValueError(f"data.data_seed must be 0 or more, got {data_seed}.")
     height, width = size
     folder = root / f"v{VERSION}_{domain}_{height}x{width}_{num_train}train_{num_val}val_seed{data_seed}"
-    if not folder.is_dir():
+    if not _is_whole(folder, num_train + num_val):
+        shutil.rmtree(folder, ignore_errors=True)  # what is left of one that was damaged
         with new_folder(folder) as draft:
             _write_zips(draft, domain, {"train": num_train, "val": num_val}, (height, width), data_seed)
     return folder
+
+
+def _is_whole(folder: Path, pictures: int) -> bool:
+    try:
+        archives = [open_archive(folder / f"{part}_trainvaltest.zip") for part in ("leftImg8bit", "gtFine")]
+    except (OSError, ValueError):
+        return False
+    return all(len(archive.namelist()) == pictures for archive in archives)
 
 
 def _write_zips(folder: Path, domain: str, counts: dict[str, int], size: tuple[int, int], data_seed: int) -> None:
