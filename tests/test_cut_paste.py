@@ -477,7 +477,7 @@ def test_a_palette_with_transparency_is_a_cutout_too(tmp_path):
     [
         (lambda folder: None, "has no PNG or WebP picture"),
         (lambda folder: save(folder / "a.png", "RGB"), r"a\.png has no alpha channel"),
-        (lambda folder: (folder / "a.png").write_bytes(b"half"), r"a\.png is no picture"),
+        (lambda folder: (folder / "a.png").write_bytes(b"half"), r"a\.png cannot be decoded as a picture"),
         (lambda folder: save(folder / "a.png", alpha=(0, 0, 10, 12)), r"a\.png is opaque all over"),
         (lambda folder: save(folder / "a.png", alpha=(0, 0, 0, 0)), r"a\.png is transparent all over"),
     ],

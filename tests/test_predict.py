@@ -177,7 +177,7 @@ def test_sixteen_bits_palettes_and_transparency_become_eight_bit_colours(tmp_pat
 def test_a_broken_file_is_named(tmp_path):
     path = save(draw((64, 128)), tmp_path / "half.png")
     path.write_bytes(path.read_bytes()[:150])
-    with pytest.raises(ValueError, match=r"half\.png is broken or no picture"):
+    with pytest.raises(ValueError, match=r"half\.png cannot be decoded as a picture"):
         read_image(path)
 
 
@@ -188,7 +188,7 @@ def test_a_folder_is_written_with_its_subfolders_and_a_broken_file_is_skipped(mo
     (tmp_path / "in" / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
     result = run(model, tmp_path / "in", out, "--batch-size", 3, code=1)
-    assert "broken.jpg is broken" in result.stderr and "error: 1 of 5 inputs were skipped" in result.stderr
+    assert "broken.jpg cannot be decoded" in result.stderr and "error: 1 of 5 inputs were skipped" in result.stderr
     assert "road" in result.stdout and f"4 images written to {out}" in result.stdout.replace("\n", "")
     written = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     assert written == {f"{kind}/{name}.png" for kind in ("overlay", "index", "color") for name in images} | {

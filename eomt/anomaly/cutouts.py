@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from eomt.data.pictures import decode_picture, open_picture
 from eomt.toys.objects import draw_cutout
 
 # Categories of COCO that Cityscapes has, too: an image that shows one is not used at all, for parts of it may stand
@@ -77,11 +78,8 @@ class FolderCutOuts:
         if not self.files:
             raise FileNotFoundError(f"{self.root} has no PNG or WebP picture to paste; give a folder of RGBA cut-outs")
         for path in self.files:
-            try:
-                with Image.open(path) as picture:  # reads the header; nothing is decoded
-                    has_alpha = picture.has_transparency_data
-            except OSError as error:
-                raise ValueError(f"{path} is no picture ({error}); replace or remove it") from error
+            with path.open("rb") as file:
+                has_alpha = open_picture(file, str(path)).has_transparency_data
             if not has_alpha:
                 raise ValueError(f"{path} has no alpha channel, so nothing in it is cut out; save it as RGBA")
 
@@ -93,13 +91,14 @@ class FolderCutOuts:
         return len(self.files)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        pixels = np.asarray(Image.open(self.files[index]).convert("RGBA"))
+        path = self.files[index]
+        pixels = np.asarray(decode_picture(path.read_bytes(), str(path)).convert("RGBA"))
         if pixels[..., 3].min() == 255:
             raise ValueError(
-                f"{self.files[index]} is opaque all over, so nothing in it is cut out; give it a transparent "
+                f"{path} is opaque all over, so nothing in it is cut out; give it a transparent "
                 "background, or a border of one transparent pixel if it is meant to be a rectangle"
             )
-        return trim(pixels, str(self.files[index]))
+        return trim(pixels, str(path))
 
     def name(self, index: int) -> str:
         return self.files[index].relative_to(self.root).as_posix()
@@ -160,10 +159,11 @@ class CocoCutOuts:
 
     def __getitem__(self, index: int) -> np.ndarray:
         instance = self.instances[index]
-        picture = Image.open(self.images / instance.file).convert("RGB")
+        path = self.images / instance.file
+        picture = decode_picture(path.read_bytes(), str(path)).convert("RGB")
         if picture.size != instance.size:
             raise ValueError(
-                f"{self.images / instance.file} has {picture.size} (width, height), but was annotated at "
+                f"{path} has {picture.size} (width, height), but was annotated at "
                 f"{instance.size}; use the images that belong to the annotations"
             )
         alpha = mask_of(instance.outline, picture.size).astype(np.uint8) * 255

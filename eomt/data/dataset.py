@@ -1,17 +1,15 @@
 """Pairs of images and label maps as tensors."""
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from eomt.data.labels import LabelSet
-from eomt.data.sources import LabelDecoder, Sample, Source
+from eomt.data.sources import LabelDecoder, Sample
 
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -76,7 +74,7 @@ class SegmentationDataset(Dataset):
             ValueError: it cannot be decoded, or is stored turned: its labels may have been drawn on either view.
         """
         source = self.samples[index].image
-        picture = _decode(source)
+        picture = source.decode()
         if picture.getexif().get(ORIENTATION, 1) != 1:
             raise ValueError(
                 f"{source} is stored turned (EXIF orientation {picture.getexif()[ORIENTATION]}), and its labels may "
@@ -87,7 +85,7 @@ class SegmentationDataset(Dataset):
     def labels(self, index: int) -> Tensor:
         """The label map alone, uint8 [H, W]; the image is not read."""
         source = self.samples[index].label
-        return torch.from_numpy(self.decode_labels(_decode(source), str(source)))
+        return torch.from_numpy(self.decode_labels(source.decode(), str(source)))
 
     def with_transform(self, transform: Transform | None) -> "SegmentationDataset":
         return SegmentationDataset(self.samples, self.classes, self.decode_labels, transform)
@@ -96,16 +94,6 @@ class SegmentationDataset(Dataset):
         """A sha256 of names, byte sizes and, inside zips, checksums: whether two runs saw the same files."""
         lines = sorted(f"{s.name} {s.image.identity()} {s.label.identity()}" for s in self.samples)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _decode(source: Source) -> Image.Image:
-    data = source.read()
-    try:
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError on broken PNG chunks
-        raise ValueError(f"{source} cannot be decoded as a picture ({error}); replace the file.") from error
-    return picture
 
 
 def _size(plane: Tensor) -> str:

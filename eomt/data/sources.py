@@ -14,8 +14,13 @@ from PIL import Image
 from typing_extensions import Required, TypedDict
 
 from eomt.data.labels import LabelSet
+from eomt.data.pictures import PNG_END, decode_picture
 
 UNKNOWN = 253  # in lookup tables: a value that no class lists, unless there are as many classes
+
+# by the first two bytes of PNG, JPEG, BMP, TIFF and WebP, what their files end with, as far as there is anything
+ENDINGS = {b"\x89P": PNG_END, b"\xff\xd8": b"\xff\xd9", b"BM": b"", b"II": b"", b"MM": b"", b"RI": b""}
+TAIL = 4096  # bytes in which the ending is looked for
 
 LabelDecoder = Callable[[Image.Image, str], np.ndarray]
 
@@ -64,16 +69,22 @@ class Source:
         return f"{self.path}/{self.member}" if self.member else self.path
 
     def check_complete(self) -> None:
-        """Raises ValueError for a plain file that is empty or ends before its picture does."""
+        """Raises ValueError for a plain file that is no picture, or ends before its picture does.
+
+        A picture is decoded only where its last bytes do not tell.
+        """
         if self.member is not None:
             return  # an archive knows its members' sizes
         with open(self.path, "rb") as file:
-            start = file.read(8)
-            file.seek(max(0, os.stat(self.path).st_size - 4096))
-            tail = file.read()
-        ending = {b"\x89P": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}.get(start[:2], b"")  # PNG, JPEG
-        if not start or ending not in tail:
-            raise ValueError(f"{self} is incomplete ({os.stat(self.path).st_size} bytes); copy or download it again.")
+            start = file.read(2)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            known = start in ENDINGS and ENDINGS[start] in file.read()
+        if not known:
+            self.decode()
+
+    def decode(self) -> Image.Image:
+        """The picture; raises ValueError as `decode_picture` and `read` do."""
+        return decode_picture(self.read(), str(self))
 
     def read(self) -> bytes:
         """The file's bytes.

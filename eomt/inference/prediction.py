@@ -1,6 +1,5 @@
 """From an image, wherever it comes from, to the class of each of its pixels."""
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from eomt.data.labels import LabelSet
+from eomt.data.pictures import decode_picture
 from eomt.inference.windows import classify_images
 from eomt.models.eomt import EoMT
 
@@ -71,15 +71,11 @@ def read_image(path: str | Path) -> Tensor:
     """Image uint8 [3, H, W], RGB, upright as its EXIF tag says, transparency ignored.
 
     Raises:
-        ValueError: the file is broken, no picture, or has floating-point pixels.
+        ValueError: the file is broken, no picture, too large, or has floating-point pixels.
         FileNotFoundError: there is none.
     """
-    data = Path(path).read_bytes()
-    try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"{path} is broken or no picture: replace the file") from error
-    return _to_rgb(picture, str(path))
+    picture = decode_picture(Path(path).read_bytes(), str(path))
+    return _to_rgb(ImageOps.exif_transpose(picture), str(path))
 
 
 def overlay(image: Tensor, labels: Tensor, classes: LabelSet, opacity: float = 0.5) -> Image.Image:

@@ -1,0 +1,141 @@
+"""Which picture files are read, whoever reads them, and in which words the others are refused."""
+
+import io
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eomt.anomaly.cutouts import FolderCutOuts
+from eomt.data import pictures
+from eomt.data.dataset import SegmentationDataset
+from eomt.data.labels import LabelSet
+from eomt.data.pictures import decode_picture
+from eomt.data.sources import IndexDecoder, Sample, Source
+from eomt.inference.prediction import read_image
+
+NOISE = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+PHOTO = Image.fromarray(NOISE).resize((200, 120), Image.Resampling.BICUBIC)
+JPEGS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "no subsampling": {"subsampling": 0},
+    "optimised": {"optimize": True, "quality": 40},
+}
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def encoded(kind, picture=PHOTO, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def reads(path):
+    """What each reader of pictures says of a file: None, or its error."""
+    source = Source(str(path))
+    dataset = SegmentationDataset([Sample("a", source, source)], LabelSet(("a",), ((0, 0, 0),)), IndexDecoder({}, ""))
+    for read in (source.check_complete, lambda: dataset.image(0), lambda: read_image(path)):
+        try:
+            read()
+            yield None
+        except ValueError as error:
+            yield str(error)
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_without_its_middle_is_incomplete_and_a_whole_one_is_read(options, mode):
+    whole = encoded("JPEG", PHOTO.convert(mode), **options)
+    assert decode_picture(whole, "a.jpg").size == PHOTO.size
+    half, third = len(whole) // 2, len(whole) // 3
+    for cut in (whole[:half] + whole[-2:], whole[:third] + whole[-third:], whole[:-40] + whole[-2:]):
+        with pytest.raises(ValueError, match=r"a\.jpg is incomplete .*copy or download it again"):
+            decode_picture(cut, "a.jpg")
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_a_jpeg_that_ends_in_zeros_is_incomplete(options):
+    whole = encoded("JPEG", PHOTO.resize((900, 700)), **options)
+    for end in (b"", whole[-2:]):
+        zeros = whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2 - len(end)) + end
+        with pytest.raises(ValueError, match=r"a\.jpg (is incomplete|cannot be decoded)"):
+            decode_picture(zeros, "a.jpg")
+
+
+@pytest.mark.parametrize("padding", [b"\0" * 100, b"\x12" * 4])
+def test_bytes_that_a_camera_puts_before_the_end_of_a_jpeg_do_no_harm(padding):
+    whole = encoded("JPEG")
+    assert np.array_equal(decode_picture(whole[:-2] + padding + whole[-2:], "a"), decode_picture(whole, "a"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_bytes_after_the_end_of_a_picture_do_no_harm(tmp_path, kind):
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(encoded(kind) + b"ftypmp42" + bytes(10_000))
+    assert list(reads(path)) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [lambda b: b[: len(b) // 2], lambda b: b[:-20], lambda b: b[: len(b) // 3] + b[-len(b) // 3 :], lambda b: b""],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_cut_picture_is_named_by_every_reader(tmp_path, kind, cut):
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(cut(encoded(kind)))
+    _, *errors = reads(path)
+    assert all(f"{path} is incomplete" in error or f"{path} cannot be decoded" in error for error in errors)
+    assert not any("BytesIO" in error or "object at" in error for error in errors)
+
+
+def test_a_page_of_text_is_no_picture_at_the_start_of_a_run(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"<html>please log in</html>" + PNG_END)
+    assert all(f"{path} cannot be decoded as a picture (it is none)" in error for error in reads(path))
+
+
+def test_a_picture_beyond_pillows_own_limit_is_read(monkeypatch, tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("1", (20_000, 10_000)).save(path)  # 200 megapixels
+    warnings.simplefilter("error")
+    assert decode_picture(path.read_bytes(), str(path)).size == (20_000, 10_000)
+
+
+def test_a_picture_that_is_too_large_is_refused_with_its_size_by_every_reader(monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 200 * 120 - 1)
+    path = tmp_path / "large.png"
+    PHOTO.save(path)
+    sentence = f"{path} is 200x120 pixels (width x height), more than 0.023999 million in all: cut it into tiles"
+    assert list(reads(path))[1:] == [sentence] * 2
+    with pytest.raises(ValueError, match=r"large\.png is 200x120 pixels"):
+        FolderCutOuts(str(tmp_path))
+
+
+def test_a_header_that_promises_more_than_is_read_is_refused_before_anything_is_decoded():
+    header = b"IHDR" + (10**6).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    content = b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + zlib.crc32(header).to_bytes(4, "big") + PNG_END
+    with pytest.raises(ValueError, match=r"bomb\.png is 1000000x1000000 pixels .* more than 500 million"):
+        decode_picture(content, "bomb.png")
+
+
+def test_a_broken_cut_out_is_named_when_it_is_pasted(tmp_path):
+    picture = Image.new("RGBA", (40, 40), (200, 10, 10, 0))
+    picture.paste((200, 10, 10, 255), (5, 5, 20, 20))
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded("PNG", picture)[:-40] + PNG_END)
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
+        FolderCutOuts(str(tmp_path))[0]
+
+
+def test_pixels_are_those_of_pillow(tmp_path):
+    for kind in ("PNG", "JPEG", "WEBP"):
+        content = encoded(kind)
+        plain = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert np.array_equal(decode_picture(content, "a"), plain)
+        (tmp_path / "a").write_bytes(content)
+        assert torch.equal(read_image(tmp_path / "a"), torch.from_numpy(plain).permute(2, 0, 1))
