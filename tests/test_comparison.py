@@ -427,6 +427,31 @@ def test_settings_that_make_a_run_another_experiment_are_named(tmp_path, part, s
     assert str(found).startswith(f"{aspect} differ: ")
 
 
+@pytest.mark.parametrize("aspect", ["training data", "validation data", "evaluated images"])
+def test_hashes_of_another_version_are_not_said_to_be_of_other_data(tmp_path, aspect):
+    new = "sha256:" + "b" * 64
+    evaluation = {"data": new} if aspect == "evaluated images" else {}
+    data = {"training data": {"train": new}, "validation data": {"val": new}}.get(aspect, {})
+    write_run(
+        tmp_path / "a",
+        "lora_r8",
+        0,
+        evaluation=evaluation,
+        data={"train": digest("train"), "val": digest("target")} | data,
+    )
+    write_run(tmp_path / "b", "full", 0)
+    (found,) = differences(load_runs([tmp_path]))
+    assert str(found).startswith(f"{aspect} are not known to be equal: ") and "an earlier version" in str(found)
+    assert f"sha256:{'b' * 12} in lora_r8" in str(found) and found.variants("full") == {"lora_r8"}
+
+
+def test_other_contents_are_said_to_differ(tmp_path):
+    for letter, variant in (("b", "lora_r8"), ("c", "full")):
+        write_run(tmp_path / letter, variant, data={"train": f"sha256:{letter * 64}", "val": digest("target")})
+    (found,) = differences(load_runs([tmp_path]))
+    assert str(found).startswith("training data differ: ") and "earlier version" not in str(found)
+
+
 MISSING = {
     "training data": {"data": {"val": digest("target")}},
     "validation data": {"data": {"train": digest("train")}},

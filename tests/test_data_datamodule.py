@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import TINY
 from PIL import Image
 
+from eomt.command_line import one_sentence
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
@@ -15,6 +17,14 @@ from eomt.data.sampler import SeededSampler
 from eomt.data.sources import IndexDecoder, LoaderOptions, Sample, Source
 from eomt.data.statistics import ClassCounts, class_weights, count_classes
 from eomt.indices import IGNORE
+from eomt.reporting.run_report import data_facts, print_start
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EOMT_CACHE", str(tmp_path / "cache"))
+
 
 CLASSES = LabelSet(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
 DECODER = IndexDecoder({0: 0, 1: 1, 2: 2, 255: IGNORE}, "mend it")
@@ -201,6 +211,70 @@ def test_counts_are_those_of_all_labels(make_set, workers):
     assert counts.pixels.tolist() == [14 * (30 + 31 + 32), 5 * (30 + 31 + 32), 0]
     assert counts.images.tolist() == [3, 3, 0]
     assert counts.num_images == 3
+
+
+def break_picture(dataset, index):
+    path = Path(dataset.samples[index].image.path)
+    path.write_bytes(path.read_bytes()[:-30])
+    return path
+
+
+@pytest.mark.parametrize("index", [0, 4, 8])
+def test_files_of_a_sample_are_looked_at_before_a_run_and_it_is_said_of_how_many(make_set, monkeypatch, caplog, index):
+    monkeypatch.setattr("eomt.data.datamodule.LOOKED_AT", 3)
+    monkeypatch.setattr("eomt.data.datamodule.READ", 0)
+    caplog.set_level("INFO")
+    data = module(make_set(9), make_set(2))
+    data.check_files()
+    assert "looked at the files of 5 of 11 images; the others are checked as they are read" in caplog.text
+    path = break_picture(data.train_set, index)
+    with pytest.raises(ValueError, match=f"{path} "):
+        data.check_files()
+
+
+def test_nothing_is_said_where_all_files_were_looked_at(make_set, caplog):
+    caplog.set_level("INFO")
+    module(make_set(3), make_set(1)).check_files()
+    assert "looked at" not in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train_set", "val_set"])
+def test_some_images_are_read_with_their_labels_before_a_run(make_set, split):
+    data = module(make_set(9), make_set(9))
+    Image.new("L", (5, 5)).save(getattr(data, split).samples[8].label.path)
+    with pytest.raises(ValueError, match=r"one size: .*8\.png"):
+        data.check_files()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_that_was_not_looked_at_is_one_sentence_when_it_is_read(make_set, monkeypatch, workers):
+    monkeypatch.setattr("eomt.data.datamodule.LOOKED_AT", 1)
+    monkeypatch.setattr("eomt.data.datamodule.READ", 1)
+    data = module(make_set(4), make_set(1), num_workers=workers)
+    path = break_picture(data.train_set, 2)
+    data.check_files()
+    with pytest.raises(ValueError) as caught:
+        list(data.train_dataloader())
+    sentence = one_sentence(caught.value)
+    assert sentence.startswith(f"{path} cannot be decoded") and "Traceback" not in sentence
+
+
+def test_the_start_of_a_run_hashes_nothing(make_set, monkeypatch):
+    monkeypatch.setattr("eomt.data.identity._sha256", lambda path: pytest.fail(f"{path} was read"))
+    data = module(make_set(3), make_set(1))
+    data.check_files()
+    print_start(MaskClassificationSemantic(**TINY | {"num_classes": 3}), data)
+
+
+def test_a_run_that_did_not_end_well_reads_nothing_for_its_summary_and_none_is_lost_for_a_file_that_is_gone(
+    make_set, caplog
+):
+    data = module(make_set(3), make_set(1))
+    facts = data_facts(data, RuntimeError())
+    assert facts == {"train": None, "train_images": 3, "val": None, "val_images": 1}
+    assert data_facts(data, None)["train"].startswith("sha256:")
+    Path(data.val_set.samples[0].label.path).unlink()
+    assert data_facts(data, None) == {"train_images": 3, "val_images": 1} and "is not known" in caplog.text
 
 
 def test_the_fingerprint_tells_splits_and_sizes(make_set):

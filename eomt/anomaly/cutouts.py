@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from eomt.data.identity import file_hashes
 from eomt.data.pictures import decode_picture, open_picture
 from eomt.toys.objects import draw_cutout
 
@@ -84,7 +85,7 @@ class FolderCutOuts:
                 raise ValueError(f"{path} has no alpha channel, so nothing in it is cut out; save it as RGBA")
 
     def __repr__(self) -> str:
-        content = "\n".join(f"{self.name(k)} {path.stat().st_size}" for k, path in enumerate(self.files))
+        content = "\n".join(f"{self.name(k)} {found}" for k, found in enumerate(file_hashes(self.files)))
         return f"FolderCutOuts({str(self.root)!r}, {len(self)} pictures {digest(content.encode())})"
 
     def __len__(self) -> int:
@@ -143,16 +144,17 @@ class CocoCutOuts:
             raise ValueError(f"{path} is no file of COCO annotations: {error!r}") from error
         except ValueError as error:  # of JSON, or of clean_instances
             raise ValueError(f"{path}: {error}") from error
-        files = sorted({instance.file for instance in self.instances})
-        if missing := [file for file in files if not (self.images / file).is_file()]:
+        self.files = sorted({instance.file for instance in self.instances})
+        if missing := [file for file in self.files if not (self.images / file).is_file()]:
             raise FileNotFoundError(
-                f"{len(missing)} of {len(files)} images are not in {self.images}, the first is {missing[0]}; "
+                f"{len(missing)} of {len(self.files)} images are not in {self.images}, the first is {missing[0]}; "
                 "data.cut_paste.cutouts.images is the folder that belongs to the annotations"
             )
         self.origin = f"{path.name} {digest(data)}, exclude={list(exclude)}, min_area={min_area:g}"
 
     def __repr__(self) -> str:
-        return f"CocoCutOuts({self.origin}, {len(self)} instances)"
+        content = digest("\n".join(file_hashes(self.images / file for file in self.files)).encode())
+        return f"CocoCutOuts({self.origin}, {len(self)} instances in images {content})"
 
     def __len__(self) -> int:
         return len(self.instances)

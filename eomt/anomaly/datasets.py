@@ -1,6 +1,5 @@
 """Images of anomaly benchmarks with maps that say which pixels show something unknown."""
 
-import hashlib
 from pathlib import Path
 
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch.utils.data import Dataset
 
 from eomt.anomaly.benchmarks import find_benchmark, find_folder
 from eomt.data.dataset import SegmentationDataset
+from eomt.data.identity import fingerprint
 from eomt.data.labels import LabelSet
 from eomt.data.sources import IndexDecoder, Sample, Source
 from eomt.files import PICTURES
@@ -84,9 +84,8 @@ class AnomalyDataset(Dataset):
                 raise ValueError(f"{self.folder}/labels_masks shows nothing {kind}: there is nothing to tell apart")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the names and sizes of all images: the same if two runs saw the same."""
-        files = [f"{sample.name} {sample.image.identity()}" for sample in self.pairs.samples]
-        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+        """Whether two runs saw the same images; see `eomt.data.identity.fingerprint`."""
+        return fingerprint([(sample.name, (sample.image,)) for sample in self.pairs.samples])
 
 
 def by_frame(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from eomt.anomaly.cut_paste import CutPaste
+from eomt.command_line import one_sentence
 from eomt.data.cityscapes import CITYSCAPES, cityscapes
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.dataset import SegmentationDataset
@@ -77,8 +78,8 @@ def write_split(writer: "Writer", items: Sequence[tuple[int, int]], num_workers:
     written = track(loader, f"Writing {writer.split}", len(items), transient=True, disable=not sys.stdout.isatty())
     try:
         return [paste for pastes in written for paste in pastes]
-    except (ValueError, OSError) as error:  # a worker's error is its traceback, whose last line is the sentence
-        raise ValueError(str(error).splitlines()[-1].removeprefix(f"{type(error).__name__}: ")) from error
+    except (ValueError, OSError) as error:  # a worker's error is its traceback
+        raise ValueError(one_sentence(error)) from error
 
 
 class Writer:

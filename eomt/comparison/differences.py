@@ -1,12 +1,15 @@
 """Finds the runs that may not stand in one table."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run
+from eomt.data.identity import OF_CONTENT
 
 UNKNOWN = "unknown"
+OTHER_KIND = f"; {OF_CONTENT} is of contents, the others are of archives' checksums or, by an earlier version, of sizes"
 PIXELS = 0.01  # relative distance that whole numbers explain, where images were resized on different processors
 
 
@@ -20,9 +23,12 @@ class Difference:
 
     def __str__(self) -> str:
         where = "" if self.seed is None else f" of seed {self.seed}"
-        verb = "differ" if len(set(self.values) - {UNKNOWN}) > 1 else "are not known to be equal"
-        return f"{self.aspect}{where} {verb}: " + "; ".join(
-            f"{v} in {run_names(runs)}" for v, runs in self.values.items()
+        kinds = Counter(value.startswith(OF_CONTENT) for value in self.values if value != UNKNOWN)
+        verb = "differ" if max(kinds.values(), default=0) > 1 else "are not known to be equal"
+        return (
+            f"{self.aspect}{where} {verb}: "
+            + "; ".join(f"{v} in {run_names(runs)}" for v, runs in self.values.items())
+            + OTHER_KIND * (len(kinds) > 1)
         )
 
     def variants(self, baseline: str) -> set[str]:
@@ -46,7 +52,9 @@ class Aspect:
 
 
 def short_hash(digest: str | None) -> str | None:
-    return digest and digest[:12]
+    """The first letters of a hash, behind what says its kind."""
+    kind, colon, digits = (digest or "").rpartition(":")
+    return digest and f"{kind}{colon}{digits[:12]}"
 
 
 def _evaluation_aspects(domain: str, prefix: str) -> list[Aspect]:

@@ -15,6 +15,7 @@ from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Variant, compare
 from eomt.comparison.table import NONE, Table, percent, table, warnings_of
 from eomt.comparison.verdicts import headline
+from eomt.data.identity import same_files
 from eomt.files import replacing_files
 
 
@@ -193,8 +194,9 @@ def kept_network(run: Run) -> str:
         return "as it was before training"
     if run.kept == "last":
         return "after the last step, not chosen by validation"
-    same = run.target.data == (run.summary.get("data") or {}).get("val")
-    return f"best of {len(run.curve) or '?'} validations on {'the evaluated' if same else 'other'} images"
+    same = same_files(run.target.data, (run.summary.get("data") or {}).get("val"))
+    images = {True: "the evaluated images", False: "other images", None: "images that may be the evaluated ones"}[same]
+    return f"best of {len(run.curve) or '?'} validations on {images}"
 
 
 def audit_words(run: Run) -> str:

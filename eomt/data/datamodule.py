@@ -1,5 +1,6 @@
 """Feeds any pair of segmentation datasets to Lightning."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose
@@ -14,10 +16,15 @@ from torchvision.transforms.v2 import Compose
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
-from eomt.data.sources import Splits
+from eomt.data.sources import Splits, spread
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.transforms import TrainTransform
 from eomt.processes import ignore_signals
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT = 3000  # images of a split whose files are looked at before a run; all of Cityscapes'
+READ = 8  # of them are decoded, with their labels
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -98,19 +105,37 @@ class SegmentationDataModule(LightningDataModule):
         return class_weights(count_classes(self.train_set, self.num_workers), self.weighting)
 
     def check_files(self) -> None:
-        """Raises ValueError naming the first picture that is half-downloaded; nothing is decoded."""
-        for sample in (*self.train_set.samples, *self.val_set.samples):
-            sample.image.check_complete()
-            sample.label.check_complete()
+        """Looks at the files of a sample of both splits, spread evenly; the others are checked as they are read.
 
-    def fingerprint(self) -> dict[str, str | int]:
-        """Hashes and sizes of both splits, and what is pasted, for a run's records."""
+        Raises:
+            ValueError: A picture is half-downloaded, does not fit its labels, or the like; it is named.
+        """
+        looked = 0
+        for dataset in (self.train_set.with_transform(None), self.val_set):
+            chosen = spread(len(dataset), LOOKED_AT)
+            for sample in (dataset.samples[index] for index in chosen):
+                sample.image.check_complete()
+                sample.label.check_complete()
+            for index in spread(len(dataset), READ):
+                dataset[index]
+            looked += len(chosen)
+        images = len(self.train_set) + len(self.val_set)
+        if looked < images and not rank_zero_only.rank:
+            log.info("looked at the files of %d of %d images; the others are checked as they are read", looked, images)
+
+    def fingerprint(self, hashing: bool = True) -> dict[str, str | int | None]:
+        """Hashes and sizes of both splits, and what is pasted, for a run's records.
+
+        With `hashing=False` no file is read: a hash that is not known yet is None.
+        """
         facts = {
-            "train": self.train_set.fingerprint(),
+            "train": self.train_set.fingerprint(hashing),
             "train_images": len(self.train_set),
-            "val": self.val_set.fingerprint(),
+            "val": self.val_set.fingerprint(hashing),
             "val_images": len(self.val_set),
         }
+        if not hashing:
+            return facts
         return facts | ({"cut_paste": str(self.cut_paste)} if self.cut_paste else {})
 
     def train_dataloader(self) -> DataLoader:

@@ -1,6 +1,5 @@
 """Pairs of images and label maps as tensors."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from eomt.data.identity import fingerprint
 from eomt.data.labels import LabelSet
 from eomt.data.sources import LabelDecoder, Sample
 
@@ -90,10 +90,9 @@ class SegmentationDataset(Dataset):
     def with_transform(self, transform: Transform | None) -> "SegmentationDataset":
         return SegmentationDataset(self.samples, self.classes, self.decode_labels, transform)
 
-    def fingerprint(self) -> str:
-        """A sha256 of names, byte sizes and, inside zips, checksums: whether two runs saw the same files."""
-        lines = sorted(f"{s.name} {s.image.identity()} {s.label.identity()}" for s in self.samples)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    def fingerprint(self, hashing: bool = True) -> str | None:
+        """Whether two runs saw the same files; see `eomt.data.identity.fingerprint`."""
+        return fingerprint([(sample.name, (sample.image, sample.label)) for sample in self.samples], hashing)
 
 
 def _size(plane: Tensor) -> str:

@@ -1,7 +1,8 @@
 """Any pair of folders: images, and masks of class ids or of RGB colours, explained by a YAML file."""
 
+import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,16 +172,16 @@ def _pairs(images: Path, masks: Path) -> list[Sample]:
             f"{len(missing)} of {len(image_of)} images in {images} have no mask, the first is {missing[0]!r}; "
             f"put a mask of that name into {masks}, or take the image away."
         )
-    return [Sample(name, Source(str(path)), Source(str(mask_of[name]))) for name, path in image_of.items()]
+    return [Sample(name, Source(path), Source(mask_of[name])) for name, path in image_of.items()]
 
 
-def _pictures(root: Path) -> dict[str, Path]:
+def _pictures(root: Path) -> dict[str, str]:
     """Every picture under root by its path there, without the extension."""
     if not root.is_dir():
         raise FileNotFoundError(f"The folder {root} is not there; check the paths in data.")
-    found: dict[str, Path] = {}
-    for path in sorted(_with_extension(root.rglob("*"))):
-        name = path.relative_to(root).with_suffix("").as_posix()
+    found: dict[str, str] = {}
+    for parts in sorted(_with_extension(root)):
+        name, path = os.path.splitext("/".join(parts))[0], os.path.join(root, *parts)
         if name in found:
             raise ValueError(f"{found[name]} and {path} differ in their extension only; keep one of them.")
         found[name] = path
@@ -189,8 +190,15 @@ def _pictures(root: Path) -> dict[str, Path]:
     return found
 
 
-def _with_extension(paths: Iterable[Path]) -> list[Path]:
-    return [path for path in paths if path.suffix.lower() in PICTURES]
+def _with_extension(root: Path) -> Iterator[tuple[str, ...]]:
+    """The pictures under root, each as the parts of its path there; raises OSError for a folder that cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(root, onerror=fail):
+        parts = Path(folder).relative_to(root).parts
+        yield from ((*parts, name) for name in names if os.path.splitext(name)[1].lower() in PICTURES)
 
 
 def _split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -58,7 +58,7 @@ def open_archive(path: str | Path) -> ZipFile:
     return _open_archive(str(path), (facts.st_ino, facts.st_size, facts.st_mtime_ns), os.getpid())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """The place of one picture's bytes: a plain file, or a member of a zip archive."""
 
@@ -102,15 +102,8 @@ class Source:
         except KeyError as error:
             raise ValueError(f"{self.path} has no {self.member} any more; start again, which lists it anew.") from error
 
-    def identity(self) -> str:
-        """Byte size, and the checksum where an archive knows it: cheap, nothing is decoded."""
-        if self.member is None:
-            return str(os.stat(self.path).st_size)
-        entry = open_archive(self.path).getinfo(self.member)
-        return f"{entry.file_size}:{entry.CRC:08x}"
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image and its label map, under a name that is unique in the dataset."""
 
@@ -178,3 +171,8 @@ class Splits(NamedTuple):
     val: Sequence[Sample]
     classes: LabelSet
     decode_labels: LabelDecoder
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Chooses up to `count` indices, evenly over the whole length."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from eomt.comparison.result_files import read_confusion, read_scores
 from eomt.cost.training_cost import build_without_weights
+from eomt.data.sources import spread
 from eomt.diagnosis.checks import Channels
 from eomt.diagnosis.inspection import BACKBONE, by_number, inspect_model, read, resample, stored_by_layer
-from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, spread, training_images
+from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, training_images
 from eomt.files import read_json, read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
 from eomt.inference.artefacts import read_lightning, set_settings

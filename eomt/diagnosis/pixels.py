@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eomt.data.sources import spread
 from eomt.toys.scene import draw_scene
 
 if TYPE_CHECKING:
@@ -32,11 +33,6 @@ def drawn_images(size: tuple[int, int], no_data: str) -> tuple[Tensor, str, floa
     scenes = [draw_scene(np.random.default_rng(seed), size, "clear")[0] for seed in range(SCENES)]
     images = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2)
     return images, f"drawn scenes (no data: {no_data})", share_clipped(images)
-
-
-def spread(length: int, count: int) -> list[int]:
-    """Chooses up to `count` indices, evenly over the whole length."""
-    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 def share_clipped(images: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Reports what is in a data set: counts, sizes, class shares, broken files, and pictures."""
 
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,11 @@ def examine(split: str, dataset: SegmentationDataset, num_workers: int) -> dict[
     ignored = sum(int(histogram[IGNORE]) for histogram in histograms)
     outliers = sum(int(histogram[OUTLIER]) for histogram in histograms)
     weights = {kind: class_weights(counts, kind) for kind in ("inverse", "effective_number")}
+    names = dataset.names
     sizes = [readings[index]["size"] for index in whole]
     return {
         "images": len(dataset),
-        "sizes": {size: sizes.count(size) for size in sorted(set(sizes))},
+        "sizes": dict(sorted(Counter(sizes).items())),
         "ignored_share": ignored / max(1, ignored + outliers + labelled),
         "outlier_share": outliers / max(1, ignored + outliers + labelled),
         "classes": [
@@ -77,8 +79,8 @@ def examine(split: str, dataset: SegmentationDataset, num_workers: int) -> dict[
             }
             for k, name in enumerate(dataset.classes.names)
         ],
-        "empty": [dataset.names[i] for i in whole if not readings[i]["histogram"][: len(dataset.classes)].any()],
-        "broken": {dataset.names[i]: reading["error"] for i, reading in enumerate(readings) if reading["error"]},
+        "empty": [names[i] for i in whole if not readings[i]["histogram"][: len(dataset.classes)].any()],
+        "broken": {names[i]: reading["error"] for i, reading in enumerate(readings) if reading["error"]},
     }
 
 
@@ -158,9 +160,10 @@ def draw_grid(
     """Writes a PNG of images beside their labels, evenly spread over each split, above a legend of class names."""
     pictures = []
     for split, dataset in datasets.items():
-        whole = [i for i, name in enumerate(dataset.names) if name not in reports[split]["broken"]]
+        names = dataset.names
+        whole = [i for i, name in enumerate(names) if name not in reports[split]["broken"]]
         step = max(1, len(whole) // per_split)
-        pictures += [(f"{split}: {dataset.names[i]}", side_by_side(dataset, i)) for i in whole[::step][:per_split]]
+        pictures += [(f"{split}: {names[i]}", side_by_side(dataset, i)) for i in whole[::step][:per_split]]
     if not pictures:
         return
     height = 2 * -(-len(pictures) // 2)

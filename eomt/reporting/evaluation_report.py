@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from eomt.command_line import quiet_libraries
+from eomt.data.identity import same_files
 from eomt.files import read_json, replacing
 from eomt.inference.saved import find_artefact, read_config, run_of
 from eomt.settings.compose import check_data_for, data_for
@@ -86,8 +87,10 @@ def refuse_contradictions(hparams: Mapping[str, Any], overrides: Sequence[str]) 
 def keep_other_scores(path: Path, images: str) -> None:
     """Raises ValueError where the file holds scores on other images; OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and read_json(path).get("data") != images:
-        raise ValueError(f"{path} holds scores on other images: give another folder with --output")
+    same = same_files(read_json(path).get("data"), images) if path.is_file() else True
+    if not same:
+        what = "other images" if same is False else "images that an earlier version knew by their sizes alone"
+        raise ValueError(f"{path} holds scores on {what}: give another folder with --output")
 
 
 def print_scores(title: str, evaluation: "Evaluation") -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from eomt.command_line import one_sentence
 from eomt.cost.training_cost import Cost, training_cost
 from eomt.fingerprints import Identity, identify
 from eomt.lora.report import trainable_report
@@ -46,8 +47,7 @@ def print_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
     if rank_zero_only.rank:
         return
     title = "TRAINABLE PARAMETERS" if module.lora is None else "TRAINABLE PARAMETERS (LoRA)"
-    facts = datamodule.fingerprint()
-    logger.info("%d training images, %d validation images", facts["train_images"], facts["val_images"])
+    logger.info("%d training images, %d validation images", len(datamodule.train_set), len(datamodule.val_set))
     logger.info("%s", trainable_report(module, title) if trains else "nothing trains: the start network is evaluated")
 
 
@@ -128,7 +128,7 @@ def finish_run(
         "flops_per_step": callbacks["flops"].flops if "flops" in callbacks else None,
         "wall_seconds": callbacks["clock"].elapsed(),
         "parts": callbacks["clock"].parts,
-        "data": datamodule.fingerprint(),
+        "data": data_facts(datamodule, error) if trainer.is_global_zero else None,
         "batches": batches and batches.exact,
         "batch_contents": batches and batches.as_dict(),
         "start_fingerprint": start.weights.exact,
@@ -144,6 +144,15 @@ def finish_run(
     return summary
 
 
+def data_facts(datamodule: LightningDataModule, error: BaseException | None) -> dict[str, Any]:
+    """Fingerprints of the data; of a run that did not end well only those that are known without reading all of it."""
+    try:
+        return datamodule.fingerprint(hashing=error is None)
+    except (KeyboardInterrupt, OSError, ValueError) as problem:  # the summary of a trained run is not lost for this
+        logger.warning("the data's fingerprint is not known: %s: %s", type(problem).__name__, problem)
+        return {"train_images": len(datamodule.train_set), "val_images": len(datamodule.val_set)}
+
+
 def memory_of(cost: Cost) -> dict[str, int]:
     """Estimated bytes: the most at once, and what they are."""
     parts = ("weights", "gradients", "optimizer", "activations")
@@ -155,7 +164,7 @@ def status_of(error: BaseException | None) -> str:
         return "finished"
     if isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit)):  # Lightning turns Ctrl-C into the last
         return "interrupted"
-    return f"failed: {error}"
+    return f"failed: {one_sentence(error)}"
 
 
 def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
