@@ -102,3 +102,9 @@ def test_the_real_dusk_sequence_splits_into_37_and_25_frames():
     data = read(REAL, sequences=["0001TP"], val_share=0.4)
     assert (len(data.train_set), len(data.val_set)) == (37, 25)
     assert max(data.train_set.names) < min(data.val_set.names)
+
+
+def test_two_images_of_one_name_are_named(root):
+    (root / "train" / "day_train000.png").write_bytes((root / "train" / "day_train000.jpg").read_bytes())
+    with pytest.raises(ValueError, match=r"day_train000\.jpg and day_train000\.png are two images of one name"):
+        read(root)

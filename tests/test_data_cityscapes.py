@@ -183,3 +183,14 @@ def test_an_empty_folder_does_not_hide_the_zip(tmp_path):
     folder = write_toy_streets(tmp_path / "toy", "clear", 3, 2, (32, 64), 0)
     (folder / "gtFine").mkdir()
     assert cityscapes(str(folder), img_size=[32, 32], batch_size=1, num_workers=0).num_classes == 19
+
+
+def test_cities_that_are_links_are_read_in_the_order_of_their_paths(tmp_path):
+    folder = write_toy_streets(tmp_path / "toy", "clear", 3, 2, (32, 64), 0)
+    for part in ("leftImg8bit", "gtFine"):
+        ZipFile(folder / f"{part}_trainvaltest.zip").extractall(tmp_path / "root")
+        train = tmp_path / "root" / part / "train"
+        (train / "toyville").rename(tmp_path / part)
+        (train / "toyville").symlink_to(tmp_path / part)
+    names = cityscapes(str(tmp_path / "root"), img_size=[32, 32], batch_size=1, num_workers=0).train_set.names
+    assert names == [f"toyville_{k:06d}_000019" for k in range(3)]

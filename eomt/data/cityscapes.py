@@ -1,6 +1,8 @@
 """Cityscapes: 19 classes of European streets (Cordts et al., CVPR 2016), from its zips or extracted folders."""
 
+import os
 from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +76,7 @@ def splits(root: str) -> Splits:
     pairs = {split: _images_and_stems(images, split, root) for split in ("train", "val")}
     kind = _choose_kind([stem for stems in pairs.values() for stem in stems], labels, root)
     train, val = (
-        [Sample(Path(stem).name, image, labels[f"{stem}_gtFine_{kind}.png"]) for stem, image in stems.items()]
+        [Sample(stem.rpartition("/")[2], image, labels[f"{stem}_gtFine_{kind}.png"]) for stem, image in stems.items()]
         for stems in pairs.values()
     )
     return Splits(train, val, CITYSCAPES, _DECODERS[kind])
@@ -83,8 +85,9 @@ def splits(root: str) -> Splits:
 def find_pictures(root: Path, part: str) -> dict[str, Source]:
     """Finds every PNG of `part` (leftImg8bit or gtFine), by its path inside that part: `train/CITY/NAME.png`."""
     folder, archive = root / part, root / f"{part}_trainvaltest.zip"
-    if extracted := sorted(folder.glob("*/*/*.png")):
-        return {path.relative_to(folder).as_posix(): Source(str(path)) for path in extracted}
+    if extracted := glob("*/*/*.png", root_dir=folder):
+        names = sorted((name.replace(os.sep, "/") for name in extracted), key=lambda name: name.split("/"))
+        return {name: Source(f"{folder}/{name}") for name in names}
     if archive.is_file():
         members = sorted(name for name in open_archive(archive).namelist() if name.endswith(".png"))
         return {name.removeprefix(f"{part}/"): Source(str(archive), name) for name in members}
