@@ -120,7 +120,7 @@ def test_the_network_runs_once_an_image_whatever_is_asked_and_never_again(module
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{frame}.safetensors" for frame in toys.frames]
 
 
-@pytest.mark.parametrize("damage", [b"", b"x" * 100, "half"])
+@pytest.mark.parametrize("damage", [b"", b"x" * 100, "half", b"\x02" + bytes(7) + b"{}"])
 def test_a_cached_file_that_is_damaged_is_computed_again(module, toys, cache, tmp_path, damage):
     own = LogitCache(tmp_path)
     frame, read = readers(toys)[0]

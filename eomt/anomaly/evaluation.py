@@ -70,8 +70,8 @@ class LogitCache:
     def is_whole(self, frame: str) -> bool:
         """Whether the frame's file is there and as long as its header says."""
         try:
-            with safe_open(self.file(frame), "pt"):
-                return True
+            with safe_open(self.file(frame), "pt") as file:
+                return "sizes" in (file.metadata() or {})
         except (OSError, SafetensorError):
             return False
 
@@ -99,7 +99,7 @@ class LogitCache:
             with safe_open(self.file(frame), "pt") as file:
                 sizes = json.loads(file.metadata()["sizes"])
                 masks, classes = (file.get_tensor(name).to(device).float() for name in ("masks", "classes"))
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.file(frame)} is gone or damaged ({error}); score again") from error
         origins = [tuple(origin) for origin in sizes["origins"]]
         return WindowLogits(masks, classes, origins, tuple(sizes["window"]), tuple(sizes["image_size"]))
