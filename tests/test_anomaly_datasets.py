@@ -206,3 +206,13 @@ def test_toy_anomalies_are_drawn_once_and_the_same_everywhere(toys, tmp_path):
 def test_impossible_toy_settings_are_refused(tmp_path, settings):
     with pytest.raises(ValueError, match=f"data.{next(iter(settings))}="):
         write_toy_anomalies(str(tmp_path), **settings)
+
+
+def test_other_labels_are_other_data_of_the_same_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("EOMT_CACHE", str(tmp_path / "cache"))
+    found = []
+    for there in (1, 0):
+        write(tmp_path / "fs_static", {"0.png": (8, 12), "1.png": (8, 12)}, {"0.png": values((8, 12), there)})
+        data = AnomalyDataset(tmp_path, "fs_static")
+        found.append((data.fingerprint(), data.fingerprint(labels=False)))
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]

@@ -83,9 +83,15 @@ class AnomalyDataset(Dataset):
             if value not in kinds:
                 raise ValueError(f"{self.folder}/labels_masks shows nothing {kind}: there is nothing to tell apart")
 
-    def fingerprint(self) -> str:
-        """Whether two runs saw the same images; see `eomt.data.identity.fingerprint`."""
-        return fingerprint([(sample.name, (sample.image,)) for sample in self.pairs.samples])
+    def fingerprint(self, labels: bool = True) -> str:
+        """Whether two runs saw the same images and labels, or images alone; see `eomt.data.identity.fingerprint`."""
+        labelled = len(self) if labels else 0
+        return fingerprint(
+            [
+                (sample.name, (sample.image, sample.label) if index < labelled else (sample.image,))
+                for index, sample in enumerate(self.pairs.samples)
+            ]
+        )
 
 
 def by_frame(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:

@@ -125,7 +125,7 @@ def known_precision(trained: str | None) -> str:
 def identity(module: MaskClassificationSemantic, dataset: AnomalyDataset, precision: str) -> str:
     """Returns a folder's name for the logits of these weights, adapters among them, on these images."""
     weights = combine_hashes(hash_tensors(module.network.state_dict()))
-    facts = [weights, dict(module.hparams), dataset.fingerprint(), precision]
+    facts = [weights, dict(module.hparams), dataset.fingerprint(labels=False), precision]
     return f"{dataset.name}_{hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:12]}"
 
 
