@@ -148,7 +148,7 @@ def data_facts(datamodule: LightningDataModule, error: BaseException | None) -> 
     """Fingerprints of the data; of a run that did not end well only those that are known without reading all of it."""
     try:
         return datamodule.fingerprint(hashing=error is None)
-    except (KeyboardInterrupt, OSError, ValueError) as problem:  # the summary of a trained run is not lost for this
+    except (Interrupted, KeyboardInterrupt, OSError, ValueError) as problem:  # the summary of a trained run is not lost for this
         logger.warning("the data's fingerprint is not known: %s: %s", type(problem).__name__, problem)
         return {"train_images": len(datamodule.train_set), "val_images": len(datamodule.val_set)}
 
