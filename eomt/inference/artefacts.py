@@ -29,6 +29,7 @@ from eomt.lora.files import BASE
 from eomt.lora.merging import merge
 from eomt.lora.methods import find_method
 from eomt.models.checkpoint import load_checkpoint
+from eomt.models.finite import check_finite
 from eomt.settings.model import completed
 from lora_config import listed
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 BACKBONE = "network.encoder.backbone."
 # What rebuilding is not about.
 ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_dtype": "float32"}
+EARLIER = "take an earlier one"  # instead of weights that are not finite
 # what adapters of one network share
 ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size", "lora_method")
 
@@ -82,9 +84,10 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
     several adapters, the one in use is saved.
 
     Raises:
-        ValueError: the base is in use, not an adapter.
+        ValueError: the base is in use, not an adapter, or weights are not finite.
     """
     state = {key: value.contiguous().cpu() for key, value in module.state_dict().items()}
+    check_finite(state, "the network", "nothing was saved; lower model.lr")
     metadata = {"img_size": json.dumps(list(module.hparams.img_size))}
     init = dict(module.hparams)
     if init["ckpt_path"]:
@@ -119,12 +122,17 @@ def precision(module: Module) -> str | None:
 def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None = None) -> Module:
     """Restores a trained network, bit for bit, in evaluation mode; see `MaskClassificationSemantic.from_pretrained`."""
     path = find_artefact(path)
-    if path.is_file():
-        return open_checkpoint(cls, path, ckpt_path)
+    module = open_checkpoint(cls, path, ckpt_path) if path.is_file() else open_folder(cls, path, ckpt_path)
+    check_finite(module.state_dict(), str(path), EARLIER)
+    return module
+
+
+def open_folder(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
+    """A folder that `save_pretrained` wrote."""
     config = read_config(path)
     config["init"] = completed(config["init"], cls.settings_type)
-    open_folder = open_adapter if config["init"]["use_lora"] else open_model
-    module = open_folder(cls, path, config, ckpt_path)
+    open_kind = open_adapter if config["init"]["use_lora"] else open_model
+    module = open_kind(cls, path, config, ckpt_path)
     module.trained_precision = config.get("precision")
     return module.eval()
 
@@ -311,6 +319,8 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
     heads = load_file(directory / HEADS_FILE)
     if wrong := head_keys(module) ^ heads.keys():
         raise ValueError(f"{directory / HEADS_FILE} does not fit this network: {listed(wrong)}")
+    adapter = directory / lora_files.WEIGHTS_FILE
+    check_finite(heads | (load_file(adapter) if adapter.is_file() else {}), str(directory), EARLIER)
     lora_files.add_adapter(module.lora, directory, name)
     module.adapters[name] = Adapter(heads, config["init"])
 

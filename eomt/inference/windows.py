@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from eomt.models.eomt import EoMT
+from eomt.models.finite import first_not_finite
 
 STRIP_CELLS = 2**22  # queries x pixels that are scored at a time: 16 MiB in float32
 
@@ -158,12 +159,20 @@ def window_logits(network: EoMT, images: Sequence[Tensor]) -> list[WindowLogits]
 
     Args:
         images: at least one, uint8 [3, H, W], each of its own size, on any device.
+
+    Raises:
+        ValueError: they are not finite, so that any class would do.
     """
     window, device = network.encoder.img_size, network.q.weight.device
     windows, origins = zip(*(to_windows(image, window) for image in images), strict=True)
     counts = [len(of_image) for of_image in windows]
     with network.deployed():
         (mask_logits,), (class_logits,) = network(torch.cat(windows).to(device) / 255)
+    if first_not_finite({"masks": mask_logits, "classes": class_logits}):
+        raise ValueError(
+            "the network's outputs are not finite (NaN or infinity): its weights have grown out of range, or it needs "
+            "a precision of more range; take an earlier network, or precision 32-true"
+        )
     parts = zip(mask_logits.float().split(counts), class_logits.float().split(counts), origins, images, strict=True)
     return [
         WindowLogits(masks, classes, of_image, window, tuple(image.shape[-2:]))
