@@ -108,9 +108,25 @@ def test_a_label_that_would_collide_with_no_object_is_refused(labels):
         classes_present(classes_seen(labels), 4)
 
 
-def test_a_diverged_network_is_named_as_such():
-    with pytest.raises(ValueError, match="diverged"):
-        match(torch.full((1, 1, 3, 2), torch.nan), torch.ones(1, 2, dtype=torch.bool))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_costs_that_are_not_finite_match_somehow_and_are_said_to_be(value):
+    cost, present = torch.ones(1, 1, 3, 2), torch.ones(1, 2, dtype=torch.bool)
+    assert match(cost, present).finite
+    cost[0, 0, 0, 1] = value
+    matches = match(cost, present)
+    assert not matches.finite and matches.classes.flatten().sort().values.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("part", ["mask", "class"])
+def test_logits_that_are_not_finite_give_no_finite_loss_even_where_no_term_looks_at_them(labels, part):
+    mask_logits, class_logits = torch.randn(len(labels), 6, 8, 8), torch.zeros(len(labels), 6, 5)
+    loss = MaskClassificationLoss(4, num_points=50)
+    assert sum(loss([prediction(mask_logits, class_logits)], labels).values()).isfinite() and loss.finite_logits
+    spoilt = mask_logits if part == "mask" else class_logits
+    spoilt[0, 0, 0] = torch.nan
+    class_logits[0, 0, 4] = 50  # a query that no class would take
+    assert sum(loss([prediction(mask_logits, class_logits)], labels).values()).isnan() and not loss.finite_logits
+    assert loss.match([prediction(mask_logits, class_logits)], labels).classes.max() == 3
 
 
 def test_fewer_queries_than_classes_match_the_cheapest():

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -141,16 +142,25 @@ class SegmentationDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches: the same for a seed, whatever is trained on them and from wherever resumed."""
         self._check_batch(self._world_size)
-        sampler = SeededSampler(self.train_set, torch.initial_seed(), self._world_size, self._rank)
+        self.sampler = SeededSampler(self.train_set, torch.initial_seed(), self._world_size, self._rank)
         return LazyLoader(
             self._batches_done,
             self.train_set,
             batch_size=self.batch_size,
-            sampler=sampler,
+            sampler=self.sampler,
             drop_last=True,
             generator=torch.Generator(),  # so that it draws nothing from the one that training draws from
             **self._workers(),
         )
+
+    def batch_items(self, batch_idx: int) -> list[dict[str, Any]]:
+        """Name, index and augmentation seed of each image in a training batch of this epoch, in this process.
+
+        `train_set[index, seed]` is the crop that was trained on.
+        """
+        start = batch_idx * self.batch_size
+        chosen = islice(self.sampler, start, start + self.batch_size)
+        return [{"name": self.train_set.samples[i].name, "index": i, "seed": seed} for i, seed in chosen]
 
     def val_dataloader(self) -> DataLoader:
         """Whole images in order, each in exactly one process."""

@@ -114,6 +114,8 @@ def finish_run(
         "last_miou": None if last is None else last.item(),
         "steps": trainer.global_step,
         "planned_steps": module.total_steps,
+        "skipped_steps": callbacks["finite_steps"].skipped,
+        "overflows": callbacks["finite_steps"].overflows,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad and trainer.max_steps),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "artefact": folder.name,
@@ -176,6 +178,13 @@ def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
             table.add_row(name, "absent" if iou is None else f"{100 * iou:.2f}")
         console.print(table)
         print(f"mIoU {100 * summary['miou']:.2f}, the {summary['kept']} validation, at step {summary['best_step']}")
+    if summary["skipped_steps"]:
+        print(
+            f"{summary['skipped_steps']} of {summary['steps']} steps were skipped, their loss or gradients were not "
+            f"finite: {output_dir / 'failures'} has their images"
+        )
+    if summary["overflows"]:
+        print(f"{summary['overflows']} of {summary['steps']} steps overflowed in 16 bits and were left out")
     artefact = summary["artefact"] + "/"
     size = sum(n for name, n in summary["files"].items() if name.startswith(artefact))
     print(f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained")

@@ -16,7 +16,13 @@ from eomt.settings.config_check import argument_types, check_call, check_type
 from eomt.settings.model import ModelSettings
 
 MODEL = "eomt.training.mask_classification_semantic.MaskClassificationSemantic"
-PARTS = {"data": (), "model": (), "trainer": (), "callbacks": ("save_best", "audit", "clock"), "logger": ()}
+PARTS = {
+    "data": (),
+    "model": (),
+    "trainer": (),
+    "callbacks": ("save_best", "audit", "clock", "finite_steps"),
+    "logger": (),
+}
 OPTIONS = {
     "name": str,
     "variant": str | None,

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from eomt.files import new_folder, replacing_folder, restored
 from eomt.lora.audit import LoRAAudit
+from eomt.training.finite_steps import FiniteSteps
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 
@@ -24,7 +25,7 @@ class AuditLoRA(Callback):
     def on_fit_start(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         if module.lora is None:
             return
-        self.audited_step = trainer.global_step
+        self.audited_step = steps_taken(trainer)
         self.audit = LoRAAudit(
             module.network,
             module.backbone,
@@ -48,13 +49,19 @@ class AuditLoRA(Callback):
             self.audit.after_backward()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self.audit and trainer.global_step > self.audited_step:  # not after each accumulated batch
-            self.audited_step = trainer.global_step
-            self.audit.after_step(trainer.global_step)
+        if self.audit and (step := steps_taken(trainer)) > self.audited_step:  # not after each accumulated batch
+            self.audited_step = step
+            self.audit.after_step(step)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.audit:
             self.audit.at_end()
+
+
+def steps_taken(trainer: Trainer) -> int:
+    """Optimiser steps so far, without those that were skipped."""
+    finite = next((callback for callback in trainer.callbacks if isinstance(callback, FiniteSteps)), None)
+    return finite.steps_taken(trainer) if finite else trainer.global_step
 
 
 class SaveBest(Callback):

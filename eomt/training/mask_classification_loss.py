@@ -131,10 +131,12 @@ class Matches(NamedTuple):
     """Pairs of a query and the class that it learns: up to M for each of L predictions of B images.
 
     queries, classes: int64 [L, B, M]; in unused places the class is -1.
+    finite: whether all costs were numbers; otherwise the pairs mean little.
     """
 
     queries: Tensor
     classes: Tensor
+    finite: bool = True
 
     def class_targets(self, num_q: int, no_object: int) -> Tensor:
         """Returns the class for each query to predict, int64 [L, B, Q]; without a match the index of "no object"."""
@@ -149,10 +151,11 @@ def match(cost: Tensor, present: Tensor) -> Matches:
     Args:
         cost: [L, B, Q, K], on the CPU. present: bool [B, K].
     """
-    if not cost.isfinite().all():
-        raise ValueError("the matching cost is not finite: training has diverged; lower lr or use precision=32-true")
+    finite = bool(cost.isfinite().all())
+    if not finite:  # other processes wait for this one: it goes on, and the loss will say it
+        cost = cost.nan_to_num(posinf=0, neginf=0)
     shape = (*cost.shape[:2], min(cost.shape[2], int(present.sum(1).max())))
-    matches = Matches(torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1))
+    matches = Matches(torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1), finite)
     for i, b in product(*map(range, cost.shape[:2])):
         classes = present[b].nonzero().flatten()
         query, column = linear_sum_assignment(cost[i, b][:, classes])
@@ -263,11 +266,12 @@ class MaskClassificationLoss(nn.Module):
         self.num_uncertain = int(num_points * importance_sample_ratio)
         self.coefficients = (mask_coefficient, dice_coefficient, class_coefficient)
         self.scale, self.margin, self.outliers = scale, margin, outliers
+        self.finite_logits = True  # of the last batch
         weight = torch.tensor([*(class_weights or [1.0] * num_classes), no_object_coefficient])
         self.register_buffer("class_weight", weight, persistent=False)
 
     def forward(self, predictions: Sequence[Prediction], labels: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of L predictions: `mask`, `dice` and `class`, each [L].
+        """The weighted terms of L predictions: `mask`, `dice` and `class`, each [L]; NaN where logits are not finite.
 
         Args:
             predictions: of the same B images.
@@ -275,7 +279,7 @@ class MaskClassificationLoss(nn.Module):
         """
         matches = self.match(predictions, labels)
         target = matches.class_targets(predictions[0].class_logits.shape[1], self.num_classes).to(labels.device)
-        queries, classes = (index.to(labels.device) for index in matches)
+        queries, classes = (index.to(labels.device) for index in matches[:2])
         masks = torch.stack([p.masks_of(chosen) for p, chosen in zip(predictions, queries, strict=True)], 1)
         class_logits = torch.stack([p.class_logits for p in predictions])
         with torch.autocast(labels.device.type, enabled=False):
@@ -283,6 +287,9 @@ class MaskClassificationLoss(nn.Module):
                 class_logits = add_margin(class_logits.float(), target, self.scale, self.margin)
             bce, dice = self.mask_terms(masks.float(), classes.transpose(0, 1), labels)
             entropy = class_loss(class_logits.float(), target, self.class_weight)
+        self.finite_logits = matches.finite
+        if not matches.finite:  # of a query without a class, too, whose mask no term looks at
+            entropy = entropy * torch.nan
         num_masks = mean_over_processes(int((matches.classes[0] >= 0).sum()), labels.device)
         for_mask, for_dice, for_class = self.coefficients
         return {"mask": for_mask * bce / num_masks, "dice": for_dice * dice / num_masks, "class": for_class * entropy}

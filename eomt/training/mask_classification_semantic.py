@@ -35,6 +35,7 @@ from eomt.models.checkpoint import load_checkpoint
 from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
 from eomt.training.build import build_loss, build_network, build_outlier_loss
+from eomt.training.finite_steps import check_weights
 from eomt.training.index_check import check_start
 from eomt.training.mask_classification_loss import Loss
 from eomt.training.optimizer import build_scheduler, fused_adamw
@@ -215,8 +216,9 @@ class MaskClassificationSemantic(lightning.LightningModule):
         """
         terms = self.losses(*batch)
         loss = total(terms)
+        self.terms = {name: term.detach() for name, term in terms.items()}
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"train/{name}": term[-1].detach() for name, term in terms.items()})
+        self.log_dict({f"train/{name}": term[-1] for name, term in self.terms.items()})
         return loss
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -321,6 +323,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return self.state_dict().keys() - frozen
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_weights(self)
         checkpoint["precision"] = precision(self)
         if self.lora is not None:
             keys = self.trained_keys()
