@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from eomt.command_line import (
     fail,
     find_sweep,
     help_text,
+    memory_explained,
     name_sweep,
     one_sentence,
     own_process_state,
@@ -51,8 +53,9 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
     import torch
     from hydra.utils import instantiate
 
+    from eomt.cost.memory_errors import explain_memory
     from eomt.reporting.run_report import finish_run, report_start, validate_last_step
-    from eomt.training.end_together import explain_lost_process
+    from eomt.training.end_together import lost_process_explained
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -69,11 +72,11 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
     )
     start = report_start(trainer, module, datamodule)
     try:
-        if trainer.max_steps != 0:
-            trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
-        validate_last_step(trainer, module, datamodule)
-    except RuntimeError as error:
-        raise explain_lost_process(error) or error from error
+        explain = partial(explain_memory, trainer, module, datamodule.batch_size)
+        with lost_process_explained(), memory_explained(explain):
+            if trainer.max_steps != 0:
+                trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
+            validate_last_step(trainer, module, datamodule)
     finally:  # a run that fails leaves its summary, too
         summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
     return summary
@@ -212,7 +215,8 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         output_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            train(cfg, output_dir, interruption)
+            with memory_explained():
+                train(cfg, output_dir, interruption)
         except Interrupted as stopped:
             stopped.command = command_to_continue(words, sweep or output_dir)
             raise

@@ -1,12 +1,14 @@
 """The command line of `train_with_lora.py`: the guide's flags, `--help`, and errors in one sentence."""
 
 import difflib
+import errno
 import functools
 import logging
 import os
 import re
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ class RunError(RuntimeError):
 
 
 EXPECTED_ERRORS = (ValueError, ImportError, OSError, RunError)  # of which a sentence says enough
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "CPUAllocator", "ALLOC_FAILED", "allocate shared memory")
+LOADER_ENDED = re.compile(r"DataLoader worker \(.*\) (is killed by signal: ([\w ]+)|exited unexpectedly)")
 
 # flag: how many values it takes, and the override that it stands for
 FLAGS = {
@@ -247,7 +251,8 @@ def reports_errors(code: int = 1) -> Callable:
         @functools.wraps(main)
         def reporting(*args, **kwargs) -> int:
             try:
-                return main(*args, **kwargs) or 0
+                with memory_explained():
+                    return main(*args, **kwargs) or 0
             except EXPECTED_ERRORS as error:
                 return fail(error, code)
             except KeyboardInterrupt:
@@ -257,6 +262,40 @@ def reports_errors(code: int = 1) -> Callable:
         return reporting
 
     return decorate
+
+
+@contextmanager
+def memory_explained(explain: Callable[[], str] = lambda: "take a smaller network, or a machine with more") -> Iterator:
+    """Turns an error that says in many lines that memory ran out into a RunError; `explain` says what can be done.
+
+    A loader process that the system ended is such an error, too: it is killed when it is the largest.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        what = out_of_memory(error)
+        if what is None:
+            raise
+        traceback.clear_frames(error.__traceback__)  # what they hold may be most of the memory
+        remedy = "lower data.num_workers or data.batch_size" if what.startswith("a loader") else explain()
+        raise RunError(f"{what}: {remedy}") from error
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Says what ran out of memory if the error is about that; torch need not be there."""
+    message = str(error)
+    if isinstance(error, RunError):
+        return None
+    if ended := LOADER_ENDED.search(message):
+        if "shared memory" in message:
+            return "a loader process ran out of shared memory (/dev/shm; docker run --shm-size gives more)"
+        return f"a loader process was ended by the system ({ended[2] or 'no signal'}), as it does where memory runs out"
+    known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if not known and not any(sign in message for sign in OUT_OF_MEMORY):
+        return None
+    if message.startswith("Caught "):
+        return "a loader process ran out of memory"
+    return "the GPU ran out of memory" if "CUDA" in message else "out of memory"
 
 
 def fail(error: BaseException | str, code: int) -> int:

@@ -63,7 +63,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_other_file(saved, monk
         Path(place).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="there is no room for .*: more than 0.0 MiB are needed"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="there is no room for .*: more than 0.0 MiB are needed"),
+    ):
         patch.setattr(torch, "save", half)
         CheckpointFiles().save_checkpoint({"step": 2}, saved)
     assert torch.load(saved, weights_only=True) == {"step": 1}

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from eomt.anomaly.components import Components, components, together
 from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.metrics import PixelMetrics, PixelScores
 from eomt.anomaly.scores import SCORES, Variant
+from eomt.command_line import memory_explained
 from eomt.files import replacing
-from eomt.inference.prediction import evaluating
+from eomt.inference.prediction import evaluating, need_less
 from eomt.inference.windows import WindowLogits, window_logits
 from eomt.models.eomt import EoMT
 
@@ -64,7 +66,8 @@ class LogitCache:
         with evaluating(network), torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
             for frame, read in images:
                 if not self.is_whole(frame):
-                    (logits,) = window_logits(network, [read()])
+                    with memory_explained(partial(need_less, network.encoder.img_size, precision)):
+                        (logits,) = window_logits(network, [read()])
                     self.write(frame, logits)
 
     def is_whole(self, frame: str) -> bool:

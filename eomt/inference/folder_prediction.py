@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from eomt.command_line import memory_explained
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
 from eomt.data.labels import LabelSet
 from eomt.files import replacing
 from eomt.inference.inputs import OVERLAY_VIDEO
-from eomt.inference.prediction import overlay, predict_images, read_image
+from eomt.inference.prediction import need_less, overlay, predict_images, read_image
 from eomt.inference.video import Video, frame_image, write_video
 from eomt.models.eomt import EoMT
 
@@ -68,7 +70,7 @@ class FolderPrediction:
             inputs: see `find_inputs`. source: what the user called them, for the error.
 
         Raises:
-            ValueError: nothing could be read, the batch does not fit the GPU, or a submission has other classes.
+            ValueError: nothing could be read, or a submission has other classes. RunError: memory ran out.
         """
         if SUBMISSION in self.kinds:
             _check_cityscapes(self.classes)
@@ -114,14 +116,16 @@ class FolderPrediction:
         device = self.network.q.weight.device.type
         while batch := list(islice(images, self.batch_size)):
             names, pixels = zip(*batch, strict=True)
-            try:
-                with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-                    maps = predict_images(self.network, pixels)
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"--batch-size {self.batch_size} is too much for the GPU's memory; lower it"
-                ) from error
+            explained = memory_explained(partial(self._need_less, pixels))
+            with explained, torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+                maps = predict_images(self.network, pixels)
             yield from zip(names, pixels, maps, strict=True)
+
+    def _need_less(self, images: Sequence[Tensor]) -> str:
+        """What to lower where these images take too much memory."""
+        if len(images) > 1:
+            return f"lower --batch-size, it is {self.batch_size}"
+        return need_less(self.network.encoder.img_size, "bf16-mixed" if self.autocast else "32-true")
 
     def _writer(self, is_video: bool) -> Callable[[tuple[str, Tensor, Tensor]], tuple[Image.Image | None, Tensor]]:
         """Returns a function that writes a prediction, and returns its overlay, if drawn, and pixels per class."""

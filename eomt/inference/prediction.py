@@ -44,6 +44,12 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def need_less(window: Sequence[int], precision: str) -> str:
+    """What to change where an image takes too much memory; windows are of (height, width)."""
+    change = "" if precision == "bf16-mixed" else f"take --precision bf16-mixed (now {precision}), or "
+    return f"all windows of an image, {window[0]}x{window[1]} each, are in it at once: {change}smaller images"
+
+
 def to_image(image: ImageLike) -> Tensor:
     """Image uint8 [3, H, W], RGB, 0..255: the network normalises by itself.
 

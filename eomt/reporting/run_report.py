@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from eomt.command_line import one_sentence
-from eomt.cost.training_cost import Cost, training_cost
+from eomt.cost.memory_errors import cost_of_run
+from eomt.cost.training_cost import Cost
 from eomt.fingerprints import Identity, identify
 from eomt.lora.report import trainable_report
 from eomt.processes import Interrupted
@@ -59,17 +60,10 @@ def estimate_cost(trainer: Trainer, module: MaskClassificationSemantic, batch_si
     """
     if rank_zero_only.rank or trainer.max_steps == 0:
         return None
-    cached = any(isinstance(callback, TrunkCache) for callback in trainer.callbacks)
-    depth = cached_blocks(module) if cached else 0
+    if any(isinstance(callback, TrunkCache) for callback in trainer.callbacks):
+        cached_blocks(module)
     try:
-        cost = training_cost(
-            module.hparams,
-            batch_size,
-            precision=trainer.precision,
-            accumulate=trainer.accumulate_grad_batches,
-            device=trainer.strategy.root_device.type,
-            cached_blocks=depth,
-        )
+        cost = cost_of_run(trainer, module, batch_size)
     except Exception as error:  # whatever it is, the run itself may well be right
         logger.warning("the cost of training cannot be estimated: %s: %s", type(error).__name__, error)
         return None
@@ -150,7 +144,12 @@ def data_facts(datamodule: LightningDataModule, error: BaseException | None) -> 
     """Fingerprints of the data; of a run that did not end well only those that are known without reading all of it."""
     try:
         return datamodule.fingerprint(hashing=error is None)
-    except (Interrupted, KeyboardInterrupt, OSError, ValueError) as problem:  # the summary of a trained run is not lost for this
+    except (
+        Interrupted,
+        KeyboardInterrupt,
+        OSError,
+        ValueError,
+    ) as problem:  # the summary of a trained run is not lost for this
         logger.warning("the data's fingerprint is not known: %s: %s", type(problem).__name__, problem)
         return {"train_images": len(datamodule.train_set), "val_images": len(datamodule.val_set)}
 

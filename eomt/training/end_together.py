@@ -5,7 +5,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from lightning import LightningModule, Trainer
@@ -56,7 +57,12 @@ def watch(started: Sequence[subprocess.Popen], parent: int | None) -> None:
         time.sleep(0.5)
 
 
-def explain_lost_process(error: BaseException) -> RunError | None:
-    """Returns what an error of communication means, a process that is gone; None for any other error."""
-    lost = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
-    return RunError(f"another process of this run ended: {REMEDY}") if lost else None
+@contextmanager
+def lost_process_explained() -> Iterator[None]:
+    """Turns an error of communication, which means that another process is gone, into a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
+            raise RunError(f"another process of this run ended: {REMEDY}") from error
+        raise

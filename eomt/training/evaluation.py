@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eomt.command_line import memory_explained
 from eomt.files import replacing_files, write_json
+from eomt.inference.prediction import need_less
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
 
 SCHEMA_VERSION = 1
@@ -84,7 +86,7 @@ def evaluate(
         description: what the data are, for the records.
 
     Raises:
-        ValueError: the classes differ.
+        ValueError: the classes differ, or the network's outputs are not finite. RunError: memory ran out.
     """
     classes = datamodule.classes
     if list(classes.names) != module.class_names:
@@ -104,7 +106,8 @@ def evaluate(
         enable_model_summary=False,
         enable_progress_bar=progress,
     )
-    trainer.validate(module, datamodule, verbose=False)
+    with memory_explained(lambda: need_less(module.hparams.img_size, precision)):
+        trainer.validate(module, datamodule, verbose=False)
     facts = {
         "description": description,
         "classes": list(classes.names),
