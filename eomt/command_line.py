@@ -11,7 +11,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -23,6 +23,42 @@ class RunError(RuntimeError):
 EXPECTED_ERRORS = (ValueError, ImportError, OSError, RunError)  # of which a sentence says enough
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "CPUAllocator", "ALLOC_FAILED", "allocate shared memory")
 LOADER_ENDED = re.compile(r"DataLoader worker \(.*\) (is killed by signal: ([\w ]+)|exited unexpectedly)")
+
+
+class LogFile(logging.FileHandler):
+    """The log of a run, which goes on where it cannot be written; the first time is said on the screen."""
+
+    warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.warned:
+            self.warned = True
+            print(f"warning: {self.baseFilename} cannot be written, the run goes on without: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what is left to be written
+            super().close()
+
+
+class ScreenLog(logging.StreamHandler):
+    """The same on the screen, where nobody may be left to read."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):
+            print_to_nobody()
+        elif not isinstance(error, OSError):
+            super().handleError(record)
+
+
+def print_to_nobody() -> None:
+    """Points standard output at nothing once its reader is gone: what is still printed then fails nowhere."""
+    with suppress(OSError, ValueError, AttributeError):  # where it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 # flag: how many values it takes, and the override that it stands for
 FLAGS = {

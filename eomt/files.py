@@ -4,12 +4,14 @@ import errno
 import fcntl
 import glob
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 from typing import Any
 
 import yaml
@@ -17,6 +19,7 @@ import yaml
 from eomt.command_line import one_sentence
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # endings of picture files
+logger = logging.getLogger(__name__)
 REQUIRED: Any = object()  # the default of a reader whose file must be there
 
 
@@ -215,6 +218,30 @@ def read_json(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
 def read_yaml(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
     """Returns the mapping that a YAML file holds, or the default if there is no file; raises as `read_json` does."""
     return _read(Path(path), "valid YAML", lambda text: yaml.safe_load(text) or {}, default)
+
+
+class Tolerated:
+    """A context for writing what a run can do without: OSErrors are passed over, the first with a warning.
+
+    Args:
+        what: is written.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what, self.warned = what, False
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if not self.warned:
+            self.warned = True
+            logger.warning("%s cannot be written, the run goes on without: %s", self.what, error)
+        return True
 
 
 def cache_folder(name: str) -> Path:

@@ -24,7 +24,7 @@ from eomt.processes import (
     command_to_continue,
     is_first_process,
 )
-from eomt.reporting.metrics_file import MetricsFile
+from eomt.reporting.loggers import MetricsFile
 from eomt.training.checkpoint_files import CheckpointFiles
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.run_folder import cut_metrics, newest_checkpoint, steps_in

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from eomt.files import claimed, in_use
-from eomt.reporting.metrics_file import MetricsFile
+from eomt.reporting.loggers import MetricsFile
 from eomt.settings.run import check_output_dir
 from eomt.training.run_folder import cut_metrics, newest_checkpoint, run_folder
 
@@ -116,19 +116,3 @@ def test_metrics_go_on_without_what_will_be_logged_again(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "steps": 2}))
     cut_metrics(tmp_path, 2)  # its last validation came after the last step
     assert steps(tmp_path) == ["0", "1", "2", "2"]
-
-
-def test_a_row_that_cannot_be_written_waits_and_ends_no_run(tmp_path, caplog, monkeypatch):
-    log = MetricsFile(str(tmp_path))
-    log.log_metrics({"loss": 1.0}, 0)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.open", full)
-        log.log_metrics({"loss": 2.0}, 1)
-        log.log_metrics({"loss": 3.0}, 2)
-    assert caplog.text.count("the run goes on, and its rows wait") == 1
-    log.log_metrics({"loss": 4.0}, 3)
-    assert steps(tmp_path) == ["0", "1", "2", "3"]

@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from eomt.command_line import one_sentence
 from eomt.cost.memory_errors import cost_of_run
 from eomt.cost.training_cost import Cost
+from eomt.files import Tolerated
 from eomt.fingerprints import Identity, identify
 from eomt.lora.report import trainable_report
 from eomt.processes import Interrupted
@@ -136,7 +138,8 @@ def finish_run(
         return facts
     summary = write_summary(output_dir / "summary.json", facts)
     if error is None:
-        print_result(summary, output_dir)
+        with suppress(SystemExit), Tolerated("the result on the screen"):  # rich exits where nobody reads
+            print_result(summary, output_dir)
     return summary
 
 

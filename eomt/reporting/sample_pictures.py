@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from lightning import Callback, Trainer
 
+from eomt.files import Tolerated
 from eomt.inference.windows import classify
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -20,6 +21,7 @@ class SamplePictures(Callback):
 
     def __init__(self, directory: str | Path, every_n_epochs: int = 10, num_images: int = 4) -> None:
         self.directory, self.every_n_epochs, self.num_images = Path(directory), every_n_epochs, num_images
+        self.tolerated = Tolerated("samples/")
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -39,7 +41,8 @@ class SamplePictures(Callback):
                 prediction = classify(module.network, image.to(module.device)).cpu()
             rows.append((image, labels, prediction))
         path = self.directory / f"epoch_{trainer.current_epoch:04d}_step_{trainer.global_step:06d}.png"
-        prediction_picture(rows, dataset.classes, path, title=f"step {trainer.global_step}")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # wandb
-                logger.log_image("samples", [str(path)])
+        with self.tolerated:
+            prediction_picture(rows, dataset.classes, path, title=f"step {trainer.global_step}")
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):  # wandb
+                    logger.log_image("samples", [str(path)])

@@ -4,14 +4,18 @@ import math
 import shutil
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from eomt.files import new_folder, replacing_folder, restored
+from eomt.command_line import print_to_nobody
+from eomt.files import Tolerated, new_folder, replacing_folder, restored
 from eomt.lora.audit import LoRAAudit
 from eomt.training.finite_steps import FiniteSteps
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -112,11 +116,46 @@ class SaveBest(Callback):
                         shutil.copytree(earlier, draft, dirs_exist_ok=True)
 
 
+class MayBeClosed:
+    """A stream, or none, whose reader may be gone: what cannot be written is passed over."""
+
+    def __init__(self, stream: TextIO | None, tolerated: Tolerated) -> None:
+        self.stream, self.tolerated = stream, tolerated
+
+    def write(self, text: str) -> None:
+        """Writes and flushes, so that an error comes here."""
+        with self.tolerated:
+            try:
+                print(text, end="", file=self.stream or StringIO(), flush=True)
+            except BrokenPipeError:
+                print_to_nobody()
+                raise
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class RunProgressBar(TQDMProgressBar):
     """Loss, mIoU and the time left of the whole run; redrawn less often where a log file takes it down."""
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+        super().__init__(refresh_rate=1 if sys.stderr and sys.stderr.isatty() else 50)
+        self.tolerated = Tolerated("the progress bar")
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        with redirect_stdout(MayBeClosed(sys.stdout, self.tolerated)):
+            return super().init_sanity_tqdm()
+
+    def init_train_tqdm(self) -> Tqdm:
+        with redirect_stdout(MayBeClosed(sys.stdout, self.tolerated)):
+            return super().init_train_tqdm()
+
+    def init_validation_tqdm(self) -> Tqdm:
+        with redirect_stdout(MayBeClosed(sys.stdout, self.tolerated)):
+            return super().init_validation_tqdm()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.started, self.first_step = time.monotonic(), trainer.global_step

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from eomt.command_line import RunError
-from eomt.files import write_json
+from eomt.files import Tolerated, write_json
 from eomt.models.finite import check_finite
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class FiniteSteps(Callback):
         self.skipped = self.overflows = self.in_a_row = 0
         self.first: str | None = None  # file of the first step in this row
         self.batches: list[Batch] = []  # of the step so far
+        self.tolerated = Tolerated("failures/")
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batch_idx = batch_idx
@@ -102,7 +103,8 @@ class FiniteSteps(Callback):
                 for batch in batches
             ],
         }
-        write_json(path, facts)
+        with self.tolerated:
+            write_json(path, facts)
         if not rank_zero_only.rank:
             logger.warning("step %d is skipped, its %s is not finite: see %s", trainer.global_step, reason, path)
         return path

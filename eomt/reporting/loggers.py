@@ -1,0 +1,129 @@
+"""Loggers of which a line that cannot be written does not end a run."""
+
+import csv
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from eomt.files import Tolerated, replacing
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`, a row for each set of metrics, over all parts of a run; rows that cannot be written wait.
+
+    Each row is written when it is logged, so that a killed run loses none.
+
+    Args:
+        save_dir: the run's folder.
+    """
+
+    def __init__(self, save_dir: str | Path) -> None:
+        super().__init__()
+        self.file = Path(save_dir) / "metrics.csv"
+        self.waiting: list[dict[str, Any]] = []
+        self.tolerated = Tolerated(self.file.name)
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.file.parent)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: they stand in `config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.waiting.append({**metrics, "step": step})
+        self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        with self.tolerated:
+            append_rows(self.file, self.waiting)
+            self.waiting = []
+
+
+class EventFile(TensorBoardLogger):
+    """TensorBoard's events; after an error, of which the first is warned, they go on in a new file."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tolerated = Tolerated("tensorboard/")
+
+    @property
+    def experiment(self) -> Any:
+        """What writes; None as long as it cannot be opened."""
+        with self.tolerated:
+            return super().experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self.tolerated:
+            try:
+                if self.experiment is not None:
+                    super().log_metrics(metrics, step)
+            except ValueError as error:  # Lightning takes any error for a value that cannot be logged
+                if not isinstance(error.__cause__, OSError):
+                    raise
+                self._experiment = None  # its thread has ended
+                raise error.__cause__ from None
+
+    def log_hyperparams(self, *args: Any, **options: Any) -> None:
+        with self.tolerated:
+            if self.experiment is not None:
+                super().log_hyperparams(*args, **options)
+
+    def save(self) -> None:
+        with self.tolerated:
+            if self.experiment is not None:
+                super().save()
+
+    def finalize(self, status: str) -> None:
+        with self.tolerated:
+            if self.experiment is not None:
+                super().finalize(status)
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows to a CSV file, all of them or none; where they have a new column the file is written anew."""
+    if not rows:
+        return
+    columns, earlier = [], []
+    if path.is_file():
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file), [])
+    wanted = sorted(set(columns).union(*rows))
+    if wanted == columns:
+        size = path.stat().st_size
+        try:
+            write_rows(path, "a", columns, rows)
+        except OSError:
+            os.truncate(path, size)  # a part of a line
+            raise
+        return
+    if columns:
+        with path.open(newline="") as file:
+            earlier = list(csv.DictReader(file))
+    with replacing(path) as draft:
+        write_rows(draft, "w", wanted, [*earlier, *rows])
+
+
+def write_rows(path: Path, mode: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes or appends rows of these columns; a new file begins with their names."""
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,174 @@
+"""A picture or a line of a log that cannot be written ends no run, and what can wait is written later."""
+
+import csv
+import errno
+import io
+import logging
+import os
+import resource
+import signal
+import sys
+
+import pytest
+from conftest import TOY_DATA, TOY_MODEL, run_training
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from eomt.command_line import LogFile, ScreenLog
+from eomt.files import Tolerated
+from eomt.reporting.loggers import EventFile, MetricsFile
+from eomt.training.callbacks import RunProgressBar
+from eomt.training.finite_steps import FiniteSteps
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond a size, which stands in for a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_what_a_run_can_do_without_is_warned_of_once(caplog):
+    tolerated = Tolerated("samples/")
+    for _ in range(3):
+        with tolerated:
+            raise FULL
+    assert warnings(caplog) == [f"samples/ cannot be written, the run goes on without: {FULL}"]
+    with pytest.raises(ZeroDivisionError), tolerated:
+        1 / 0  # noqa: B018
+
+
+def test_metrics_have_a_row_for_each_step_and_new_columns_keep_the_earlier_rows(tmp_path):
+    log = MetricsFile(tmp_path)
+    for step, metrics in enumerate(({"loss": 1.5}, {"loss": 2.5, "epoch": 0}, {"val/miou": 0.5}, {"loss": 4.5})):
+        log.log_metrics(metrics, step)
+    log.finalize("success")
+    found = rows(tmp_path / "metrics.csv")
+    assert [row["step"] for row in found] == ["0", "1", "2", "3"]
+    assert [row["loss"] for row in found] == ["1.5", "2.5", "", "4.5"]
+    assert os.listdir(tmp_path) == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("name", ["loss", "another"])
+def test_rows_that_a_full_disk_refuses_are_written_whole_once_there_is_room(tmp_path, full_disk, caplog, name):
+    path = tmp_path / "metrics.csv"
+    log = MetricsFile(tmp_path)
+    log.log_metrics({"loss": 0.5}, 0)
+    before = path.read_bytes()
+    full_disk(len(before) + 3)
+    for step in (1, 2):
+        log.log_metrics({name: 0.5}, step)
+        assert path.read_bytes() == before
+    full_disk(10**6)
+    log.log_metrics({"loss": 0.5}, 3)
+    assert [row["step"] for row in rows(path)] == ["0", "1", "2", "3"] and len(warnings(caplog)) == 1
+    assert all(row[name] == "0.5" for row in rows(path)[1:3])
+
+
+def test_a_folder_that_cannot_be_written_costs_the_metrics_and_nothing_else(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    for logger in (MetricsFile(tmp_path / "file"), EventFile(tmp_path / "file")):
+        logger.log_hyperparams({"lr": 1})
+        logger.log_metrics({"loss": 0.5}, 0)
+        logger.save()
+        logger.finalize("success")
+    assert len(warnings(caplog)) == 2
+
+
+def test_events_go_on_in_a_new_file_after_an_error(tmp_path, caplog):
+    log = EventFile(tmp_path, name="", version="")
+    log.log_metrics({"loss": 1.0}, 0)
+    log.experiment.flush()
+    log.experiment.add_scalar = lambda *args: (_ for _ in ()).throw(FULL)
+    log.log_metrics({"loss": 2.0}, 1)
+    log.log_metrics({"loss": 3.0}, 2)
+    log.finalize("success")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {event.step for event in events.Scalars("loss")} >= {2} and len(warnings(caplog)) == 1
+    with pytest.raises(ValueError, match="not supported"):
+        log.log_metrics({"loss": object()}, 3)
+
+
+class Gone(io.StringIO):
+    """A screen whose reader has left."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("screen", [None, Gone()])
+def test_a_progress_bar_without_a_screen_draws_nothing(monkeypatch, caplog, screen):
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", None)
+    progress = RunProgressBar()
+    for bar in (progress.init_sanity_tqdm(), progress.init_train_tqdm()):
+        bar.reset(10)
+        bar.update(5)
+        bar.refresh()
+        bar.close()
+    assert len(warnings(caplog)) == (screen is not None)
+
+
+def record(message):
+    return logging.LogRecord("eomt", logging.INFO, "file", 1, message, None, None)
+
+
+def test_the_log_of_a_run_goes_on_when_there_is_room_again(tmp_path, full_disk, capsys):
+    handler = LogFile(tmp_path / "run.log")
+    handler.emit(record("first"))
+    full_disk(7)
+    handler.emit(record("second"))
+    handler.emit(record("third"))
+    full_disk(10**6)
+    handler.emit(record("fourth"))
+    handler.close()
+    assert (tmp_path / "run.log").read_text().split() == ["first", "second", "third", "fourth"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "run.log cannot be written, the run goes on without" in line
+
+
+def test_a_log_that_stays_full_is_closed_without_an_error(tmp_path, full_disk, capsys):
+    handler = LogFile(tmp_path / "run.log")
+    full_disk(2)
+    handler.emit(record("first"))
+    handler.close()
+    ScreenLog(Gone()).emit(record("to nobody"))
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_mistake_in_a_call_of_the_log_is_still_shown(tmp_path, capsys):
+    for handler in (LogFile(tmp_path / "run.log"), ScreenLog()):
+        handler.emit(logging.LogRecord("eomt", logging.INFO, "file", 1, "%d", ("word",), None))
+        assert "Logging error" in capsys.readouterr().err
+        handler.close()
+
+
+def test_a_record_of_a_skipped_step_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    (tmp_path / "failures").touch()
+    finite = FiniteSteps(tmp_path)
+    with finite.tolerated:
+        (finite.folder / "x").mkdir()
+    assert "failures/ cannot be written" in warnings(caplog)[0]
+
+
+def test_a_run_goes_on_where_pictures_and_logs_cannot_be_written_and_nobody_reads(toy_cache, tmp_path):
+    for name in ("samples", "metrics.csv", "tensorboard"):
+        (tmp_path / name).mkdir() if name == "metrics.csv" else (tmp_path / name).touch()
+    words = [*TOY_DATA, f"data.root={toy_cache}", "model=tiny", *TOY_MODEL, "data.batch_size=4", "trainer.max_epochs=2"]
+    result = run_training(*words, "logger=tensorboard", f"output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert '"status": "finished"' in (tmp_path / "summary.json").read_text()
+    for name in ("samples/", "metrics.csv", "tensorboard/"):
+        assert result.stdout.count(f"WARNING {name} cannot be written, the run goes on without") == 1
