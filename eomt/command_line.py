@@ -31,6 +31,7 @@ class LogFile(logging.FileHandler):
     warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging where a record could not be written."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)

@@ -70,6 +70,7 @@ class EventFile(TensorBoardLogger):
             return super().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Raises ValueError for a value that cannot be logged."""
         with self.tolerated:
             try:
                 if self.experiment is not None:
