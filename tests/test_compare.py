@@ -151,9 +151,10 @@ def test_the_report_has_anomaly_columns_and_refuses_scores_of_an_earlier_network
     shutil.copytree(scored[0] / "lora_r4" / "seed_3", tmp_path / "run")
     compare("report", tmp_path / "run", "--output", tmp_path / "report", "--score", "msp")
     assert "Anomaly segmentation, by the score msp." in (tmp_path / "report" / "report.md").read_text()
-    os.utime(tmp_path / "run" / "anomaly" / "toy_anomalies.json", (0, 0))
+    scores = tmp_path / "run" / "anomaly" / "toy_anomalies.json"
+    scores.write_text(json.dumps(read(scores) | {"artefact_id": "0" * 64}))
     error = compare("report", tmp_path / "run", "--output", tmp_path / "report", code=1).stderr
-    assert "toy_anomalies.json is older than the run's end: score again" in error
+    assert "toy_anomalies.json is not of the network that the run ended with: score again" in error
 
 
 def test_a_benchmark_that_cannot_be_scored_costs_no_run_its_miou(matrix, scored, tmp_path):
@@ -327,9 +328,12 @@ def test_a_failed_audit_is_not_forgotten_by_running_the_matrix_again(settings, t
 def test_the_report_scores_a_run_again_that_went_on_after_its_evaluation(matrix, tmp_path):
     shutil.copytree(matrix[0] / "full" / "seed_3", tmp_path / "run")
     summary, scores = tmp_path / "run" / "summary.json", tmp_path / "run" / "evaluation" / "target.json"
-    os.utime(scores, (0, 0))
-    result = compare("report", tmp_path / "run", "--output", tmp_path / "report")
-    assert "evaluating" in result.stdout and scores.stat().st_mtime > summary.stat().st_mtime
+    before = read(scores)
+    os.utime(scores, (0, 0))  # as after a clone
+    assert "evaluating" not in compare("report", tmp_path / "run", "--output", tmp_path / "report").stdout
+    scores.write_text(json.dumps(before | {"artefact_id": "0" * 64}))
+    assert "evaluating" in compare("report", tmp_path / "run", "--output", tmp_path / "report").stdout
+    assert read(scores) == before and before["artefact_id"] == read(summary)["artefact_id"]
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
 
 

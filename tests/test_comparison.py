@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
 import statistics
 
@@ -13,7 +14,7 @@ import yaml
 from scipy.stats import ttest_rel
 
 from eomt.anomaly.benchmarks import BENCHMARKS
-from eomt.comparison.cells import finished
+from eomt.comparison.cells import finished, outdated
 from eomt.comparison.counts import hits_and_unions, iou, mean_iou
 from eomt.comparison.differences import differences
 from eomt.comparison.runs import load_runs
@@ -718,3 +719,16 @@ def test_start_weights_of_two_machines_are_one_value_and_others_another(tmp_path
     (found,) = [each for each in differences(runs) if each.aspect == "start weights"]
     assert list(found.values) == ["a" * 12, "c" * 12] and found.variants("none") == {"full"}
     assert not [each for each in differences(runs[:2]) if each.aspect == "start weights"]
+
+
+def test_scores_are_of_the_network_with_their_id_and_without_ids_no_older_than_the_run(tmp_path):
+    run = write_run(tmp_path / "run", "full", artefact_id="a", evaluation={"artefact_id": "a"})
+    scores, summary = run / "evaluation" / "target.json", run / "summary.json"
+    os.utime(scores, (0, 0))
+    assert not outdated(run, scores)
+    write_evaluation(run, confusion(0.8), artefact_id="b")
+    assert outdated(run, scores)
+    write_evaluation(run, confusion(0.8))
+    assert not outdated(run, scores)
+    os.utime(scores, (0, 0))
+    assert outdated(run, scores) and outdated(run, summary.with_name("none.json"))

@@ -191,6 +191,51 @@ def test_a_base_that_moved_is_asked_for_and_its_new_place_remembered(base, tmp_p
     assert torch.equal(outputs(open_(tmp_path / "again")), outputs(module))
 
 
+# The id of what was saved
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_an_id_belongs_to_weights_and_settings_and_no_place(base, tmp_path, use_lora):
+    module = trained(use_lora=use_lora, ckpt_path=base)
+    saved = module.save_pretrained(tmp_path / "one")
+    assert saved == module.artefact_id == open_(tmp_path / "one").artefact_id and len(saved) == 64
+    assert open_(save_lightning(module, tmp_path / "best.ckpt")).artefact_id == saved
+    shutil.copytree(base, tmp_path / "moved")
+    again = open_(tmp_path / "one", str(tmp_path / "moved")) if use_lora else open_(tmp_path / "one")
+    assert again.save_pretrained(tmp_path / "again") == saved
+    with torch.no_grad():
+        module.network.q.weight[0, 0] += 1e-3
+    assert module.save_pretrained(tmp_path / "two") != saved
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_what_was_changed_since_it_was_saved_is_refused(base, tmp_path, use_lora):
+    module = trained(use_lora=use_lora, ckpt_path=base)
+    for name in ("bytes", "setting"):
+        module.save_pretrained(tmp_path / name)
+    file = tmp_path / "bytes" / ("heads.safetensors" if use_lora else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    config = json.loads((tmp_path / "setting" / "eomt_config.json").read_text())
+    config["init"]["img_size"] = [128, 64]
+    (tmp_path / "setting" / "eomt_config.json").write_text(json.dumps(config))
+    for name in ("bytes", "setting"):
+        with pytest.raises(ValueError, match=rf"{name} is no longer what was saved: its .*safetensors"):
+            open_(tmp_path / name)
+
+
+def test_adapters_of_one_base_keep_their_ids(two):
+    module = open_(two["night"])
+    ids = {name: open_(folder).artefact_id for name, folder in two.items()}
+    module.add_adapter(two["fog"], "fog")
+    for name, folder in (("fog", "fog"), ("default", "night")):
+        module.use_adapter(name)
+        assert module.artefact_id == ids[folder]
+    merge_adapter(module)
+    assert module.artefact_id is None
+
+
 # Several adapters on one base
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eomt.comparison.evaluations import evaluate_run
 from eomt.comparison.runs import load_runs
 from eomt.diagnosis.doctor import diagnose
+from eomt.reporting.evaluation_report import evaluate_artefact
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 SAVED = Path(__file__).parent / "saved"
@@ -60,3 +62,13 @@ def test_settings_that_an_earlier_version_did_not_have_take_their_defaults(tmp_p
     old, new = (MaskClassificationSemantic.from_pretrained(path, base) for path in (SAVED / "adapter", file.parent))
     for one, other in zip(old.network.parameters(), new.network.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_run_that_holds_another_network_than_its_summary_tells_of_is_not_scored(tmp_path):
+    shutil.copytree(SAVED / "run", tmp_path / "run")
+    run = tmp_path / "run"
+    for file, artefact_id in ((run / "summary.json", "a" * 64), (run / "adapter" / "eomt_config.json", "b" * 64)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"artefact_id": artefact_id}))
+    for score in (evaluate_run, evaluate_artefact):
+        with pytest.raises(ValueError, match=r"adapter is another network \(b{12}\) than .*summary.json tells of"):
+            score(run)

@@ -100,8 +100,17 @@ def without_scores(run: Path, benchmarks: Sequence[str]) -> list[str]:
 
 
 def outdated(run: Path, scores: Path) -> bool:
-    """Whether the run has no such scores, or went on after them."""
-    return not scores.is_file() or scores.stat().st_mtime < (run / "summary.json").stat().st_mtime
+    """Whether the run has no such scores, or they are of another network than it ships.
+
+    Networks have ids; where an earlier version left none, the run must not have gone on after the scores.
+    """
+    if not scores.is_file():
+        return True
+    shipped = read_json(run / "summary.json").get("artefact_id")
+    scored = read_json(scores.with_suffix(".json"), {}).get("artefact_id")
+    if shipped and scored:
+        return shipped != scored
+    return scores.stat().st_mtime < (run / "summary.json").stat().st_mtime
 
 
 def status(folder: Path) -> str | None:

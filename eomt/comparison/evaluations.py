@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from eomt.command_line import quiet_libraries
 from eomt.comparison.cells import outdated, score_anomalies
 from eomt.files import read_json, read_yaml, write_json
+from eomt.inference.saved import check_shipped
 from eomt.settings.compose import data_of_run, open_data
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     quiet_libraries()
+    check_shipped(run / summary["artefact"])
     module = MaskClassificationSemantic.from_pretrained(run / summary["artefact"])
     settings = read_yaml(run / "config.yaml")["trainer"]
     options = {key: settings[key] for key in ("precision", "accelerator")} | {"progress": sys.stderr.isatty()}
@@ -65,7 +67,7 @@ def report_runs(
         old = [name for name in run.anomalies if outdated(run.path, run.path / "anomaly" / f"{name}.json")]
         if run.error is None and old:
             raise ValueError(
-                f"{run.path}/anomaly/{old[0]}.json is older than the run's end: score again with "
+                f"{run.path}/anomaly/{old[0]}.json is not of the network that the run ended with: score again with "
                 f"scripts/evaluate_anomaly.py {run.path} data={old[0]}, or delete it"
             )
     from eomt.comparison.page import write_report

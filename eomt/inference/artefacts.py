@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from eomt import __version__
 from eomt.files import replacing_files, write_json
-from eomt.fingerprints import Identity, identify, is_adapter
+from eomt.fingerprints import Identity, combine_hashes, hash_tensors, identify, is_adapter
 from eomt.inference.saved import (
     BASE_FILE,
     CONFIG_FILE,
@@ -55,6 +56,7 @@ class Module(Protocol):
     adapter_names: list[str]
     base: Identity | None
     trained_precision: str | None
+    artefact_id: str | None
     settings_type: ClassVar[type]
 
     @classmethod
@@ -67,21 +69,25 @@ class Module(Protocol):
 
 
 class Adapter(NamedTuple):
-    """The heads and settings that belong to an adapter, beside its weights in the backbone."""
+    """The heads, settings and id of an adapter, beside its weights in the backbone."""
 
     heads: dict[str, Tensor]
     settings: dict[str, Any]
+    artefact_id: str | None = None
 
 
 # Saving
 
 
-def save_pretrained(module: Module, directory: str | Path) -> None:
+def save_pretrained(module: Module, directory: str | Path) -> str:
     """Writes what is needed to rebuild this network: with LoRA a small adapter folder, otherwise all weights.
 
     An adapter folder is PEFT's own format for the backbone, plus `heads.safetensors` (queries, heads, buffers) and
     `eomt_config.json`. Its base weights are named, not copied, unless they are random and exist nowhere else. Of
     several adapters, the one in use is saved.
+
+    Returns:
+        The id of what was saved, which stands in `eomt_config.json`, too.
 
     Raises:
         ValueError: the base is in use, not an adapter, or weights are not finite.
@@ -89,12 +95,12 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
     state = {key: value.contiguous().cpu() for key, value in module.state_dict().items()}
     check_finite(state, "the network", "nothing was saved; lower model.lr")
     metadata = {"img_size": json.dumps(list(module.hparams.img_size))}
-    init = dict(module.hparams)
-    if init["ckpt_path"]:
-        init["ckpt_path"] = str(Path(init["ckpt_path"]).expanduser().resolve())
+    init = saved_settings(module)
+    module.artefact_id = artefact_id(artefact_tensors(module, state), init)
     config = {
         "schema": 1,
         "eomt_lora": __version__,
+        "artefact_id": module.artefact_id,
         **record_base(module.base),
         "precision": precision(module),
         "init": init,
@@ -109,6 +115,29 @@ def save_pretrained(module: Module, directory: str | Path) -> None:
                 base = {k.replace(".base_layer.", "."): v for k, v in state.items() if not is_adapter(k)}
                 save_file(base, draft / BASE_FILE, metadata)
         write_json(draft / CONFIG_FILE, config)
+    return module.artefact_id
+
+
+def saved_settings(module: Module) -> dict[str, Any]:
+    """The settings as JSON holds them."""
+    init = dict(module.hparams)
+    if init["ckpt_path"]:
+        init["ckpt_path"] = str(Path(init["ckpt_path"]).expanduser().resolve())
+    return json.loads(json.dumps(init))
+
+
+def artefact_tensors(module: Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a network's state dict is its own: everything, or the adapter in use and the heads, as in their files."""
+    if module.lora is None:
+        return dict(state)
+    adapter = lora_files.adapter_tensors(module.lora)
+    return adapter | {key: tensor for key, tensor in state.items() if not key.startswith(BACKBONE)}
+
+
+def artefact_id(tensors: Mapping[str, Tensor], init: Mapping[str, Any]) -> str:
+    """SHA-256 over tensors and settings of what is saved, but for the place of its base, which may move."""
+    settings = json.dumps({key: value for key, value in init.items() if key != "ckpt_path"}, sort_keys=True)
+    return hashlib.sha256(f"{combine_hashes(hash_tensors(tensors))}\n{settings}".encode()).hexdigest()
 
 
 def precision(module: Module) -> str | None:
@@ -130,11 +159,28 @@ def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None =
 def open_folder(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
     """A folder that `save_pretrained` wrote."""
     config = read_config(path)
+    found = check_unchanged(path, config)
     config["init"] = completed(config["init"], cls.settings_type)
     open_kind = open_adapter if config["init"]["use_lora"] else open_model
     module = open_kind(cls, path, config, ckpt_path)
-    module.trained_precision = config.get("precision")
+    module.trained_precision, module.artefact_id = config.get("precision"), found
     return module.eval()
+
+
+def check_unchanged(directory: Path, config: Mapping[str, Any]) -> str:
+    """Returns the id of what a folder holds; ValueError if it is no longer what `save_pretrained` wrote.
+
+    A folder of an earlier version names no id, and passes.
+    """
+    names = (lora_files.WEIGHTS_FILE, HEADS_FILE) if config["init"]["use_lora"] else (WEIGHTS_FILE,)
+    tensors = {key: tensor for name in names for key, tensor in load_file(directory / name).items()}
+    found = artefact_id(tensors, config["init"])
+    if config.get("artefact_id") not in (None, found):
+        raise ValueError(
+            f"{directory} is no longer what was saved: its {', '.join(names)} and the settings in {CONFIG_FILE} are "
+            f"together {found[:12]}, saved was {str(config['artefact_id'])[:12]}; fetch the folder again"
+        )
+    return found
 
 
 def open_model(cls: type[Module], directory: Path, config: Mapping[str, Any], ckpt_path: str | None) -> Module:
@@ -173,8 +219,7 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
         refuse_base(path, ckpt_path)
         module = build_empty(cls, init)
         load_exactly(module, checkpoint["state_dict"], module.state_dict().keys(), str(path))
-        module.trained_precision = checkpoint.get("precision")
-        return module.eval()
+        return finish_opening(module, checkpoint)
     init = moved(init, ckpt_path)
     base = ckpt_path or find_base(path, init)
     if not base and set(init["freeze"]) - {"backbone"}:
@@ -186,7 +231,13 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
     for p in module.adapter_parameters():  # as those of an adapter folder
         p.requires_grad_(False)
     set_settings(module, init)
+    return finish_opening(module, checkpoint)
+
+
+def finish_opening(module: Module, checkpoint: Mapping[str, Any]) -> Module:
+    """A network from a checkpoint, with the id that it would be saved under."""
     module.trained_precision = checkpoint.get("precision")
+    module.artefact_id = artefact_id(artefact_tensors(module, module.state_dict()), saved_settings(module))
     return module.eval()
 
 
@@ -297,7 +348,9 @@ def keep_base_heads(module: Module, init: Mapping[str, Any]) -> None:
 def in_use(module: Module, settings: Mapping[str, Any]) -> Adapter:
     """A copy of the heads as they are now."""
     state = module.state_dict()
-    return Adapter({key: state[key].detach().cpu().clone() for key in head_keys(module)}, dict(settings))
+    return Adapter(
+        {key: state[key].detach().cpu().clone() for key in head_keys(module)}, dict(settings), module.artefact_id
+    )
 
 
 def add_adapter(module: Module, directory: str | Path, name: str) -> None:
@@ -308,6 +361,7 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
         raise ValueError(f"{directory} is not an adapter: give the adapter/ folder of a LoRA run")
     if module.lora is None:
         raise ValueError("this network has no adapters: open one with from_pretrained, and add others to it")
+    found = check_unchanged(directory, config)
     config["init"] = completed(config["init"], module.settings_type)
     for setting in ALIKE:
         here, there = (init[setting] for init in (module.hparams, config["init"]))
@@ -322,7 +376,7 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
     adapter = directory / lora_files.WEIGHTS_FILE
     check_finite(heads | (load_file(adapter) if adapter.is_file() else {}), str(directory), EARLIER)
     lora_files.add_adapter(module.lora, directory, name)
-    module.adapters[name] = Adapter(heads, config["init"])
+    module.adapters[name] = Adapter(heads, config["init"], found)
 
 
 def use_adapter(module: Module, name: str) -> None:
@@ -332,7 +386,7 @@ def use_adapter(module: Module, name: str) -> None:
         raise ValueError(f"there is no adapter {name!r}: {why}there are {', '.join(module.adapter_names) or 'none'}")
     module.adapters[lora_files.active_adapter(module.lora)] = in_use(module, module.hparams)
     lora_files.use_adapter(module.lora, name)
-    heads, settings = module.adapters[name]
+    heads, settings, module.artefact_id = module.adapters[name]
     load_heads(module, heads)
     set_settings(module, settings)
 
@@ -347,4 +401,5 @@ def merge_adapter(module: Module) -> None:
         raise ValueError("this network has no adapter to merge")
     merge(module.lora)
     module.__dict__["lora"], module.base, module.adapters, module.strict_loading = None, None, {}, True
+    module.artefact_id = None
     set_settings(module, {**module.hparams, "use_lora": False, "ckpt_path": None, "delta_weights": False})

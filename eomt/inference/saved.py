@@ -74,6 +74,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(directory / CONFIG_FILE)
 
 
+def artefact_id_in(directory: Path) -> str | None:
+    """Returns the id of the network in a folder; None for one of an earlier version."""
+    return read_config(directory).get("artefact_id") if (directory / CONFIG_FILE).is_file() else None
+
+
+def check_shipped(directory: Path) -> None:
+    """Raises ValueError where the run that a folder lies in tells of another network than the folder holds.
+
+    A run of an earlier version names no id, and nothing can be compared.
+    """
+    file = directory.parent / "summary.json"
+    found, wanted = artefact_id_in(directory), read_json(file, {}).get("artefact_id")
+    if wanted and found and found != wanted:
+        raise ValueError(
+            f"{directory} is another network ({found[:12]}) than {file} tells of ({wanted[:12]}): its scores would be "
+            "taken for those of that run; put the run's own artefact back, or move this one out of the run's folder"
+        )
+
+
 def check_ckpt_path(ckpt_path: str | Path | None) -> None:
     """Raises FileNotFoundError where weights are named that are not there."""
     if ckpt_path and not Path(ckpt_path).expanduser().exists():

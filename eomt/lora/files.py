@@ -31,8 +31,7 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    name = adapter_in_use(handle)
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_state(handle, name).items()}
+    name, state = adapter_in_use(handle), adapter_tensors(handle)
     base = getattr(handle.get_base_model(), "lora_base", None)
     recorded = {"base_fingerprint": base.exact, "base_weights": json.dumps(base.as_dict())} if base else {}
     metadata = {"format": "pt"} | recorded
@@ -44,6 +43,12 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     with replacing_files(directory) as draft:
         save_file(state, draft / WEIGHTS_FILE, metadata=metadata)
         config.save_pretrained(str(draft))
+
+
+def adapter_tensors(handle: PeftModel) -> dict[str, Tensor]:
+    """The tensors of the adapter in use, under their names in its file; ValueError if none is."""
+    state = _adapter_state(handle, adapter_in_use(handle))
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
 def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:

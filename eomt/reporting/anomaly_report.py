@@ -25,6 +25,7 @@ from eomt.anomaly.scores import SCORES, Variant, usual_range
 from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.files import replacing, write_json
 from eomt.fingerprints import combine_hashes, hash_tensors
+from eomt.inference.saved import check_shipped, find_artefact
 from eomt.reporting.anomaly_pictures import HeatMap, Row, anomaly_picture
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -69,6 +70,9 @@ def evaluate_benchmarks(
     Raises:
         ValueError, OSError: network, benchmarks or options are not what they should be.
     """
+    found = find_artefact(model)
+    if found.is_dir():
+        check_shipped(found)
     datasets = open_datasets(settings)
     for dataset in datasets:
         dataset.check()  # before the network has run over all of them
@@ -83,7 +87,7 @@ def evaluate_benchmarks(
         cache.fill(module.network, progress(images, f"{title}: network"), device, precision)
         results = evaluate(cache, dataset, asked, title_of(dataset), with_components=options.components, device=device)
         print_results(dataset, results)
-        write_results(options.output, dataset, results, precision, module.hparams.img_size)
+        write_results(options.output, dataset, results, precision, module)
         if options.pictures > 0:
             draw(
                 options.output,
@@ -160,7 +164,11 @@ def print_results(dataset: AnomalyDataset, results: Sequence[Result]) -> None:
 
 
 def write_results(
-    output: Path, dataset: AnomalyDataset, results: Sequence[Result], precision: str, img_size: Sequence[int]
+    output: Path,
+    dataset: AnomalyDataset,
+    results: Sequence[Result],
+    precision: str,
+    module: MaskClassificationSemantic,
 ) -> None:
     """Writes all figures to `BENCHMARK.json`."""
     path = output / f"{dataset.name}.json"
@@ -171,7 +179,8 @@ def write_results(
         "images": len(dataset),
         "data": dataset.fingerprint(),
         "precision": precision,
-        "img_size": list(img_size),
+        "img_size": list(module.hparams.img_size),
+        "artefact_id": module.artefact_id,
         "results": [result.as_dict() for result in results],
     }
     write_json(path, facts)

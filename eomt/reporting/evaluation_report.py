@@ -11,7 +11,7 @@ import yaml
 from eomt.command_line import quiet_libraries
 from eomt.data.identity import same_files
 from eomt.files import read_json, replacing
-from eomt.inference.saved import find_artefact, read_config, run_of
+from eomt.inference.saved import check_shipped, find_artefact, read_config, run_of
 from eomt.settings.compose import check_data_for, data_for
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
@@ -46,6 +46,7 @@ def evaluate_artefact(
     refuse_other_groups(overrides)
     check_data_for(run, words)
     if found.is_dir():  # a checkpoint is read with torch
+        check_shipped(found)
         refuse_contradictions(read_config(found)["init"], overrides)
 
     from eomt.training.evaluation import evaluate

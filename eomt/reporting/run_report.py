@@ -95,10 +95,12 @@ def finish_run(
     """Writes `summary.json` to the trainer's folder and prints the result; returns the summary."""
     output_dir = Path(trainer.default_root_dir)
     error = sys.exc_info()[1]
-    best = callbacks["save_best"].best
+    save_best = callbacks["save_best"]
+    best = save_best.best
     audit = callbacks["audit"].audit
     last = trainer.callback_metrics.get("val/miou")
-    folder = callbacks["save_best"].folder(module)
+    folder = save_best.folder(module)
+    saved = [folder] if save_best.artefact_id else []  # of this run
     batches = callbacks["batches"].identity if "batches" in callbacks else None
     facts = {
         "status": status_of(error),
@@ -106,7 +108,7 @@ def finish_run(
         "class_iou": {name: None if iou != iou else iou for name, iou in best.get("class_iou", {}).items()},
         "class_pixels": module.class_pixels if "class_iou" in best else {},  # every validation is on the same labels
         "best_step": best.get("step"),
-        "kept": callbacks["save_best"].keep,
+        "kept": save_best.keep,
         "last_miou": None if last is None else last.item(),
         "steps": trainer.global_step,
         "planned_steps": module.total_steps,
@@ -115,9 +117,10 @@ def finish_run(
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad and trainer.max_steps),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "artefact": folder.name,
+        "artefact_id": save_best.artefact_id,
         "files": {
             f"{part.name}/{name}": size
-            for part in (folder, output_dir / "checkpoints")
+            for part in (*saved, output_dir / "checkpoints")
             for name, size in file_sizes(part).items()
         },
         "peak_memory": peak_memory(callbacks["clock"].memory_before),

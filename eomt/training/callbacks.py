@@ -16,9 +16,12 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from eomt.command_line import print_to_nobody
 from eomt.files import Tolerated, new_folder, replacing_folder, restored
+from eomt.inference.saved import artefact_id_in
 from eomt.lora.audit import LoRAAudit
 from eomt.training.finite_steps import FiniteSteps
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+ARTEFACTS = ("adapter", "model")  # folders that a run ships one of
 
 
 class AuditLoRA(Callback):
@@ -71,6 +74,8 @@ def steps_taken(trainer: Trainer) -> int:
 class SaveBest(Callback):
     """Keeps the artefact to ship, `adapter/` or `model/`, and in `best` its mIoU, IoU per class and step.
 
+    `artefact_id` is that of the network that this run saved last; None: none so far.
+
     Args:
         directory: the run's folder.
         keep: "best" keeps that of the best `val/miou` so far; "last" that of the latest validation, so that the score
@@ -80,9 +85,20 @@ class SaveBest(Callback):
     def __init__(self, directory: str | Path, keep: Literal["best", "last"] = "best") -> None:
         self.directory, self.keep = Path(directory), keep
         self.best: dict[str, Any] = {"miou": -math.inf}
+        self.artefact_id: str | None = None
+        self.begun = False
 
     def folder(self, module: MaskClassificationSemantic) -> Path:
         return self.directory / ("model" if module.lora is None else "adapter")
+
+    def setup(self, trainer: Trainer, module: MaskClassificationSemantic, stage: str) -> None:
+        """Raises ValueError where a run that is new would mix with what another one left."""
+        new, self.begun = not (self.begun or trainer.ckpt_path or self.artefact_id), True
+        for name in ARTEFACTS if new and trainer.is_global_zero else ():
+            if (self.directory / name).exists():
+                raise ValueError(
+                    f"{self.directory} holds {name}/ of another run: choose another folder, or continue it with resume="
+                )
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         miou = trainer.callback_metrics.get("val/miou")
@@ -95,25 +111,36 @@ class SaveBest(Callback):
             self.save(module)
 
     def on_train_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
-        if trainer.is_global_zero and not self.folder(module).exists():
+        if trainer.is_global_zero and not math.isfinite(self.best["miou"]):
             self.save(module)
 
     def save(self, module: MaskClassificationSemantic) -> None:
         with replacing_folder(self.folder(module)) as draft:
-            module.save_pretrained(draft)
+            self.artefact_id = module.save_pretrained(draft)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "directory": str(self.directory.resolve())}
+        return {"best": self.best, "directory": str(self.directory.resolve()), "artefact_id": self.artefact_id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A resumed run goes on from the best so far, if its artefact is still there to be kept."""
-        for name in ("adapter", "model"):
+        """A resumed run goes on from the best so far, if its artefact is still there to be kept.
+
+        Raises:
+            ValueError: it goes on in a folder that holds another network.
+        """
+        for name in ARTEFACTS:
             earlier, here = (restored(Path(folder) / name) for folder in (state["directory"], self.directory))
-            if earlier.is_dir():
-                self.best = state["best"]
-                if not here.is_dir():
-                    with new_folder(here) as draft:  # each process of the run tries
-                        shutil.copytree(earlier, draft, dirs_exist_ok=True)
+            if here.is_dir() and earlier.is_dir() and not here.samefile(earlier) and not is_saved(here, state):
+                raise ValueError(f"{here} is no network of the run that is continued: choose another folder")
+            if earlier.is_dir() and not here.is_dir():
+                with new_folder(here) as draft:  # each process of the run tries
+                    shutil.copytree(earlier, draft, dirs_exist_ok=True)
+            if here.is_dir() and is_saved(here, state):
+                self.best, self.artefact_id = state["best"], artefact_id_in(here)
+
+
+def is_saved(folder: Path, state: dict[str, Any]) -> bool:
+    """Whether the folder holds the network that the state of a `SaveBest` tells of, which early ones did not name."""
+    return "artefact_id" not in state or state["artefact_id"] == artefact_id_in(folder)
 
 
 class MayBeClosed:

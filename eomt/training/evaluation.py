@@ -116,5 +116,6 @@ def evaluate(
         "data": datamodule.val_set.fingerprint(),
         "img_size": list(module.hparams.img_size),
         "precision": precision,
+        "artefact_id": module.artefact_id,
     }
     return Evaluation(torch.stack(counts.images), facts)

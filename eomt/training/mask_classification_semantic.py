@@ -95,6 +95,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.lora: PeftModel | None = None
         self.adapters: dict[str, Adapter] = {}  # those not in use, and the base's heads
         self.trained_precision: str | None = None  # of the run that a saved network comes from
+        self.artefact_id: str | None = None  # of what was opened or saved last
         self.lora_settings = chosen.lora
         if chosen.use_lora:
             self.adapt()
@@ -342,9 +343,9 @@ class MaskClassificationSemantic(lightning.LightningModule):
                 f"({', '.join(sorted(wrong)[:3])}); resume with the settings it was trained with"
             )
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes an `adapter/` folder with LoRA, otherwise a `model/` folder; see `eomt.inference.artefacts`."""
-        save_pretrained(self, directory)
+    def save_pretrained(self, directory: str | Path) -> str:
+        """Writes an `adapter/` or a `model/` folder, and returns its id; see `eomt.inference.artefacts`."""
+        return save_pretrained(self, directory)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, ckpt_path: str | None = None) -> MaskClassificationSemantic:
