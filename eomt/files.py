@@ -1,4 +1,6 @@
-"""Files and folders that are written as a whole or not at all, JSON and YAML, and where caches are kept."""
+"""Files and folders that are written as a whole or not at all, JSON, YAML and tensors, and where caches are kept."""
+
+from __future__ import annotations
 
 import errno
 import fcntl
@@ -12,11 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from eomt.command_line import one_sentence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # endings of picture files
 logger = logging.getLogger(__name__)
@@ -242,6 +247,27 @@ class Tolerated:
             self.warned = True
             logger.warning("%s cannot be written, the run goes on without: %s", self.what, error)
         return True
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of a `.safetensors` file, mapped from the disk, and its metadata.
+
+    Raises:
+        ValueError: it is cut off, or no such file. FileNotFoundError: there is no file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder is incomplete, fetch it again")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors ({one_sentence(error)}): it may be half-written or half-downloaded, "
+            "fetch it again"
+        ) from error
 
 
 def cache_folder(name: str) -> Path:

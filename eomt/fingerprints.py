@@ -52,12 +52,22 @@ class Identity:
 
     @classmethod
     def from_dict(cls, exact: str | None, facts: Mapping[str, Any] | None) -> Identity:
-        """Reads what `as_dict` returned; without it, the record of an earlier version."""
+        """Reads what `as_dict` returned; without it, the record of an earlier version.
+
+        Raises:
+            ValueError: it is something else.
+        """
         facts = facts or {}
-        computed = {
-            name: (tuple(tensor["shape"]), tuple(map(float, tensor["sums"].split())))
-            for name, tensor in facts.get("computed", {}).items()
-        }
+        try:
+            computed = {
+                name: (tuple(map(int, tensor["shape"])), tuple(map(float, tensor["sums"].split())))
+                for name, tensor in facts.get("computed", {}).items()
+            }
+            known = [value for value in (exact, facts.get("stored")) if value is not None]
+            if not all(isinstance(value, str) for value in known) or any(len(v) != SUMS for _, v in computed.values()):
+                raise ValueError(f"{known} and {len(computed)} tensors")
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"the record of weights is none ({error}): put back what was saved") from error
         return cls(exact, facts.get("stored"), computed)
 
     def difference(self, here: Identity, rounding: float = ROUNDING) -> str | None:
@@ -174,6 +184,22 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if isinstance(tensor, Tensor) and not is_adapter(name)
     }
+
+
+def first_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """Says which tensor is of another shape, or holds another kind of numbers, than the one of its name; None if none.
+
+    Names that only one of the two has are passed over.
+    """
+    for name in found.keys() & wanted.keys():
+        tensor, own = found[name], wanted[name]
+        if tensor.shape != own.shape:
+            return f"does not fit: {name} is {list(tensor.shape)}, this network's is {list(own.shape)}"
+        if (tensor.is_floating_point(), tensor.is_complex()) != (own.is_floating_point(), own.is_complex()):
+            return f"does not fit: {name} is {tensor.dtype}, this network's is {own.dtype}"
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"does not fit: {name} holds a value that is not finite"
+    return None
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -225,6 +225,17 @@ def test_what_was_changed_since_it_was_saved_is_refused(base, tmp_path, use_lora
             open_(tmp_path / name)
 
 
+@pytest.mark.parametrize("form", ["model", "last.ckpt"])
+def test_weights_of_another_number_of_heads_are_refused_although_every_shape_fits(tmp_path, form):
+    module = trained()
+    module.save_pretrained(tmp_path / "model")
+    save_lightning(module, tmp_path / "last.ckpt")
+    kwargs = {**TINY["backbone_kwargs"], "num_heads": 4}
+    with pytest.raises(ValueError, match=r"has num_heads 2, the configuration says 4: choose the backbone_name"):
+        build(ckpt_path=str(tmp_path / form), backbone_kwargs=kwargs)
+    build(ckpt_path=str(tmp_path / form))
+
+
 def test_adapters_of_one_base_keep_their_ids(two):
     module = open_(two["night"])
     ids = {name: open_(folder).artefact_id for name, folder in two.items()}

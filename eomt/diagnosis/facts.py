@@ -32,6 +32,7 @@ from eomt.models.checkpoint import (
     needs_pretrained,
     read_checkpoint,
 )
+from eomt.settings.formats import SUMMARY, read_format
 from eomt.training.index_check import check_indices, indices_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class RunFacts:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The run's summary.json; empty if there is none."""
-        return read_json(self.run / "summary.json", {})
+        return read_format(self.run / "summary.json", SUMMARY, {})
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class RunFacts:
     def start(self) -> dict[str, Tensor]:
         """Reads the weights that the run started from, at this network's image size."""
         path = self.start_path
-        state, size = read_checkpoint(path)
+        state, size, _ = read_checkpoint(path)
         own = self.module.network.state_dict().get(POS_EMBED)
         tokens = None if own is None else own.shape[1]
         resampled = resample(state, size, self.init["img_size"], self.init["patch_size"], tokens)

@@ -8,12 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from eomt.files import read_json
 from eomt.fingerprints import Identity, hash_tensors, identify_tensors, is_adapter
-from eomt.inference.artefacts import read_lightning, recorded_base
-from eomt.inference.saved import BASE_FILE, HEADS_FILE, WEIGHTS_FILE, find_weights, read_config
-from eomt.lora.files import CONFIG_FILE as LORA_CONFIG
+from eomt.inference.artefacts import read_lightning
+from eomt.inference.bases import recorded_base
+from eomt.inference.saved import (
+    BASE_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    WEIGHTS_FILE,
+    check_settings,
+    find_weights,
+    read_config,
+)
 from eomt.lora.files import WEIGHTS_FILE as LORA_WEIGHTS
+from eomt.lora.saved_config import CONFIG_FILE as LORA_CONFIG
+from eomt.lora.saved_config import read_adapter_config
 from eomt.lora.updates import stored_updates
 from eomt.models.checkpoint import (
     BACKBONE,
@@ -90,10 +99,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     """
     if path.is_file():
         content = read_weights(path)
-        init = content.get("hyper_parameters") or {}
-        init = completed(init) if "backbone_name" in init else {}  # another program's, or the image size alone
-        state = content.get("state_dict", content)
-        state = {clean_key(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+        init, state = content.get("hyper_parameters") or {}, content.get("state_dict", content)
+        if not (isinstance(init, Mapping) and isinstance(state, Mapping)):
+            raise ValueError(f"{path} holds no weights and settings by name: it is no checkpoint")
+        init = own_settings(init, path)
+        state = {clean_key(str(key)): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         if not state:
             raise ValueError(f"{path} holds no tensors")
         found = {name: content[name] for name in BASE_RECORD if name in content}
@@ -109,6 +119,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
         return {**found, "hyper_parameters": init, "state_dict": map_dinov3(state), "lora": lora}, [path]
 
     config = read_config(path)
+    check_settings(config, path / CONFIG_FILE)
     config["init"] = completed(config["init"])
     content = {"hyper_parameters": config["init"], "precision": config.get("precision")}
     files = sorted(file for file in path.iterdir() if file.is_file())
@@ -123,21 +134,24 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     return content | {"state_dict": {clean_key(key): tensor for key, tensor in state.items()}}, files
 
 
+def own_settings(init: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The settings in a checkpoint, completed; none where they are another program's, or the image size alone."""
+    if not {"backbone_name", "img_size", "num_classes"} <= init.keys():
+        return {}
+    check_settings({"init": init}, path)
+    return completed(init)
+
+
 def read_weights(path: Path) -> dict[str, Any]:
     """One file; ValueError if it cannot be read, FileNotFoundError if it is not there."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the folder is incomplete")
-    if path.suffix != ".safetensors":
-        return read_lightning(path)
-    try:
-        return read_safetensors(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}): it may be half-written") from error
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_lightning(path)
 
 
 def read_lora(path: Path, init: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT's settings of an adapter, in the words of `LoRASettings`."""
-    config = read_json(path)
+    config = read_adapter_config(path.parent)
     if config["peft_type"] != "LORA":
         return other_method(config["peft_type"].lower(), init)
     names = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")
@@ -145,7 +159,7 @@ def read_lora(path: Path, init: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rank": config["r"],
         "alpha": config["lora_alpha"],
-        "dropout": config["lora_dropout"],
+        "dropout": config.get("lora_dropout"),
         "target_modules": init["lora_target_modules"],
         "blocks": init["lora_blocks"],
         "options": {name: config[name] for name in names if config.get(name) not in (usual.get(name), False, None, {})},
@@ -233,7 +247,7 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
     Returns:
         `base`, `fits` (None if it cannot be told) and `why`, a sentence.
     """
-    state, base_size = read_checkpoint(find_weights(base))
+    state, base_size, _ = read_checkpoint(find_weights(base))
     verdict = {"base": str(base)}
     if not any(key.startswith(BACKBONE) for key in state):
         raise ValueError(f"{base} holds no backbone (no key begins with {BACKBONE}): give an EoMT checkpoint")

@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eomt import __version__
-from eomt.files import replacing_files, write_json
-from eomt.fingerprints import Identity, combine_hashes, hash_tensors, identify, is_adapter
+from eomt.files import read_tensors, replacing_files, write_json
+from eomt.fingerprints import Identity, combine_hashes, first_misfit, hash_tensors, identify, is_adapter
+from eomt.inference.bases import check_base, find_base, moved, record_base, refuse_base
 from eomt.inference.saved import (
     BASE_FILE,
     CONFIG_FILE,
     HEADS_FILE,
     WEIGHTS_FILE,
     bare_weights,
+    check_peft,
+    check_settings,
     find_artefact,
     read_config,
 )
@@ -29,13 +31,14 @@ from eomt.lora import files as lora_files
 from eomt.lora.files import BASE
 from eomt.lora.merging import merge
 from eomt.lora.methods import find_method
-from eomt.models.checkpoint import load_checkpoint
+from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.finite import check_finite
+from eomt.settings.formats import ARTEFACT, stamped
 from eomt.settings.model import completed
-from lora_config import listed
+from lora_config import find_targets, listed
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 BACKBONE = "network.encoder.backbone."
 # What rebuilding is not about.
@@ -94,12 +97,11 @@ def save_pretrained(module: Module, directory: str | Path) -> str:
     """
     state = {key: value.contiguous().cpu() for key, value in module.state_dict().items()}
     check_finite(state, "the network", "nothing was saved; lower model.lr")
-    metadata = {"img_size": json.dumps(list(module.hparams.img_size))}
+    said = {"img_size": list(module.hparams.img_size), "num_heads": attention_heads(module.network)}
+    metadata = {name: json.dumps(value) for name, value in said.items()}
     init = saved_settings(module)
     module.artefact_id = artefact_id(artefact_tensors(module, state), init)
     config = {
-        "schema": 1,
-        "eomt_lora": __version__,
         "artefact_id": module.artefact_id,
         **record_base(module.base),
         "precision": precision(module),
@@ -114,7 +116,7 @@ def save_pretrained(module: Module, directory: str | Path) -> str:
             if not (module.hparams.pretrained or module.hparams.ckpt_path):
                 base = {k.replace(".base_layer.", "."): v for k, v in state.items() if not is_adapter(k)}
                 save_file(base, draft / BASE_FILE, metadata)
-        write_json(draft / CONFIG_FILE, config)
+        write_json(draft / CONFIG_FILE, stamped(ARTEFACT, config))
     return module.artefact_id
 
 
@@ -159,6 +161,8 @@ def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None =
 def open_folder(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
     """A folder that `save_pretrained` wrote."""
     config = read_config(path)
+    check_settings(config, path / CONFIG_FILE, cls.setting_names(), cls.settings_type)
+    check_peft(config)
     found = check_unchanged(path, config)
     config["init"] = completed(config["init"], cls.settings_type)
     open_kind = open_adapter if config["init"]["use_lora"] else open_model
@@ -172,8 +176,8 @@ def check_unchanged(directory: Path, config: Mapping[str, Any]) -> str:
 
     A folder of an earlier version names no id, and passes.
     """
-    names = (lora_files.WEIGHTS_FILE, HEADS_FILE) if config["init"]["use_lora"] else (WEIGHTS_FILE,)
-    tensors = {key: tensor for name in names for key, tensor in load_file(directory / name).items()}
+    names = (lora_files.WEIGHTS_FILE, HEADS_FILE) if config["init"].get("use_lora") else (WEIGHTS_FILE,)
+    tensors = {key: tensor for name in names for key, tensor in read_tensors(directory / name)[0].items()}
     found = artefact_id(tensors, config["init"])
     if config.get("artefact_id") not in (None, found):
         raise ValueError(
@@ -201,24 +205,35 @@ def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], 
     check_base(config, module.base, f"the adapter {directory}")
     keep_base_heads(module, init)
     method = find_method(init["lora_method"])
-    module.attach(lora_files.load_adapter(module.backbone, directory, method=method))
-    load_heads(module, load_file(directory / HEADS_FILE))
+    peft_config = meant_config(module, init)
+    module.attach(lora_files.load_adapter(module.backbone, directory, method=method, config=peft_config))
+    load_heads(module, read_tensors(directory / HEADS_FILE)[0], directory / HEADS_FILE)
     set_settings(module, init)
     return module
+
+
+def meant_config(module: Module, init: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's configuration of an adapter with these settings on this network."""
+    settings = module.settings_type.of(init).lora
+    return find_method(init["lora_method"]).config(settings, find_targets(module.backbone, settings))
 
 
 def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
     """A Lightning checkpoint of a run: all weights, or those that a LoRA run trains."""
     checkpoint = read_lightning(path)
-    init = checkpoint.get("hyper_parameters", {})
-    unknown = init.keys() - cls.setting_names()
-    if not init or unknown:
+    init = checkpoint.get("hyper_parameters")
+    if not isinstance(init, Mapping) or not {"img_size", "num_classes", "num_q"} <= init.keys() <= cls.setting_names():
         raise ValueError(bare_weights(path))
+    check_settings({"init": init}, path, cls.setting_names(), cls.settings_type)
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} has no weights in `state_dict`: it is no checkpoint of a run")
+    check_peft({"init": init})
     init = completed(init, cls.settings_type)
     if not init["use_lora"]:
         refuse_base(path, ckpt_path)
         module = build_empty(cls, init)
-        load_exactly(module, checkpoint["state_dict"], module.state_dict().keys(), str(path))
+        load_exactly(module, state, module.state_dict().keys(), path)
         return finish_opening(module, checkpoint)
     init = moved(init, ckpt_path)
     base = ckpt_path or find_base(path, init)
@@ -227,7 +242,7 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
     module = cls(**init | {"compile": False, "ckpt_path": base})
     check_base(checkpoint, module.base, f"the checkpoint {path}")
     keep_base_heads(module, init)
-    load_exactly(module, checkpoint["state_dict"], module.trained_keys(), str(path))
+    load_exactly(module, state, module.trained_keys(), path)
     for p in module.adapter_parameters():  # as those of an adapter folder
         p.requires_grad_(False)
     set_settings(module, init)
@@ -271,69 +286,27 @@ def set_settings(module: Module, init: Mapping[str, Any]) -> None:
     module.hparams.update(init)
 
 
-def refuse_base(path: Path, ckpt_path: str | None) -> None:
-    """Raises ValueError when base weights are given for a network that is complete."""
-    if ckpt_path:
-        raise ValueError(f"ckpt_path {ckpt_path} is for adapters, and {path} holds a whole network: leave it out")
-
-
-def moved(init: Mapping[str, Any], ckpt_path: str | None) -> dict[str, Any]:
-    """The settings, with the base where it is now: saved again, the adapter names that."""
-    return {**init, "ckpt_path": ckpt_path} if ckpt_path and init["ckpt_path"] else dict(init)
-
-
-def find_base(path: Path, init: Mapping[str, Any]) -> str | None:
-    """The checkpoint that an adapter names as its base; None for timm's pretrained weights.
-
-    Raises:
-        FileNotFoundError: it is not there. ValueError: it was random, and stands in the adapter folder alone.
-    """
-    base = init["ckpt_path"]
-    if not base and not init["pretrained"]:
-        raise ValueError(
-            f"the base of {path} was random, and only the run's adapter folder holds it: give "
-            f"ckpt_path=.../adapter/{BASE_FILE}"
-        )
-    if base and not Path(base).expanduser().exists():
-        raise FileNotFoundError(
-            f"{path} was trained from {base}, which is not there: give the place of these weights with ckpt_path"
-        )
-    return base
-
-
-def load_heads(module: Module, heads: Mapping[str, Tensor]) -> None:
+def load_heads(module: Module, heads: Mapping[str, Tensor], name: str | Path = HEADS_FILE) -> None:
     """Everything outside the backbone, and nothing less."""
-    load_exactly(module, heads, head_keys(module), HEADS_FILE)
+    load_exactly(module, heads, head_keys(module), name)
 
 
 def head_keys(module: Module) -> set[str]:
     return {key for key in module.state_dict() if not key.startswith(BACKBONE)}
 
 
-def load_exactly(module: Module, state: Mapping[str, Tensor], wanted: Any, name: str) -> None:
-    """Loads the wanted keys; ValueError if others are there or some are not."""
-    if wrong := set(wanted) ^ state.keys():
-        raise ValueError(f"{name} does not fit this network: {len(wrong)} weights differ, {listed(wrong)}")
+def load_exactly(module: Module, state: Mapping[str, Tensor], wanted: Collection[str], name: str | Path) -> None:
+    """Loads the wanted keys; ValueError if others are there, some are not, or one is of another shape."""
+    check_exactly(state, {key: tensor for key, tensor in module.state_dict().items() if key in wanted}, name)
     module.load_state_dict(state, strict=False)
 
 
-def record_base(base: Identity | None) -> dict[str, Any]:
-    """Returns what an adapter's configuration or checkpoint says of its base; `recorded_base` reads it."""
-    return {"base_fingerprint": base and base.exact, "base_weights": base and base.as_dict()}
-
-
-def recorded_base(saved: Mapping[str, Any]) -> Identity:
-    """Reads what `record_base` wrote, now or in an earlier version."""
-    return Identity.from_dict(saved.get("base_fingerprint"), saved.get("base_weights"))
-
-
-def check_base(saved: Mapping[str, Any], here: Identity, what: str) -> None:
-    """Raises ValueError when an adapter meets other base weights than its own."""
-    if difference := recorded_base(saved).difference(here):
-        raise ValueError(
-            f"{what} was trained on base weights that this backbone does not have ({difference}): its updates would be "
-            "added to others; give the original base with ckpt_path"
-        )
+def check_exactly(state: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str | Path) -> None:
+    """Raises ValueError where tensors of a file are not the ones that a network has."""
+    if wrong := own.keys() ^ state.keys():
+        raise ValueError(f"{name} does not fit this network: {len(wrong)} weights differ, {listed(wrong)}")
+    if misfit := first_misfit(state, own):
+        raise ValueError(f"{name} {misfit}")
 
 
 # Several adapters on one base
@@ -361,6 +334,7 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
         raise ValueError(f"{directory} is not an adapter: give the adapter/ folder of a LoRA run")
     if module.lora is None:
         raise ValueError("this network has no adapters: open one with from_pretrained, and add others to it")
+    check_settings(config, directory / CONFIG_FILE, module.setting_names(), module.settings_type)
     found = check_unchanged(directory, config)
     config["init"] = completed(config["init"], module.settings_type)
     for setting in ALIKE:
@@ -370,12 +344,11 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
                 f"adapters of one network must agree in {setting}: here it is {json.dumps(here)}, in {directory} "
                 f"{json.dumps(there)}; open that adapter by itself"
             )
-    heads = load_file(directory / HEADS_FILE)
-    if wrong := head_keys(module) ^ heads.keys():
-        raise ValueError(f"{directory / HEADS_FILE} does not fit this network: {listed(wrong)}")
+    heads, state = read_tensors(directory / HEADS_FILE)[0], module.state_dict()
+    check_exactly(heads, {key: state[key] for key in head_keys(module)}, directory / HEADS_FILE)
     adapter = directory / lora_files.WEIGHTS_FILE
-    check_finite(heads | (load_file(adapter) if adapter.is_file() else {}), str(directory), EARLIER)
-    lora_files.add_adapter(module.lora, directory, name)
+    check_finite(heads | (read_tensors(adapter)[0] if adapter.is_file() else {}), str(directory), EARLIER)
+    lora_files.add_adapter(module.lora, directory, name, meant_config(module, config["init"]))
     module.adapters[name] = Adapter(heads, config["init"], found)
 
 

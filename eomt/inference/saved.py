@@ -1,10 +1,17 @@
 """Finds what a run saved: the folder, the checkpoint or the file of weights that a path means; torch is not needed."""
 
+import importlib.util
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from eomt import __version__
 from eomt.command_line import did_you_mean
-from eomt.files import read_json, restored
+from eomt.files import restored
+from eomt.settings.config_check import argument_types, check_type
+from eomt.settings.formats import ARTEFACT, SUMMARY, read_format
+from eomt.settings.model import ModelSettings
+from lora_config import import_peft
 
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",
@@ -70,8 +77,51 @@ def bare_weights(path: Path) -> str:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the settings that `save_pretrained` wrote."""
-    return read_json(directory / CONFIG_FILE)
+    """Returns what `save_pretrained` wrote: `init` are the settings of the network, completed by nothing.
+
+    Raises:
+        ValueError: it is no such file, or of a version to come.
+    """
+    file = directory / CONFIG_FILE
+    config = read_format(file, ARTEFACT)
+    init = config.get("init")
+    if not isinstance(init, Mapping):
+        raise ValueError(f"{file} has no settings in `init`: it is no file of a saved network, or was edited")
+    if absent := [name for name in ("img_size", "num_classes") if name not in init]:
+        raise ValueError(f"{file}: `init` has no {absent[0]}: put back what was saved")
+    return config
+
+
+def check_settings(
+    config: Mapping[str, Any], file: Path, names: Collection[str] | None = None, kind: type = ModelSettings
+) -> None:
+    """Raises ValueError where the settings of a saved network are none of `names`, or have values they cannot have.
+
+    Args:
+        config: as `read_config` returns it, or a Lightning checkpoint with its settings as `init`.
+        file: to name.
+        names: of all settings that the network takes; None: what is not known is passed over.
+        kind: the dataclass of most of them.
+    """
+    init, hints = config["init"], argument_types(kind)[0]
+    for name, value in init.items():
+        if names is not None and name not in names:
+            raise ValueError(
+                f"{file}: {name} is unknown{did_you_mean(str(name), names)}; it was written by eomt-lora "
+                f"{config.get('eomt_lora', 'of an unknown version')}, this is {__version__}"
+            )
+        if name in hints:
+            check_type(value, hints[name], f"{file}: {name}")
+    try:
+        kind.of({**init, "ckpt_path": None, "base_dtype": "float32"})  # the base is looked for later
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def check_peft(config: Mapping[str, Any]) -> None:
+    """Raises ImportError where an adapter is to be opened and PEFT is missing."""
+    if config["init"].get("use_lora") and importlib.util.find_spec("peft") is None:
+        import_peft()
 
 
 def artefact_id_in(directory: Path) -> str | None:
@@ -85,7 +135,7 @@ def check_shipped(directory: Path) -> None:
     A run of an earlier version names no id, and nothing can be compared.
     """
     file = directory.parent / "summary.json"
-    found, wanted = artefact_id_in(directory), read_json(file, {}).get("artefact_id")
+    found, wanted = artefact_id_in(directory), read_format(file, SUMMARY, {}).get("artefact_id")
     if wanted and found and found != wanted:
         raise ValueError(
             f"{directory} is another network ({found[:12]}) than {file} tells of ({wanted[:12]}): its scores would be "

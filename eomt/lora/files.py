@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from eomt.files import replacing_files
-from eomt.fingerprints import Identity, identify, is_adapter
+from eomt.files import read_json, read_tensors, replacing_files
+from eomt.fingerprints import Identity, first_misfit, identify, is_adapter
+from eomt.lora.saved_config import CONFIG_FILE, known_config
 from lora_config import Method, adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own names
+WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's own name
 BASE = "base"  # in place of an adapter's name: none of them
 
 
@@ -58,65 +60,94 @@ def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
 
 
 def load_adapter(
-    module: nn.Module, directory: str | Path, is_trainable: bool = False, method: Method | None = None
+    module: nn.Module,
+    directory: str | Path,
+    is_trainable: bool = False,
+    method: Method | None = None,
+    config: PeftConfig | None = None,
 ) -> PeftModel:
     """Adapts `module` in place with a saved adapter, and returns the handle as apply_lora does.
 
-    `method` is the one that the adapter was trained with, if it is none of `eomt.lora.methods.METHODS`. Without
-    `is_trainable` the adapters are frozen and the module is put in eval mode, as PEFT does it.
+    Without `is_trainable` the adapters are frozen and the module is put in eval mode, as PEFT does it.
+
+    Args:
+        module: the base.
+        directory: as `save_adapter` wrote it.
+        is_trainable: whether the adapter trains on.
+        method: the one that the adapter was trained with, if it is none of `eomt.lora.methods.METHODS`.
+        config: PEFT's configuration as it is meant, with which that of the folder must agree; only LoRA needs none.
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: already adapted, the adapter was trained on other base weights, or its tensors do not fit.
+        ValueError: already adapted, the adapter was trained on other base weights, was edited, or does not fit.
     """
     assert_not_adapted(module)
     base = identify(module)
-    saved = _check_adapter(directory, base)
-    handle = import_peft().PeftModel.from_pretrained(
-        module, str(directory), is_trainable=is_trainable, torch_device="cpu"
-    )
-    if wrong := _misfit(handle, "default", saved):
+    tensors, config = _check_adapter(module, Path(directory), base, config)
+    config.inference_mode = not is_trainable
+    handle = import_peft().get_peft_model(module, config)
+    if wrong := _misfit(handle, "default", tensors):
         handle.unload()
         raise ValueError(f"the adapter in {directory} {wrong}")
+    import_peft().set_peft_model_state_dict(handle, tensors)
+    if not is_trainable:
+        handle.eval()
     finish_adapting(module, base)
     if method:
         module.adapter_method = method
     return handle
 
 
-def _check_adapter(directory: str | Path, base: Identity) -> set[str]:
-    """Returns the names of an adapter's tensors, if it was trained on this base."""
-    from safetensors import safe_open
-
-    directory = Path(directory)
+def _check_adapter(
+    module: nn.Module, directory: Path, base: Identity, config: PeftConfig | None
+) -> tuple[dict[str, Tensor], PeftConfig]:
+    """Returns an adapter's tensors and its configuration, if it was trained on this base and says what is meant."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
-    with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-        saved, metadata = set(file.keys()), file.metadata() or {}
-    facts = json.loads(metadata.get("base_weights", "null"))
-    trained_on = Identity.from_dict(metadata.get("base_fingerprint"), facts)
+    tensors, metadata = read_tensors(directory / WEIGHTS_FILE)
+    try:
+        facts = json.loads(metadata.get("base_weights", "null"))
+        trained_on = Identity.from_dict(metadata.get("base_fingerprint"), facts)
+    except ValueError as error:
+        raise ValueError(f"{directory / WEIGHTS_FILE}: {error}") from error
     if trained_on.exact and (difference := trained_on.difference(base)):
         raise ValueError(
             f"the adapter in {directory} was trained on other base weights ({difference}): first load those, at the "
             "same sizes and precision"
         )
-    return saved
+    known = known_config(directory, config)
+    if config and (other := _adapted(module, read_json(directory / CONFIG_FILE)) ^ _adapted(module, vars(config))):
+        raise ValueError(
+            f"the adapter in {directory} does not fit this module ({CONFIG_FILE} and the settings disagree about "
+            f"{listed(sorted(other))}): load it on the network it was trained with"
+        )
+    return tensors, known
 
 
-def _misfit(handle: PeftModel, name: str, saved: set[str]) -> str | None:
-    """Names the tensors that are in the file alone, or in the module alone, which PEFT passes over in silence."""
-    expected = set(_adapter_state(handle, name))
-    if saved == expected:
-        return None
-    return (
-        f"does not fit this module (missing: {listed(sorted(expected - saved)) or 'none'}; unexpected: "
-        f"{listed(sorted(saved - expected)) or 'none'}): load it on the network it was trained with"
-    )
+def _adapted(module: nn.Module, config: Mapping[str, Any]) -> set[str]:
+    """The layers of a module, adapted or not, that a configuration names by the ends of their names."""
+    ends = tuple(f".{name}" for name in config["target_modules"])
+    names = (name.removesuffix(".base_layer") for name, part in module.named_modules() if isinstance(part, nn.Linear))
+    return {name for name in names if f".{name}".endswith(ends) and not is_adapter(name)}
 
 
-def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
+def _misfit(handle: PeftModel, name: str, saved: Mapping[str, Tensor]) -> str | None:
+    """Says what keeps tensors of a file from being those of the module's adapter: names, shapes or kinds of numbers."""
+    expected = _adapter_state(handle, name)
+    if saved.keys() != expected.keys():
+        return (
+            f"does not fit this module (missing: {listed(sorted(expected.keys() - saved.keys())) or 'none'}; "
+            f"unexpected: {listed(sorted(saved.keys() - expected.keys())) or 'none'}): load it on the network it was "
+            "trained with"
+        )
+    return first_misfit(saved, expected)
+
+
+def add_adapter(handle: PeftModel, directory: str | Path, name: str, config: PeftConfig | None = None) -> None:
     """Loads a further adapter of the same base beside those of `handle`; `use_adapter` switches to it.
+
+    `config` is as for `load_adapter`.
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
@@ -132,15 +163,17 @@ def add_adapter(handle: PeftModel, directory: str | Path, name: str) -> None:
             "layers use; for example 'night'"
         )
     base = getattr(module, "lora_base", None) or identify(module)
-    saved = _check_adapter(directory, base)
+    tensors, config = _check_adapter(module, Path(directory), base, config)
+    config.inference_mode = True
     was_base = active_adapter(handle) == BASE
     was_training = {layer: layer.training for layer in module.modules()}
-    handle.load_adapter(str(directory), adapter_name=name, torch_device="cpu")
-    for layer, training in was_training.items():  # PEFT puts all in evaluation mode
+    handle.add_adapter(name, config)
+    for layer, training in was_training.items():  # PEFT may put all in evaluation mode
         layer.training = training
-    if wrong := _misfit(handle, name, saved):
+    if wrong := _misfit(handle, name, tensors):
         handle.delete_adapter(name)
         raise ValueError(f"the adapter in {directory} {wrong}")
+    import_peft().set_peft_model_state_dict(handle, tensors, adapter_name=name)
     finish_adapting(module, base)
     if was_base:  # layers that are new here are not
         handle.base_model.disable_adapter_layers()

@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from eomt.fingerprints import is_adapter
+from eomt.files import read_tensors
+from eomt.fingerprints import first_misfit, is_adapter
 from eomt.models.finite import check_finite
 from eomt.models.resampling import fit_pos_embed, record_resampling
 
@@ -27,6 +27,7 @@ PIXEL_STD = "encoder.pixel_std"
 BACKBONE = "encoder.backbone."
 POS_EMBED = f"{BACKBONE}pos_embed"
 NORM_WEIGHT = re.compile(r"^encoder\.backbone\..*norm\d?\.weight$")
+BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 # State of the published training module that is no weight of the network.
 NOT_WEIGHTS = ("criterion.", "metrics.", "encoder.backbone.rope_embeddings.", "encoder.backbone.patch_embed.mask_token")
 DINOV3_NAMES = {
@@ -51,6 +52,7 @@ class LoadReport:
     skipped: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     grid: tuple[int, int] | None = None  # of position embeddings that were resampled
+    num_heads: int | None = None  # of the attention, as the file says
 
     def __str__(self) -> str:
         lines = [f"CHECKPOINT {self.path}"]
@@ -62,11 +64,21 @@ class LoadReport:
             lines.append(f"  {name:<14}{len(keys):>5} tensors{shown}")
         if self.grid:
             lines.append(f"  position embeddings were of {self.grid[0]}x{self.grid[1]} patches")
+        if self.num_heads is None:
+            lines.append("  attention heads: the file does not say how many, and no shape tells; backbone_name decides")
         return "\n".join(lines)
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
-    """A checkpoint file's tensors, under the published key names less `network.`, and its image size where it says so.
+class Stored(NamedTuple):
+    """What a checkpoint file holds: tensors under the published names less `network.`, and what it says of itself."""
+
+    tensors: dict[str, Tensor]
+    img_size: tuple[int, int] | None
+    num_heads: int | None
+
+
+def read_checkpoint(path: str | Path) -> Stored:
+    """Reads a checkpoint file.
 
     Accepts `.safetensors`, a `pytorch_model.bin`, a Lightning `.ckpt` (published or ours), or a folder written by
     `save_pretrained`. Pickled code is never run (`weights_only`).
@@ -90,9 +102,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int
         raise ValueError(
             f"ckpt_path {path} holds a {type(content).__name__}, not a state dict: nothing would be loaded"
         )
-    img_size = content.get("hyper_parameters", {}).get("img_size")
+    img_size, num_heads = stored_sizes(content, path)
     content = content.get("state_dict", content)
-    tensors = {clean_key(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"ckpt_path {path} holds a {type(content).__name__} as state_dict: nothing would be loaded")
+    tensors = {clean_key(str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"ckpt_path {path} holds no tensors: nothing would be loaded")
     if any(map(is_adapter, tensors)):
@@ -100,7 +114,21 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int
             f"ckpt_path {path} is the checkpoint of a LoRA run, which holds no backbone: continue that run with "
             "resume=, or open its adapter/ folder with MaskClassificationSemantic.from_pretrained"
         )
-    return map_dinov3(tensors), tuple(img_size) if img_size else None
+    return Stored(map_dinov3(tensors, path), img_size, num_heads)
+
+
+def stored_sizes(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, int] | None, int | None]:
+    """Image size and attention heads that a checkpoint says it is of; ValueError where it says something else."""
+    settings = content.get("hyper_parameters") or {}
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"ckpt_path {path} holds a {type(settings).__name__} as hyper_parameters: settings are meant")
+    size, heads = settings.get("img_size"), content.get("num_heads")
+    numbers = [*(size if isinstance(size, (list, tuple)) else []), *([] if heads is None else [heads])]
+    if not (size is None or (isinstance(size, (list, tuple)) and len(size) == 2)) or not all(
+        isinstance(number, int) and number > 0 for number in numbers
+    ):
+        raise ValueError(f"ckpt_path {path} says img_size {size!r}, num_heads {heads!r}: [height, width], a number")
+    return tuple(size) if size else None, heads
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -117,14 +145,19 @@ def weight_files(path: str | Path) -> list[Path]:
     return [file for file in files if file.is_file()] or files[:1]
 
 
-def read_safetensors(path: Path) -> dict:
-    """Tensors, and the image size that `save_pretrained` left in the metadata, laid out like a Lightning checkpoint."""
-    with safe_open(path, "pt") as file:
-        img_size = json.loads((file.metadata() or {}).get("img_size", "null"))
-        return {
-            "state_dict": {key: file.get_tensor(key) for key in file.keys()},  # noqa: SIM118
-            "hyper_parameters": {"img_size": img_size},
-        }
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors, and what `save_pretrained` left in the metadata, laid out like a Lightning checkpoint.
+
+    Raises:
+        ValueError: the file cannot be read. FileNotFoundError: there is none.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        said = {name: json.loads(metadata.get(name, "null")) for name in ("img_size", "num_heads")}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: its metadata are no JSON ({error})") from error
+    settings = {"img_size": said["img_size"]}
+    return {"state_dict": tensors, "hyper_parameters": settings, "num_heads": said["num_heads"]}
 
 
 def clean_key(key: str) -> str:
@@ -132,7 +165,7 @@ def clean_key(key: str) -> str:
     return key.replace("._orig_mod", "").removeprefix("_orig_mod.").removeprefix("network.")
 
 
-def map_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def map_dinov3(state: dict[str, Tensor], path: str | Path = "the checkpoint") -> dict[str, Tensor]:
     """Names of the published DINOv3 EoMT (transformers' backbone) -> timm's `*_dinov3_qkvb`; others pass unchanged.
 
     q, k and v become one fused layer; the keys have no bias there, as in timm.
@@ -143,6 +176,8 @@ def map_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
             block = key.removesuffix("attention.q_proj.weight")
             parts = [state.get(f"{block}attention.{name}_proj.weight") for name in "qkv"]
             if all(part is not None for part in parts):  # otherwise the fused weight will be reported missing
+                if len({part.shape for part in parts}) > 1 or not parts[0].ndim:
+                    raise ValueError(f"ckpt_path {path}: q, k and v of {block} are of different shapes")
                 mapped[f"{block}attn.qkv.weight"] = torch.cat(parts)
         elif ".attention.q_proj.bias" in key or ".attention.v_proj.bias" in key:
             mapped[
@@ -158,21 +193,25 @@ def map_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def describe_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tells the class head that the tensors belong to, and the scale of its cosines."""
     if "class_head.scale" in state:
-        return {"head": "arcface", "arcface_scale": round(state["class_head.scale"].item(), 6)}
+        scale = state["class_head.scale"]
+        return {"head": "arcface"} | ({"arcface_scale": round(scale.item(), 6)} if scale.numel() == 1 else {})
     return {"head": "linear"} if "class_head.bias" in state else {}
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns the sizes of the network that the tensors belong to, as far as they tell."""
-    blocks = [int(key.split("backbone.blocks.")[1].split(".")[0]) for key in state if "backbone.blocks." in key]
-    facts = {
-        "num_q": ("q.weight", lambda t: t.shape[0]),
-        "num_blocks": ("attn_mask_probs", lambda t: t.shape[0]),
-        "num_classes": ("class_head.weight", lambda t: t.shape[0] - 1),
-        "patch_size": ("encoder.backbone.patch_embed.proj.weight", lambda t: t.shape[-1]),
-        "embed_dim": ("q.weight", lambda t: t.shape[1]),
+    blocks = [int(number[1]) for key in state if (number := BLOCK.search(key))]
+    facts = {  # key, dimensions, size
+        "num_q": ("q.weight", 2, lambda t: t.shape[0]),
+        "num_blocks": ("attn_mask_probs", 1, lambda t: t.shape[0]),
+        "num_classes": ("class_head.weight", 2, lambda t: t.shape[0] - 1),
+        "patch_size": ("encoder.backbone.patch_embed.proj.weight", 4, lambda t: t.shape[-1]),
+        "embed_dim": ("q.weight", 2, lambda t: t.shape[1]),
     }
-    found = {name: read(state[key]) for name, (key, read) in facts.items() if key in state} | describe_head(state)
+    found = {
+        name: read(state[key]) for name, (key, ndim, read) in facts.items() if key in state and state[key].ndim == ndim
+    }
+    found |= describe_head(state)
     return found | ({"depth": max(blocks) + 1} if blocks else {})
 
 
@@ -219,7 +258,7 @@ def needs_pretrained(path: str | Path, delta_weights: bool | None) -> bool:
     """Whether the checkpoint, or one of the two in a folder, holds differences to a pretrained backbone."""
     if delta_weights is not None:
         return delta_weights
-    return any(resolve_differences(read_checkpoint(file)[0], None, file) for file in weight_files(path))
+    return any(resolve_differences(read_checkpoint(file).tensors, None, file) for file in weight_files(path))
 
 
 def load_checkpoint(
@@ -248,11 +287,11 @@ def load_checkpoint(
 
 def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bool | None) -> LoadReport:
     """`load_checkpoint` of one file; the network changes only if the whole file fits."""
-    state, img_size = read_checkpoint(path)
+    state, img_size, num_heads = read_checkpoint(path)
     own = network.state_dict()
     fresh = [] if load_class_head else [key for key in own if key.startswith(CLASS_HEAD)]
-    report = LoadReport(str(path), reinitialised=fresh)
-    check_agreement(network, describe(state), path, load_class_head)
+    report = LoadReport(str(path), reinitialised=fresh, num_heads=num_heads)
+    check_agreement(network, describe(state) | ({"num_heads": num_heads} if num_heads else {}), path, load_class_head)
     differences = resolve_differences(state, delta_weights, path)
     if differences:
         state = {key: tensor for key, tensor in state.items() if key not in OPTIONAL_KEYS}  # zeros there
@@ -268,13 +307,13 @@ def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bo
         if key == POS_EMBED:
             encoder = network.encoder
             prefix = own[key].shape[1] - math.prod(encoder.grid_size)
+            if tensor.ndim != 3 or tensor.shape[1] <= prefix:
+                raise ValueError(f"ckpt_path {path}: {key} is {list(tensor.shape)}, this network's {[*own[key].shape]}")
             tensor, report.grid = fit_pos_embed(tensor, prefix, encoder.grid_size, encoder.patch_size, img_size)
             report.resampled += [key] if report.grid else []
-        if tensor.shape != own[key].shape:
-            raise ValueError(
-                f"ckpt_path {path}: {key} is {list(tensor.shape)}, this network's is {list(own[key].shape)}"
-            )
         weights[key] = tensor
+    if misfit := first_misfit(weights, own):
+        raise ValueError(f"ckpt_path {path} {misfit}")
     stored = {key.removeprefix(BACKBONE): state[key] for key in weights if key.startswith(BACKBONE)}
     if stored:
         names = [key.removeprefix(BACKBONE) for key in report.resampled]
@@ -286,6 +325,11 @@ def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bo
     network.load_state_dict(weights, strict=False)
     report.loaded = sorted(weights)
     return report
+
+
+def attention_heads(network: EoMT) -> int | None:
+    """How many heads the attention of the encoder has, which no shape of its weights tells; None if it does not say."""
+    return getattr(getattr(network.encoder.blocks[0], "attn", None), "num_heads", None)
 
 
 def check_base(own: Mapping[str, Tensor], path: str | Path) -> None:
@@ -305,16 +349,17 @@ def check_agreement(network: EoMT, found: Mapping[str, Any], path: str | Path, l
         "patch_size": network.encoder.patch_size,
         "embed_dim": network.encoder.embed_dim,
         "depth": len(network.encoder.blocks),
+        "num_heads": attention_heads(network),
     }
     if load_class_head:
         configured = describe_head(network.state_dict()) | configured | {"num_classes": network.num_classes}
     for name, value in configured.items():
-        if name not in found or found[name] == value:
+        if name not in found or found[name] == value or value is None:
             continue
         remedy = f"set {name}={found[name]}"
         if name in ("head", "arcface_scale", "num_classes"):
             remedy += ", or load_ckpt_class_head=false to train a fresh class head"
-        elif name in ("embed_dim", "depth"):
+        elif name in ("embed_dim", "depth", "num_heads"):
             remedy = "choose the backbone_name (and backbone_kwargs) that the checkpoint was trained with"
         raise ValueError(f"ckpt_path {path} has {name} {found[name]}, the configuration says {value}: {remedy}")
 

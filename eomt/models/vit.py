@@ -165,7 +165,8 @@ def create_backbone(
             backbone = create_resized(create, "pretrained_cfg_overlay" in kwargs or "flexi" in family, **sizes)
         else:
             backbone = create(**sizes)
-    except (TypeError, AssertionError, RuntimeError) as error:  # arguments, or weights of other shapes
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        # arguments, or weights of other shapes
         raise ValueError(f"backbone {name!r} with backbone_kwargs {dict(kwargs)}: {shorten(error)}") from error
     except Exception as error:
         if not pretrained:

@@ -19,19 +19,18 @@ from eomt.indices import IGNORE, OUTLIER
 from eomt.inference.artefacts import (
     Adapter,
     add_adapter,
-    check_base,
     load_pretrained,
     precision,
-    record_base,
     save_pretrained,
     use_adapter,
 )
+from eomt.inference.bases import check_base, record_base
 from eomt.inference.prediction import ImageLike, predict
 from eomt.inference.windows import classify
 from eomt.lora.files import BASE
 from eomt.lora.merging import cast_base
 from eomt.lora.methods import find_method
-from eomt.models.checkpoint import load_checkpoint
+from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
 from eomt.training.build import build_loss, build_network, build_outlier_loss
@@ -325,7 +324,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(self)
-        checkpoint["precision"] = precision(self)
+        checkpoint |= {"precision": precision(self), "num_heads": attention_heads(self.network)}
         if self.lora is not None:
             keys = self.trained_keys()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}

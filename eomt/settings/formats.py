@@ -1,0 +1,49 @@
+"""The JSON files that are written to be read later, and the number of each one's schema; torch is not needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eomt import __version__
+from eomt.files import REQUIRED, read_json
+
+
+class Format(NamedTuple):
+    """A kind of JSON file.
+
+    Every number from 1 to `newest` can be read; a file without one is of the time before it was written, which is 1.
+    """
+
+    newest: int
+    key: str = "schema_version"
+
+
+ARTEFACT = Format(1, key="schema")  # eomt_config.json of a saved network
+SUMMARY = Format(1)  # summary.json of a run
+EVALUATION = Format(1)  # evaluation/NAME.json
+ANOMALY = Format(1)  # anomaly/BENCHMARK.json
+MATRIX = Format(1)  # matrix.json of a comparison
+CELL = Format(1)  # cell.json of one of its runs
+
+
+def stamped(kind: Format, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what such a file holds: the facts, behind the schema and the version that writes it."""
+    return {kind.key: kind.newest, "eomt_lora": __version__, **facts}
+
+
+def read_format(path: str | Path, kind: Format, default: Any = REQUIRED) -> dict[str, Any]:
+    """Returns what a file of this kind holds, or the default if there is no file.
+
+    Raises:
+        ValueError: it is no JSON, or of a version to come. FileNotFoundError: no file, and no default was given.
+    """
+    content = read_json(path, default)
+    number = (content or {}).get(kind.key, 1)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{path} says {kind.key} {number!r}: a number from 1 to {kind.newest} is meant; look at it")
+    if number > kind.newest:
+        raise ValueError(
+            f"{path} has {kind.key} {number}, written by eomt-lora {content.get('eomt_lora', 'of a later version')}; "
+            f"this is {__version__}, which reads up to {kind.newest}: install the version that wrote it, or a later one"
+        )
+    return content
