@@ -13,7 +13,7 @@ import _checkout  # noqa: F401
 from eomt.anomaly.request import choose_benchmarks, parse, variant_to_export
 from eomt.anomaly.scores import variants
 from eomt.command_line import quiet_libraries, reports_errors
-from eomt.inference.saved import find_artefact, run_of
+from eomt.inference.saved import check_artefact, run_of
 
 EXAMPLES = """examples:
   python scripts/evaluate_anomaly.py outputs/rba/adapter data=toy_anomalies       # draws its images
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = variants(settings["scores"], settings["temperatures"])
     exported = variant_to_export(args.export, asked)
     choose_benchmarks(settings)
-    find_artefact(args.model)
+    check_artefact(args.model)
 
     from eomt.reporting.anomaly_report import Options, evaluate_benchmarks
 

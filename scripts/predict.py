@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> "Tally":
         ValueError, OSError: input, output or network are not what they should be.
     """
     from eomt.inference.inputs import find_inputs
-    from eomt.inference.saved import find_artefact
+    from eomt.inference.saved import check_artefact
 
     inputs = find_inputs(args.input, args.output, args.cityscapes_submission)
-    find_artefact(args.model)
+    check_artefact(args.model)
     is_video = not isinstance(inputs, dict)
 
     import torch

@@ -274,7 +274,7 @@ def test_a_video_is_no_submission_and_is_not_written_over(tmp_path, monkeypatch,
 def test_a_missing_input_model_or_gpu_and_an_output_that_is_a_file_are_named(tmp_path, monkeypatch, capsys):
     image = save(draw((8, 8)), tmp_path / "a.png")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "eomt_config.json").write_text("{}")
+    (tmp_path / "model" / "eomt_config.json").write_text('{"init": {"img_size": [64, 64], "num_classes": 3}}')
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, sentence in (
         (("model", tmp_path / "nowhere", tmp_path / "out"), "nowhere: no such file or folder"),

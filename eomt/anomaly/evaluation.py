@@ -25,7 +25,6 @@ from eomt.inference.windows import WindowLogits, window_logits
 from eomt.models.eomt import EoMT
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]  # items and what is done with them -> the same items
-SCHEMA_VERSION = 1
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 

@@ -15,6 +15,7 @@ from eomt.command_line import quoted
 from eomt.files import in_use, read_json, write_json
 from eomt.processes import PASSED_ON, Interrupted
 from eomt.settings.compose import ROOT
+from eomt.settings.formats import CELL, MATRIX, SUMMARY, read_format, stamped
 from eomt.training.run_folder import set_aside
 
 TOYS = "toy_anomalies"  # the benchmark that is drawn where it is needed
@@ -35,7 +36,7 @@ def run_cell(cell: Cell) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     matrix = Path(cell.matrix)
-    facts = read_json(matrix / "matrix.json", {})
+    facts = read_format(matrix / "matrix.json", MATRIX, {})
     folder = matrix / cell.variant / f"seed_{cell.seed}"
     count = len(facts["variants"]) * len(facts["seeds"])
     title = f"[{HydraConfig.get().job.num + 1}/{count}] {cell.variant}, seed {cell.seed}"
@@ -74,7 +75,7 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
         "anomaly_errors": anomaly_errors,
         "command": ["python", "train_with_lora.py", *train[2:]],
     }
-    write_json(folder / "cell.json", cell_facts)
+    write_json(folder / "cell.json", stamped(CELL, cell_facts))
     minutes, seconds = divmod(round(time.time() - started), 60)
     outcome = (
         f"failed: {error}" if error else "finished" + "".join(f", no scores: {e}" for e in anomaly_errors.values())
@@ -90,7 +91,7 @@ def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
 def finished(folder: Path, facts: dict[str, Any]) -> bool:
     """Whether a cell is done: its own summary says so, and it is evaluated on all that the matrix asks for."""
     evaluated = not facts["source"] or (folder / "evaluation" / "source.json").is_file()
-    ended = evaluated and read_json(folder / "cell.json", {}).get("status") == "finished" == status(folder)
+    ended = evaluated and read_format(folder / "cell.json", CELL, {}).get("status") == "finished" == status(folder)
     return ended and not without_scores(folder, facts["anomaly"])
 
 
@@ -106,7 +107,7 @@ def outdated(run: Path, scores: Path) -> bool:
     """
     if not scores.is_file():
         return True
-    shipped = read_json(run / "summary.json").get("artefact_id")
+    shipped = read_format(run / "summary.json", SUMMARY).get("artefact_id")
     scored = read_json(scores.with_suffix(".json"), {}).get("artefact_id")
     if shipped and scored:
         return shipped != scored
@@ -114,7 +115,7 @@ def outdated(run: Path, scores: Path) -> bool:
 
 
 def status(folder: Path) -> str | None:
-    return read_json(folder / "summary.json", {}).get("status")
+    return read_format(folder / "summary.json", SUMMARY, {}).get("status")
 
 
 def run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> str | None:
@@ -171,7 +172,7 @@ def score_anomalies(run: Path, facts: dict[str, Any], environment: dict[str, str
     """Scores the run's artefact on the benchmarks it has no results on; returns the errors of those that failed."""
     errors = {}
     for name in without_scores(run, facts["anomaly"]):
-        artefact = run / read_json(run / "summary.json", {})["artefact"]
+        artefact = run / read_format(run / "summary.json", SUMMARY)["artefact"]
         command = [sys.executable, str(ROOT / "scripts" / "evaluate_anomaly.py"), str(artefact), f"data={name}"]
         command += [] if name == TOYS else [f"data.root={facts['anomaly_root']}"]
         if error := run_logged(command, run / "run.log", environment):

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from eomt.command_line import quiet_libraries, quoted
-from eomt.files import read_json, write_json
+from eomt.files import write_json
 from eomt.settings.compose import ROOT
+from eomt.settings.formats import SUMMARY, read_format
 
 if TYPE_CHECKING:  # torch is imported once the runs have ended
     from eomt.data.datamodule import SegmentationDataModule
@@ -61,14 +62,14 @@ def open_network(run: Path) -> "MaskClassificationSemantic":
     """Opens the network that a run saved."""
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-    return MaskClassificationSemantic.from_pretrained(run / read_json(run / "summary.json")["artefact"])
+    return MaskClassificationSemantic.from_pretrained(run / read_format(run / "summary.json", SUMMARY)["artefact"])
 
 
 def table_row(name: str, run: Path, network: "MaskClassificationSemantic") -> dict[str, Any]:
     """Returns what a run cost, and the mIoU of its network in both domains, in [0, 1]."""
     from eomt.training.evaluation import evaluate
 
-    summary = read_json(run / "summary.json")
+    summary = read_format(run / "summary.json", SUMMARY)
     return {
         "variant": name,
         "miou_clear": evaluate(network, streets("clear", network), PRECISION).miou,

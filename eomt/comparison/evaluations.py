@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from eomt.command_line import quiet_libraries
 from eomt.comparison.cells import outdated, score_anomalies
-from eomt.files import read_json, read_yaml, write_json
+from eomt.files import read_yaml, write_json
 from eomt.inference.saved import check_shipped
 from eomt.settings.compose import data_of_run, open_data
+from eomt.settings.formats import MATRIX, SUMMARY, read_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     Raises:
         ValueError: the artefact does not score what the run reported.
     """
-    summary = read_json(run / "summary.json", {})
+    summary = read_format(run / "summary.json", SUMMARY, {})
     if not summary:
         raise FileNotFoundError(f"{run} has no summary.json: give the folder of a run that ended")
 
@@ -57,7 +58,8 @@ def report_runs(
     from eomt.comparison.runs import load_runs
 
     for run in load_runs(folders):
-        matrix = {"source": [], "anomaly": []} | read_json(run.path.resolve().parents[1] / "matrix.json", {})
+        folder = run.path.resolve().parents[1]
+        matrix = {"source": [], "anomaly": []} | read_format(folder / "matrix.json", MATRIX, {})
         if run.error is None and outdated(run.path, run.path / "evaluation" / "target.json"):
             print(f"evaluating {run.path}")
             evaluate_run(run.path, matrix["source"])
@@ -84,7 +86,7 @@ def predictions(run: Path, names: Sequence[str]) -> "dict[str, tuple[Tensor, Ten
 
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-    module = MaskClassificationSemantic.from_pretrained(run / read_json(run / "summary.json", {})["artefact"])
+    module = MaskClassificationSemantic.from_pretrained(run / read_format(run / "summary.json", SUMMARY)["artefact"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module.to(device)
     images = data_of_run(run)[1].val_set

@@ -9,8 +9,9 @@ from typing import Any
 
 from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell
-from eomt.files import read_json, write_json
+from eomt.files import write_json
 from eomt.settings.compose import ROOT, build_data, compose_run, configurations, open_data
+from eomt.settings.formats import CELL, MATRIX, read_format, stamped
 
 VARIANTS = sorted(path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml") if path.stem != "base")
 OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
@@ -39,7 +40,7 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
     facts = continue_matrix(folder, facts)
     check_matrix(facts, check)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "matrix.json", facts)
+    write_json(folder / "matrix.json", stamped(MATRIX, facts))
 
     ConfigStore.instance().store("cell", node={"variant": "???", "seed": "???", "matrix": "???"})
     with own_process_state([sys.argv[0], "--multirun", *sweep(folder, facts), *launcher]):
@@ -102,7 +103,7 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """A matrix goes on in its folder, with further variants, seeds and benchmarks, but with nothing else changed."""
     if not (folder / "matrix.json").is_file():
         return facts
-    before = read_json(folder / "matrix.json")
+    before = read_format(folder / "matrix.json", MATRIX)
     for key in ("config_name", "overrides", "source"):
         added = key == "source" and not before[key]  # the finished cells are evaluated there, too
         if before[key] != facts[key] and not added:
@@ -209,7 +210,7 @@ def summarise(folder: Path, facts: dict[str, Any]) -> int:
     cells = [(variant, seed) for seed in facts["seeds"] for variant in facts["variants"]]
     failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}", facts)]
     for variant, seed in failed:
-        cell = read_json(folder / variant / f"seed_{seed}" / "cell.json", {})
+        cell = read_format(folder / variant / f"seed_{seed}" / "cell.json", CELL, {})
         error = cell.get("error") or next(iter(cell.get("anomaly_errors", {}).values()), "did not end")
         print(f"failed: {variant}, seed {seed}: {error}")
     print(f"{len(cells) - len(failed)} of {len(cells)} cells finished in {folder}")

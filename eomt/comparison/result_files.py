@@ -10,7 +10,7 @@ from zlib import error as DamagedError
 
 import numpy as np
 
-from eomt.files import read_json
+from eomt.settings.formats import ANOMALY, read_format
 
 RESULT = {"score": str, "temperature": float | int, "auprc": float | int | None, "anomalous": int, "valid": int}
 
@@ -38,7 +38,7 @@ def read_scores(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is something else.
     """
-    facts = read_json(file)
+    facts = read_format(file, ANOMALY)
     title, results = facts.get("title"), facts.get("results")
     kinds = {"title": (title, str), "results": (results, list)}
     wrong = [name for name, (found, kind) in kinds.items() if not (found and isinstance(found, kind))]

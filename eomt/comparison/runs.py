@@ -12,8 +12,9 @@ import numpy as np
 from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
 from eomt.comparison.result_files import read_confusion, read_scores
-from eomt.files import read_json, read_yaml
+from eomt.files import read_yaml
 from eomt.fingerprints import Identity
+from eomt.settings.formats import CELL, EVALUATION, MATRIX, SUMMARY, read_format
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
     """Run folders at or below a folder; adds the variants that matrix files name to `order`."""
     matrix = folder / "matrix.json"
     if matrix.is_file():
-        order += read_json(matrix, {}).get("variants", [])
+        order += read_format(matrix, MATRIX, {}).get("variants", [])
     elif any((folder / name).is_file() for name in ("config.yaml", "summary.json", "cell.json")):
         yield folder
         return
@@ -210,7 +211,7 @@ def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
 
 def _load_run(folder: Path) -> Run:
     config = read_yaml(folder / "config.yaml", {})
-    summary, cell = read_json(folder / "summary.json", {}), read_json(folder / "cell.json", {})
+    summary, cell = read_format(folder / "summary.json", SUMMARY, {}), read_format(folder / "cell.json", CELL, {})
     evaluations = {domain: _load_evaluation(folder / "evaluation" / domain) for domain in ("target", "source")}
     evaluations["target"] = evaluations["target"] or _own_validation(config, summary)
     seeds = (config.get("seed"), summary.get("seed"), cell.get("seed"))
@@ -247,7 +248,7 @@ def _derived_variant(config: dict[str, Any], summary: dict[str, Any]) -> str:
 def _load_evaluation(path: Path) -> Evaluation | None:
     """`path`.json with `path`.npz, whose scores must agree."""
     file, arrays = path.with_suffix(".json"), path.with_suffix(".npz")
-    facts = read_json(file, {})
+    facts = read_format(file, EVALUATION, {})
     if not facts:
         return None
     scores, counts = facts["class_iou"], None

@@ -18,7 +18,7 @@ from eomt.data.sources import spread
 from eomt.diagnosis.checks import Channels
 from eomt.diagnosis.inspection import BACKBONE, by_number, inspect_model, read, resample, stored_by_layer
 from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, training_images
-from eomt.files import read_json, read_yaml
+from eomt.files import read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
 from eomt.inference.artefacts import read_lightning, set_settings
 from eomt.inference.saved import BASE_FILE, check_ckpt_path, find_weights
@@ -32,7 +32,7 @@ from eomt.models.checkpoint import (
     needs_pretrained,
     read_checkpoint,
 )
-from eomt.settings.formats import SUMMARY, read_format
+from eomt.settings.formats import EVALUATION, SUMMARY, read_format
 from eomt.training.index_check import check_indices, indices_of
 
 if TYPE_CHECKING:
@@ -347,7 +347,7 @@ class RunFacts:
         """Finds the classes that have pixels, in the run's validation and in `evaluation/`."""
         there = {"the run's validation": self.validated()} if self.summary.get("class_iou") else {}
         for file in sorted((self.run / "evaluation").glob("*.npz")):
-            if facts := read_json(file.with_suffix(".json"), {}):
+            if facts := read_format(file.with_suffix(".json"), EVALUATION._replace(needs={}), {}):
                 targets = read_confusion(file, facts).sum((0, 2))
                 there[f"evaluation/{file.stem}"] = dict(zip(facts["classes"], (targets > 0).tolist(), strict=True))
         if not there:

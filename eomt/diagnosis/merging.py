@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eomt.files import PICTURES
-from eomt.inference.saved import find_artefact, read_config, run_of
+from eomt.inference.saved import check_artefact, read_config, run_of
 from eomt.settings.compose import check_data_for, data_of_run
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
@@ -35,10 +35,10 @@ def merge_and_check(
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: choose a new folder")
-    adapter = find_artefact(adapter)
+    adapter = check_artefact(adapter)
     pictures = check_images(images, run_of(adapter))
     nothing = f"{adapter} is a whole network, not an adapter: there is nothing to merge"
-    if adapter.is_dir() and not read_config(adapter)["init"]["use_lora"]:
+    if adapter.is_dir() and not read_config(adapter)["init"].get("use_lora"):
         raise ValueError(nothing)
 
     from eomt.inference.artefacts import merge_adapter

@@ -50,6 +50,20 @@ def find_artefact(path: str | Path) -> Path:
     return found[0]
 
 
+def check_artefact(path: str | Path) -> Path:
+    """Returns `find_artefact`, after what can be known of a folder without torch.
+
+    Raises:
+        ValueError, FileNotFoundError: it is no saved network. ImportError: it is an adapter, and PEFT is missing.
+    """
+    found = find_artefact(path)
+    if found.is_dir():
+        config = read_config(found)
+        check_settings(config, found / CONFIG_FILE)
+        check_peft(config)
+    return found
+
+
 def find_weights(path: str | Path) -> Path:
     """Returns the file of weights or the folder that is meant; raises as `find_artefact` does."""
     path = Path(path).expanduser()

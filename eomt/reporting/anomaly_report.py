@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from eomt.anomaly.datasets import AnomalyDataset
-from eomt.anomaly.evaluation import AUTOCAST, SCHEMA_VERSION, LogitCache, Result, evaluate, export, score_maps
+from eomt.anomaly.evaluation import AUTOCAST, LogitCache, Result, evaluate, export, score_maps
 from eomt.anomaly.metrics import ANOMALY
 from eomt.anomaly.request import OF_TOYS, TOYS, choose_benchmarks
 from eomt.anomaly.scores import SCORES, Variant, usual_range
@@ -27,6 +27,7 @@ from eomt.files import replacing, write_json
 from eomt.fingerprints import combine_hashes, hash_tensors
 from eomt.inference.saved import check_shipped, find_artefact
 from eomt.reporting.anomaly_pictures import HeatMap, Row, anomaly_picture
+from eomt.settings import formats
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 
@@ -173,7 +174,6 @@ def write_results(
     """Writes all figures to `BENCHMARK.json`."""
     path = output / f"{dataset.name}.json"
     facts = {
-        "schema_version": SCHEMA_VERSION,
         "benchmark": dataset.name,
         "title": dataset.benchmark.title,
         "images": len(dataset),
@@ -183,7 +183,7 @@ def write_results(
         "artefact_id": module.artefact_id,
         "results": [result.as_dict() for result in results],
     }
-    write_json(path, facts)
+    write_json(path, formats.stamped(formats.ANOMALY, facts))
     print(path)
 
 

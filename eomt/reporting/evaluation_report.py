@@ -10,9 +10,10 @@ import yaml
 
 from eomt.command_line import quiet_libraries
 from eomt.data.identity import same_files
-from eomt.files import read_json, replacing
-from eomt.inference.saved import check_shipped, find_artefact, read_config, run_of
+from eomt.files import replacing
+from eomt.inference.saved import check_artefact, check_shipped, read_config, run_of
 from eomt.settings.compose import check_data_for, data_for
+from eomt.settings.formats import EVALUATION, read_format
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
     from eomt.training.evaluation import Evaluation
@@ -41,7 +42,7 @@ def evaluate_artefact(
         ValueError, OSError: model or data are not what they should be, contradict each other, or the file holds scores
             on other images.
     """
-    found = find_artefact(model)
+    found = check_artefact(model)
     run, words = run_of(model), [word for word in overrides if not word.startswith("model.")]
     refuse_other_groups(overrides)
     check_data_for(run, words)
@@ -88,7 +89,7 @@ def refuse_contradictions(hparams: Mapping[str, Any], overrides: Sequence[str]) 
 def keep_other_scores(path: Path, images: str) -> None:
     """Raises ValueError where the file holds scores on other images; OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    same = same_files(read_json(path).get("data"), images) if path.is_file() else True
+    same = same_files(read_format(path, EVALUATION).get("data"), images) if path.is_file() else True
     if not same:
         what = "other images" if same is False else "images that an earlier version knew by their sizes alone"
         raise ValueError(f"{path} holds scores on {what}: give another folder with --output")

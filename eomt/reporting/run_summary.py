@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from eomt.cost.flops import flop_counter
 from eomt.files import write_json
 from eomt.fingerprints import Identity, sums
+from eomt.settings.formats import SUMMARY, stamped
 
-SCHEMA_VERSION = 1
 RECENT = 1000  # steps that a median is taken of
 LIBRARIES = ("torch", "torchvision", "lightning", "timm", "peft", "hydra-core", "torchmetrics", "safetensors", "numpy")
 
@@ -229,9 +229,7 @@ def file_sizes(directory: str | Path) -> dict[str, int]:
 
 def write_summary(path: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes facts about a run, completed by those about machine and code, and returns them all."""
-    summary = {
-        "schema_version": SCHEMA_VERSION,
-        **facts,
+    summary = stamped(SUMMARY, facts) | {
         "versions": library_versions(),
         "git_commit": git_commit(),
         "machine": machine(),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from eomt import __version__
@@ -16,14 +17,17 @@ class Format(NamedTuple):
 
     newest: int
     key: str = "schema_version"
+    needs: Mapping[str, type | tuple[type, ...]] = MappingProxyType({})  # entries that every schema has
 
 
+TEXT, NUMBER = str, (int, float)
 ARTEFACT = Format(1, key="schema")  # eomt_config.json of a saved network
-SUMMARY = Format(1)  # summary.json of a run
-EVALUATION = Format(1)  # evaluation/NAME.json
+SUMMARY = Format(1, needs={"status": TEXT})  # summary.json of a run
+SCORES = {"miou": NUMBER, "class_iou": dict, "classes": list, "images": list}
+EVALUATION = Format(1, needs=SCORES)  # evaluation/NAME.json
 ANOMALY = Format(1)  # anomaly/BENCHMARK.json
-MATRIX = Format(1)  # matrix.json of a comparison
-CELL = Format(1)  # cell.json of one of its runs
+MATRIX = Format(1, needs={"variants": list})  # matrix.json of a comparison
+CELL = Format(1, needs={"status": TEXT})  # cell.json of one of its runs
 
 
 def stamped(kind: Format, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +39,8 @@ def read_format(path: str | Path, kind: Format, default: Any = REQUIRED) -> dict
     """Returns what a file of this kind holds, or the default if there is no file.
 
     Raises:
-        ValueError: it is no JSON, or of a version to come. FileNotFoundError: no file, and no default was given.
+        ValueError: it is no JSON, of a version to come, or without what it needs.
+        FileNotFoundError: there is no file, and no default was given.
     """
     content = read_json(path, default)
     number = (content or {}).get(kind.key, 1)
@@ -46,4 +51,7 @@ def read_format(path: str | Path, kind: Format, default: Any = REQUIRED) -> dict
             f"{path} has {kind.key} {number}, written by eomt-lora {content.get('eomt_lora', 'of a later version')}; "
             f"this is {__version__}, which reads up to {kind.newest}: install the version that wrote it, or a later one"
         )
+    for name, wanted in kind.needs.items() if content else ():
+        if not isinstance(content.get(name), wanted):
+            raise ValueError(f"{path} has no {name} as it was written: put the file back or write it again")
     return content

@@ -12,9 +12,8 @@ from torch import Tensor
 from eomt.command_line import memory_explained
 from eomt.files import replacing_files, write_json
 from eomt.inference.prediction import need_less
+from eomt.settings.formats import EVALUATION, stamped
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
-
-SCHEMA_VERSION = 1
 
 
 @dataclass
@@ -43,16 +42,10 @@ class Evaluation:
     def save(self, directory: str | Path, name: str) -> None:
         """Writes `NAME.json`, and the counts of every image to `NAME.npz`."""
         class_iou = {name: None if iou != iou else iou for name, iou in self.class_iou.items()}
-        facts = {
-            "schema_version": SCHEMA_VERSION,
-            "domain": name,
-            "miou": self.miou,
-            "class_iou": class_iou,
-            **self.facts,
-        }
+        facts = {"domain": name, "miou": self.miou, "class_iou": class_iou, **self.facts}
         with replacing_files(directory) as draft:  # neither without the other
             np.savez_compressed(draft / f"{name}.npz", confusion=self.confusion.numpy())
-            write_json(draft / f"{name}.json", facts)
+            write_json(draft / f"{name}.json", stamped(EVALUATION, facts))
 
 
 class ImageConfusions(lightning.Callback):
