@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,6 +63,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 @dataclass(frozen=True)
 class LoRASettings:
     """The layers to adapt, and how. Everything is checked here, before any model is built and without importing PEFT.
@@ -91,7 +96,7 @@ class LoRASettings:
         object.__setattr__(self, "options", dict(self.options or {}))
         if not _is_int(self.rank) or self.rank < 1:
             raise ValueError(f"LoRA rank {self.rank!r}: it must be a whole number of at least 1, for example 16")
-        if not isinstance(self.alpha, (int, float)) or isinstance(self.alpha, bool) or not self.alpha > 0:
+        if not _is_positive(self.alpha):
             raise ValueError(f"LoRA alpha {self.alpha!r}: it must be above 0, for example {2 * self.rank}")
         if not isinstance(self.dropout, (int, float)) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout {self.dropout!r}: it must be at least 0 and below 1, for example 0.05")
@@ -116,6 +121,9 @@ def _check_options(options: Mapping[str, Any], rank: int) -> None:
     ranks = options.get("rank_pattern") or {}
     if not isinstance(ranks, Mapping) or not all(_is_int(value) and value >= 1 for value in ranks.values()):
         raise ValueError(f"LoRA option rank_pattern is {ranks!r}: it maps layer names to ranks of at least 1")
+    alphas = options.get("alpha_pattern") or {}
+    if not isinstance(alphas, Mapping) or not all(_is_positive(value) for value in alphas.values()):
+        raise ValueError(f"LoRA option alpha_pattern is {alphas!r}: it maps layer names to numbers above 0")
     init = options.get("init_lora_weights", True)
     if init is not True and init not in ("gaussian", "orthogonal"):
         name = str(init)

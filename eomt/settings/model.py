@@ -52,6 +52,14 @@ def _nearest_multiple(size: int, step: int) -> int:
     return max(step, step * round(size / step))
 
 
+def check_length(name: str, value: int | float) -> None:
+    """Raises ValueError for a negative length in steps (int), or a fraction of the run (float) that is none."""
+    if isinstance(value, float) and not 0 <= value <= 1:
+        raise ValueError(f"{name} {value}: a fraction of the run is from 0.0 to 1.0; give whole steps as an integer")
+    if value < 0:
+        raise ValueError(f"{name} {value}: a length cannot be negative")
+
+
 class Checked:
     """Settings that are checked where they are made: each group adds its rules to `check`."""
 
@@ -60,6 +68,17 @@ class Checked:
 
     def check(self) -> None:
         """Raises ValueError for an impossible value; FileNotFoundError for a file that is not there."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{field.name} {value}: a number is meant, nan and inf are none")
+
+    def not_negative(self, *names: str) -> None:
+        """Raises ValueError where a setting is below 0."""
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: cannot be negative")
 
     def positive(self, *names: str) -> None:
         """Raises ValueError where a setting that is given is not above 0."""
@@ -126,7 +145,11 @@ class LossSettings(Checked):
     def check(self) -> None:
         """See `Checked.check`."""
         super().check()
-        self.positive("num_points")
+        self.positive("num_points", "no_object_coefficient")
+        terms = ("mask_coefficient", "dice_coefficient", "class_coefficient")
+        self.not_negative(*terms)
+        if not any(getattr(self, name) for name in terms):
+            raise ValueError("mask_coefficient, dice_coefficient and class_coefficient are 0: nothing would train")
         if not 0 <= self.importance_sample_ratio <= 1:
             raise ValueError(f"importance_sample_ratio {self.importance_sample_ratio}: a share of the points, 0 to 1")
         if self.oversample_ratio < 1:
@@ -177,8 +200,13 @@ class OptimizerSettings(Checked):
         self.positive("lr", "llrd", "poly_power")
         if self.llrd > 1:
             raise ValueError(f"llrd {self.llrd}: a decay per block lies between 0 and 1; 1.0 is none")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay {self.weight_decay}: cannot be negative")
+        self.not_negative("weight_decay")
+        if len(self.warmup_steps) != 2:
+            raise ValueError(
+                f"warmup_steps {list(self.warmup_steps)}: two lengths are needed, of the heads and of the backbone"
+            )
+        for length in self.warmup_steps:
+            check_length("warmup_steps", length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +249,9 @@ class NetworkSettings(Checked):
         super().check()
         self.positive("num_q", "num_blocks", "arcface_scale")
         self.chosen("head", ("linear", "arcface"))
+        for name in ("attn_mask_annealing_start", "attn_mask_annealing_end"):
+            for length in getattr(self, name) or ():
+                check_length(name, length)
         if not 0 <= self.arcface_margin < math.pi / 2:
             raise ValueError(f"arcface_margin {self.arcface_margin}: an angle in radians, from 0 up to pi / 2 (1.57)")
 
@@ -276,6 +307,11 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
             )
         self._check_base_dtype()
         self._check_lengths()
+        if self.class_weights and (min(self.class_weights) < 0 or not any(self.class_weights)):
+            raise ValueError(f"class_weights {list(self.class_weights)}: none is negative, and not all are 0")
+        for color in self.class_colors or ():
+            if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
+                raise ValueError(f"class_colors {list(color)}: three channels from 0 to 255 are meant")
 
     def _check_base_dtype(self) -> None:
         if self.base_dtype == "float32":

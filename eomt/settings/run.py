@@ -4,6 +4,7 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 """
 
 import inspect
+import math
 import pkgutil
 import sys
 from collections.abc import Collection, Mapping
@@ -51,6 +52,8 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
     check_parts(config)
     for key, hint in OPTIONS.items():
         check_type(config[key], hint, key)
+    check_options(config)
+    check_trainer(config["trainer"])
     if not any(key.startswith("model.") for key in missing):
         check_model(config["model"])
     if missing:
@@ -64,6 +67,50 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
             f"trainer.strategy {strategy}: sharded weights can neither be audited nor saved as an adapter here; use ddp"
         )
     check_data(config["data"])
+
+
+def check_options(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a number at the top of the configuration is out of its range."""
+    if not 0 <= config["seed"] < 2**32:
+        raise ValueError(f"seed {config['seed']}: a seed is from 0 to {2**32 - 1}; Lightning would take 0 in its place")
+    for name in ("patience", "views"):
+        if config[name] is not None and config[name] < 1:
+            raise ValueError(f"{name} {config[name]}: at least 1")
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Raises ValueError where a number for Lightning's trainer is out of its range; their types are checked later."""
+    for name, (rule, holds) in TRAINER.items():
+        value = trainer.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not holds(value):
+            raise ValueError(f"trainer.{name} {value}: {rule}")
+
+
+def _is_share(value: float) -> bool:
+    """Of batches: a count from 1, or a float up to 1.0."""
+    return 0 < value <= 1 if isinstance(value, float) else value >= 1
+
+
+AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = ("cannot be negative", lambda value: 0 <= value < math.inf)
+SHARE = ("a whole number from 1 on, or a share up to 1.0", _is_share)
+TRAINER = {  # numbers of Lightning's trainer: their rule, and whether a value holds it
+    "max_epochs": ("at least 1, or -1 with max_steps", lambda value: value >= 1 or value == -1),
+    "max_steps": ("how many, 0 to evaluate alone, or -1 with max_epochs", lambda value: value >= -1),
+    "min_epochs": NOT_NEGATIVE,
+    "min_steps": NOT_NEGATIVE,
+    "accumulate_grad_batches": AT_LEAST_1,
+    "gradient_clip_val": NOT_NEGATIVE,
+    "check_val_every_n_epoch": AT_LEAST_1,
+    "val_check_interval": SHARE,
+    "limit_train_batches": SHARE,
+    "limit_val_batches": (f"0, {SHARE[0]}", lambda value: value == 0 or _is_share(value)),
+    "overfit_batches": (f"0, {SHARE[0]}", lambda value: value == 0 or _is_share(value)),
+    "log_every_n_steps": NOT_NEGATIVE,
+    "num_sanity_val_steps": ("how many, or -1 for all", lambda value: value >= -1),
+    "devices": ("at least 1, or -1 for all", lambda value: value >= 1 or value == -1),
+    "num_nodes": AT_LEAST_1,
+}
 
 
 def check_output_dir(folder: Path, resume: str | None) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from eomt.settings.model import LRSchedule
+from eomt.settings.model import LRSchedule, check_length
 
 
 def resolve_steps(name: str, value: int | float, total_steps: int) -> int:
@@ -12,15 +12,8 @@ def resolve_steps(name: str, value: int | float, total_steps: int) -> int:
     Raises:
         ValueError: a negative length, or a float above 1.
     """
-    if isinstance(value, float):
-        if not 0 <= value <= 1:
-            raise ValueError(
-                f"{name} {value}: a fraction of the run is from 0.0 to 1.0; give whole steps as an integer"
-            )
-        return round(value * total_steps)
-    if value < 0:
-        raise ValueError(f"{name} {value}: a length cannot be negative")
-    return value
+    check_length(name, value)
+    return round(value * total_steps) if isinstance(value, float) else value
 
 
 def resolve_warmup(warmup_steps: Sequence[int | float], total_steps: int) -> tuple[int, int]:
