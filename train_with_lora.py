@@ -135,7 +135,7 @@ def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001
     if plain["model"].get("num_classes") is None:
         plain["model"]["num_classes"] = 1  # the data set says, later
     import_method(plain["model"].get("lora_method", "lora"))
-    check_config(plain)
+    check_config(plain, any_target=plain["allow_any_target"])
     if cfg.resume and cfg.resume != "auto":
         from eomt.training.run_folder import check_resume
 

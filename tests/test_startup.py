@@ -1,5 +1,6 @@
 """Mistakes are answered before the heavy libraries are imported: modules are counted, not seconds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def test_a_second_call_in_one_process_finds_the_environment_as_the_first_one_did
 def place(tmp_path):
     """A folder with a saved network's settings, a run's configuration on data that are gone, and an image."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "eomt_config.json").write_text('{"init": {"use_lora": false, "img_size": [64, 64]}}')
+    settings = {"use_lora": False, "img_size": [64, 64], "num_classes": 3}
+    (tmp_path / "model" / "eomt_config.json").write_text(json.dumps({"init": settings}))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     (tmp_path / "config.yaml").write_text(
         "data: {_target_: eomt.data.camvid.camvid, root: /nowhere, img_size: [64, 64], batch_size: 1}\n"

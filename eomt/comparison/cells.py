@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from eomt.command_line import quoted
 from eomt.files import in_use, read_json, write_json
+from eomt.inference.saved import shipped
 from eomt.processes import PASSED_ON, Interrupted
 from eomt.settings.compose import ROOT
 from eomt.settings.formats import CELL, MATRIX, SUMMARY, read_format, stamped
@@ -172,8 +173,7 @@ def score_anomalies(run: Path, facts: dict[str, Any], environment: dict[str, str
     """Scores the run's artefact on the benchmarks it has no results on; returns the errors of those that failed."""
     errors = {}
     for name in without_scores(run, facts["anomaly"]):
-        artefact = run / read_format(run / "summary.json", SUMMARY)["artefact"]
-        command = [sys.executable, str(ROOT / "scripts" / "evaluate_anomaly.py"), str(artefact), f"data={name}"]
+        command = [sys.executable, str(ROOT / "scripts" / "evaluate_anomaly.py"), str(shipped(run)), f"data={name}"]
         command += [] if name == TOYS else [f"data.root={facts['anomaly_root']}"]
         if error := run_logged(command, run / "run.log", environment):
             errors[name] = error

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from eomt.command_line import quiet_libraries, quoted
 from eomt.files import write_json
+from eomt.inference.saved import shipped
 from eomt.settings.compose import ROOT
 from eomt.settings.formats import SUMMARY, read_format
 
@@ -62,7 +63,7 @@ def open_network(run: Path) -> "MaskClassificationSemantic":
     """Opens the network that a run saved."""
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-    return MaskClassificationSemantic.from_pretrained(run / read_format(run / "summary.json", SUMMARY)["artefact"])
+    return MaskClassificationSemantic.from_pretrained(shipped(run))
 
 
 def table_row(name: str, run: Path, network: "MaskClassificationSemantic") -> dict[str, Any]:

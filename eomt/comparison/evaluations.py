@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from eomt.command_line import quiet_libraries
 from eomt.comparison.cells import outdated, score_anomalies
 from eomt.files import read_yaml, write_json
-from eomt.inference.saved import check_shipped
+from eomt.inference.saved import check_shipped, shipped
 from eomt.settings.compose import data_of_run, open_data
 from eomt.settings.formats import MATRIX, SUMMARY, read_format
 
@@ -32,8 +32,9 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     quiet_libraries()
-    check_shipped(run / summary["artefact"])
-    module = MaskClassificationSemantic.from_pretrained(run / summary["artefact"])
+    artefact = shipped(run)
+    check_shipped(artefact)
+    module = MaskClassificationSemantic.from_pretrained(artefact)
     settings = read_yaml(run / "config.yaml")["trainer"]
     options = {key: settings[key] for key in ("precision", "accelerator")} | {"progress": sys.stderr.isatty()}
     name, data = data_of_run(run)
@@ -42,7 +43,7 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     exact = here and not summary["machine"]["gpus"] and not module.hparams.compile
     if summary["miou"] is not None and abs(target.miou - summary["miou"]) > (1e-6 if exact else 1e-3):
         raise ValueError(
-            f"{run / summary['artefact']} scores {target.miou:.7f}, but its run reported {summary['miou']:.7f}: "
+            f"{artefact} scores {target.miou:.7f}, but its run reported {summary['miou']:.7f}: "
             "data or device have changed since, evaluate where it was trained"
         )
     target.save(run / "evaluation", "target")
@@ -86,7 +87,7 @@ def predictions(run: Path, names: Sequence[str]) -> "dict[str, tuple[Tensor, Ten
 
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-    module = MaskClassificationSemantic.from_pretrained(run / read_format(run / "summary.json", SUMMARY)["artefact"])
+    module = MaskClassificationSemantic.from_pretrained(shipped(run))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module.to(device)
     images = data_of_run(run)[1].val_set

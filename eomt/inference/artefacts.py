@@ -137,8 +137,13 @@ def artefact_tensors(module: Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def artefact_id(tensors: Mapping[str, Tensor], init: Mapping[str, Any]) -> str:
-    """SHA-256 over tensors and settings of what is saved, but for the place of its base, which may move."""
-    settings = json.dumps({key: value for key, value in init.items() if key != "ckpt_path"}, sort_keys=True)
+    """SHA-256 over tensors and settings of what is saved, but for the places of its base, which may move."""
+    settings = json.loads(json.dumps(init))
+    settings.pop("ckpt_path", None)
+    overlay = (settings.get("backbone_kwargs") or {}).get("pretrained_cfg_overlay")
+    if isinstance(overlay, dict):
+        overlay.pop("file", None)
+    settings = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(f"{combine_hashes(hash_tensors(tensors))}\n{settings}".encode()).hexdigest()
 
 
@@ -163,11 +168,11 @@ def open_folder(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
     config = read_config(path)
     check_settings(config, path / CONFIG_FILE, cls.setting_names(), cls.settings_type)
     check_peft(config)
-    found = check_unchanged(path, config)
-    config["init"] = completed(config["init"], cls.settings_type)
-    open_kind = open_adapter if config["init"]["use_lora"] else open_model
-    module = open_kind(cls, path, config, ckpt_path)
-    module.trained_precision, module.artefact_id = config.get("precision"), found
+    complete = config | {"init": completed(config["init"], cls.settings_type)}
+    open_kind = open_adapter if complete["init"]["use_lora"] else open_model
+    module = open_kind(cls, path, complete, ckpt_path)
+    module.trained_precision = config.get("precision")
+    module.artefact_id = check_unchanged(path, config)  # what is wrong in one file alone is said before
     return module.eval()
 
 

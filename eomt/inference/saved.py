@@ -13,6 +13,7 @@ from eomt.settings.formats import ARTEFACT, SUMMARY, read_format
 from eomt.settings.model import ModelSettings
 from lora_config import import_peft
 
+ARTEFACTS = ("adapter", "model")  # folders that a run ships one of
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",
     "model.safetensors",
@@ -39,7 +40,7 @@ def find_artefact(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
     if (path / CONFIG_FILE).is_file():
         return path
-    found = [folder for name in ("adapter", "model") if ((folder := restored(path / name)) / CONFIG_FILE).is_file()]
+    found = [folder for name in ARTEFACTS if ((folder := restored(path / name)) / CONFIG_FILE).is_file()]
     if len(found) > 1:
         raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
     if not found:
@@ -141,6 +142,15 @@ def check_peft(config: Mapping[str, Any]) -> None:
 def artefact_id_in(directory: Path) -> str | None:
     """Returns the id of the network in a folder; None for one of an earlier version."""
     return read_config(directory).get("artefact_id") if (directory / CONFIG_FILE).is_file() else None
+
+
+def shipped(run: Path) -> Path:
+    """Returns the folder of the network that a run ended with; ValueError where its summary names none."""
+    file = run / "summary.json"
+    name = read_format(file, SUMMARY).get("artefact")
+    if name not in ARTEFACTS:
+        raise ValueError(f"{file} names as artefact {name!r}: one of {' or '.join(ARTEFACTS)} in its folder is meant")
+    return run / name
 
 
 def check_shipped(directory: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from eomt.models.resampling import create_resized
 from eomt.settings.model import check_img_size
 
+DECIDED = {"img_size", "patch_size", "num_classes", "global_pool", "checkpoint_path", "pretrained_cfg"}  # elsewhere
 PLAIN_FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules: one sequence of blocks over patch tokens
 
 
@@ -155,7 +156,7 @@ def create_backbone(
         raise ValueError(
             f"timm has no pretrained weights for {name!r}: set pretrained=false or choose another backbone"
         )
-    if given := sorted({"img_size", "patch_size", "num_classes", "global_pool"} & kwargs.keys()):
+    if given := sorted(DECIDED & kwargs.keys()):
         raise ValueError(f"backbone_kwargs {given[0]}: the model's own settings decide it; leave it out")
     # without a pooling head, whose weights would never train
     options = {"pretrained": pretrained, "num_classes": 0, "global_pool": "", **own_kwargs(family), **kwargs}

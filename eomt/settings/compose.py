@@ -1,6 +1,7 @@
 """Composing configurations with Hydra, and building the data that they describe."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
 from eomt.files import read_yaml
-from eomt.settings.config_check import check_config
+from eomt.settings.config_check import check_config, targets_in
 from eomt.settings.run import check_data
 
 ROOT = Path(__file__).resolve().parents[2]  # holds configs/, train_with_lora.py and scripts/
+RESERVED = re.compile(r"_.*_")  # keys that tell `instantiate` how
 Described = tuple[str, Any, str]  # name of a data set, its configuration, where to look if a value is missing
 
 
@@ -163,7 +165,7 @@ def build_data(config: Any, remedy: str) -> Any:
     from hydra.utils import instantiate
 
     _check_described(config, remedy)
-    check_config({"data": plain(config.data)})
+    check_config({"data": plain(config.data)}, any_target=bool(config.get("allow_any_target")))
     try:
         return instantiate(config.data, _convert_="all")
     except InstantiationException as error:
@@ -187,7 +189,7 @@ def _compose_data(overrides: Sequence[str], img_size: Sequence[int], batch_size:
             config = compose(overrides=[f"+data={name}", *sizes, *(o for o in overrides if o != chosen[0])])
         else:
             config = compose("cityscapes", [*overrides, *sizes])
-    return name, config, f"see configs/{group}/{name}.yaml"
+    return name, opened(config, "the overrides"), f"see configs/{group}/{name}.yaml"
 
 
 def _read_data_of_run(run: Path, overrides: Sequence[str]) -> Described:
@@ -205,7 +207,43 @@ def _read_data_of_run(run: Path, overrides: Sequence[str]) -> Described:
         if OmegaConf.select(config, key, default=config) is config:
             raise ValueError(f"{key} is not in {run / 'config.yaml'}{did_you_mean(key.split('.')[-1], config.data)}")
         OmegaConf.update(config, key, path_in(value) if key in PATH_KEYS else yaml.safe_load(value))
+    config = opened(config, run / "config.yaml")
     return config.data._target_.rsplit(".", 1)[-1], config, f"see {run / 'config.yaml'}"
+
+
+def opened(config: Any, source: str | Path) -> Any:
+    """Returns a configuration that may be somebody else's, if its data are made by this project's data modules alone.
+
+    Raises:
+        ValueError: it names anything else, or has no data.
+    """
+    data = plain(config.data) if isinstance(config.get("data"), Mapping) else None
+    if not isinstance(data, Mapping) or "_target_" not in data:
+        raise ValueError(f"{source} names no data: give data=NAME")
+    known = sorted(data_targets())
+    for place, node in targets_in(data, "data"):
+        if node["_target_"] not in known:
+            raise ValueError(
+                f"{source} names {place}._target_ {node['_target_']!r}: data are opened by what configs/data names, "
+                f"{', '.join(known)}, and by nothing else; give data=NAME"
+            )
+    if reserved := [key for key in keys_in(data) if RESERVED.fullmatch(key) and key != "_target_"]:
+        raise ValueError(f"{source} has {reserved[0]} in its data, which names nothing of theirs: leave it out")
+    return config
+
+
+def data_targets() -> set[str]:
+    """Everything that the files in `configs/data` name as a `_target_`."""
+    files = (ROOT / "configs" / "data").rglob("*.yaml")
+    return {node["_target_"] for file in files for _, node in targets_in(read_yaml(file))}
+
+
+def keys_in(node: Any) -> Iterator[str]:
+    """Every key in a plain nested configuration."""
+    if isinstance(node, Mapping):
+        yield from map(str, node)
+    for value in node.values() if isinstance(node, Mapping) else node if isinstance(node, (list, tuple)) else ():
+        yield from keys_in(value)
 
 
 def _check_described(config: Any, remedy: str) -> None:
@@ -214,4 +252,4 @@ def _check_described(config: Any, remedy: str) -> None:
 
     if missing := sorted(OmegaConf.missing_keys(config.data)):
         raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")
-    check_data(plain(config.data))
+    check_data(plain(config.data), any_target=bool(config.get("allow_any_target")))

@@ -3,8 +3,9 @@
 import functools
 import inspect
 import pkgutil
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,26 +14,81 @@ from pydantic.errors import PydanticUserError
 
 from eomt.command_line import did_you_mean
 
+PROJECT = ("eomt", "lora_config")
+LIBRARIES = ("lightning", "torch", "torchmetrics", "hydra")  # whose public classes a configuration may name
+# parts of them that compile, start processes, open pickles or read the command line
+RUN_CODE = ("torch.distributed", "torch.hub", "torch.jit", "torch.multiprocessing", "torch.package", "torch.utils")
+RUN_CODE += ("lightning.fabric.cli", "lightning.pytorch.cli")
+NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+")  # dotted, no part of it private
 
-def check_config(node: Any, path: str = "") -> None:
+
+def check_config(node: Any, path: str = "", any_target: bool = False) -> None:
     """Walks a plain nested configuration and checks every mapping that names a `_target_`.
 
     Raises:
-        ValueError: a target that does not exist, a key that it does not take, or a value of the wrong type.
+        ValueError: a target that must not be named or does not exist, a key that it does not take, or a value of the
+            wrong type.
     """
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            check_call(node, path)
-        for key, value in node.items():
-            check_config(value, f"{path}.{key}" if path else str(key))
+    for place, mapping in targets_in(node, path):
+        check_call(mapping, place, any_target)
 
 
-def check_call(node: Mapping[str, Any], path: str) -> None:
-    """One `_target_` and its arguments."""
+def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping with a `_target_` in a plain nested configuration, lists included, with its dotted place."""
+    if isinstance(node, Mapping) and "_target_" in node:
+        yield path, node
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for key, value in items:
+        yield from targets_in(value, f"{path}.{key}" if path else str(key))
+
+
+def check_name(name: Any, place: str, any_target: bool = False) -> None:
+    """Raises ValueError, before anything is imported, where a configuration must not name this.
+
+    Args:
+        name: `module.Class`.
+        place: where it stands.
+        any_target: whether the user allows names of anybody's.
+    """
+    if any_target and isinstance(name, str):
+        return
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"{place} {name!r}: a class is named as module.Class")
+    root, last = name.split(".")[0], name.split(".")[-1]
+    public = root in LIBRARIES and last[0].isupper() and not _is_inside(name, RUN_CODE)
+    if root not in PROJECT and not public:
+        raise ValueError(
+            f"{place} {name!r}: a configuration names this project or public classes of {', '.join(LIBRARIES)}; for "
+            "what is your own, which is imported and called, set allow_any_target=true"
+        )
+
+
+def find_target(name: Any, place: str, any_target: bool = False) -> Any:
+    """Imports what a configuration names, if it may; raises ValueError if not, or if there is no such thing."""
+    check_name(name, place, any_target)
     try:
-        target = pkgutil.resolve_name(node["_target_"])
+        target = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}._target_ {node['_target_']!r} cannot be imported: {error}") from error
+        raise ValueError(f"{place} {name!r} cannot be imported: {error}") from error
+    if any_target:
+        return target
+    module = getattr(target, "__module__", None) or ""  # where it was defined, not where it was found
+    own = _is_inside(module, PROJECT) and callable(target)
+    if not own and not (inspect.isclass(target) and _is_inside(module, LIBRARIES) and not _is_inside(module, RUN_CODE)):
+        raise ValueError(
+            f"{place} {name!r}: it is no class of {' or '.join(LIBRARIES)}, and nothing of this project; set "
+            "allow_any_target=true if it is meant"
+        )
+    return target
+
+
+def _is_inside(name: str, places: Iterable[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def check_call(node: Mapping[str, Any], path: str, any_target: bool = False) -> None:
+    """One `_target_` and its arguments."""
+    target = find_target(node["_target_"], f"{path}._target_", any_target)
     hints, open_ended = argument_types(target)
     for key, value in node.items():
         if key.startswith("_") and key.endswith("_"):

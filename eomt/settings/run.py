@@ -5,15 +5,15 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 
 import inspect
 import math
-import pkgutil
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from eomt.command_line import did_you_mean
+from eomt.lora.methods import METHODS, check_method_name
 from eomt.processes import is_first_process
-from eomt.settings.config_check import argument_types, check_call, check_type
+from eomt.settings.config_check import argument_types, check_call, check_name, check_type, find_target
 from eomt.settings.model import ModelSettings
 
 MODEL = "eomt.training.mask_classification_semantic.MaskClassificationSemantic"
@@ -31,6 +31,7 @@ OPTIONS = {
     "seed": int,
     "resume": str | None,
     "patience": int | None,
+    "allow_any_target": bool,
     "trunk_cache": bool,
     "views": int,
 }
@@ -54,6 +55,11 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
         check_type(config[key], hint, key)
     check_options(config)
     check_trainer(config["trainer"])
+    any_target = config["allow_any_target"]
+    method = config["model"].get("lora_method", "lora")
+    if isinstance(method, str) and method not in METHODS:
+        check_method_name(method)
+        check_name(method, "model.lora_method", any_target)  # it is imported later
     if not any(key.startswith("model.") for key in missing):
         check_model(config["model"])
     if missing:
@@ -66,7 +72,7 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
         raise ValueError(
             f"trainer.strategy {strategy}: sharded weights can neither be audited nor saved as an adapter here; use ddp"
         )
-    check_data(config["data"])
+    check_data(config["data"], any_target)
 
 
 def check_options(config: Mapping[str, Any]) -> None:
@@ -149,16 +155,15 @@ def check_model(model: Mapping[str, Any]) -> None:
 MODEL_PARTS = ("encoder", "loss", "optimizer")  # objects that YAML may describe
 
 
-def check_data(data: Mapping[str, Any]) -> None:
+def check_data(data: Mapping[str, Any], any_target: bool = False) -> None:
     """The arguments of a data set's function, and the places of its files where it has a function `splits`.
 
     `splits` takes the function's own arguments, imports no torch, and raises what is wrong.
     """
-    try:
-        target = pkgutil.resolve_name(data["_target_"])
-    except (KeyError, ImportError, AttributeError, ValueError):
-        return  # `check_config` says so
-    check_call(data, "data")
+    if "_target_" not in data:
+        return
+    target = find_target(data["_target_"], "data._target_", any_target)
+    check_call(data, "data", any_target)
     splits = getattr(sys.modules.get(target.__module__), "splits", None)
     if splits:
         splits(**{name: data[name] for name in inspect.signature(splits).parameters if name in data})

@@ -16,12 +16,10 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from eomt.command_line import print_to_nobody
 from eomt.files import Tolerated, new_folder, replacing_folder, restored
-from eomt.inference.saved import artefact_id_in
+from eomt.inference.saved import ARTEFACTS, artefact_id_in
 from eomt.lora.audit import LoRAAudit
 from eomt.training.finite_steps import FiniteSteps
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-
-ARTEFACTS = ("adapter", "model")  # folders that a run ships one of
 
 
 class AuditLoRA(Callback):
