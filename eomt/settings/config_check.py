@@ -1,6 +1,7 @@
 """A configuration is checked against the signatures it will be called with, before anything is built."""
 
 import functools
+import importlib
 import inspect
 import pkgutil
 import re
@@ -67,7 +68,7 @@ def find_target(name: Any, place: str, any_target: bool = False) -> Any:
     """Imports what a configuration names, if it may; raises ValueError if not, or if there is no such thing."""
     check_name(name, place, any_target)
     try:
-        target = pkgutil.resolve_name(name)
+        target = _import(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{place} {name!r} cannot be imported: {error}") from error
     if any_target:
@@ -80,6 +81,17 @@ def find_target(name: Any, place: str, any_target: bool = False) -> Any:
             "allow_any_target=true if it is meant"
         )
     return target
+
+
+def _import(name: str) -> Any:
+    """As `pkgutil.resolve_name`, which hides that a module is there and what it imports is not."""
+    place, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(place), attribute)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{place}.".startswith(f"{error.name}."):
+            raise
+        return pkgutil.resolve_name(name)  # of a class, or without a module
 
 
 def _is_inside(name: str, places: Iterable[str]) -> bool:
