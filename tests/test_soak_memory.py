@@ -60,12 +60,14 @@ def test_memory_open_files_and_threads_of_a_long_run_stay_flat(toy_cache, tmp_pa
     assert process.returncode == -9, (tmp_path / "printed.txt").read_text()[-3000:]
     minutes, resident, files, threads = seen[seen[:, 0] > MINUTES / 4].T  # the rest is warm-up
     slope = np.polyfit(minutes, resident, 1)[0]
+    figures = {"MiB": resident, "files": files, "threads": threads}
     epochs = len(list((tmp_path / "samples").iterdir())) * 5
     print(
         f"{epochs} epochs in {MINUTES:g} minutes, after warm-up: {resident.min():.0f} to {resident.max():.0f} MiB, "
         f"{slope:+.2f} MiB a minute, {files.min():.0f} to {files.max():.0f} open files, "
         f"{threads.min():.0f} to {threads.max():.0f} threads"
     )
+    # medians: a look may fall into the writing of a checkpoint or the sending of a batch, which open files for a moment
     half = len(minutes) // 2
-    assert np.median(resident[half:]) - np.median(resident[:half]) < 0.02 * np.median(resident)
-    assert files[half:].max() <= files[:half].max() and threads[half:].max() <= threads[:half].max()
+    grown = {name: np.median(values[half:]) - np.median(values[:half]) for name, values in figures.items()}
+    assert grown["MiB"] < 0.02 * np.median(resident) and grown["files"] <= 1 and grown["threads"] <= 0, grown
