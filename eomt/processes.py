@@ -88,10 +88,19 @@ class Interruption:
             raise Interrupted(signum)
 
 
-def ignore_signals(*_: object) -> None:
-    """For processes that work for another one, which decides when they end; they notice its death themselves."""
-    for signum in SIGNALS:
+def heed_parent_alone(*_: object) -> None:
+    """Lets a process that works for another one end when that one says so, and not with what a whole group receives."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def command_to_continue(words: Sequence[str], output_dir: Path) -> str:

@@ -301,3 +301,13 @@ def test_every_key_of_a_data_yaml_is_a_parameter_of_its_factory(name):
     own = set(inspect.signature(getattr(import_module(module_name), function)).parameters) - {"loader"}
     assert own <= set(keys)
     assert set(keys) <= own | set(LoaderOptions.__annotations__)
+
+
+def test_a_batch_of_a_resumed_epoch_is_made_of_the_same_images_and_said_to_be(make_set, monkeypatch):
+    torch.manual_seed(1)
+    data = module(make_set(8), make_set(1))
+    batches, items = list(data.train_dataloader()), data.batch_items(3)
+    monkeypatch.setattr(SegmentationDataModule, "_batches_done", lambda self: 2)
+    resumed = list(data.train_dataloader())
+    assert len(resumed) == len(batches) - 2 and torch.equal(resumed[1][0], batches[3][0])
+    assert data.batch_items(3) == items

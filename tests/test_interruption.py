@@ -150,9 +150,11 @@ def test_loader_processes_leave_the_signals_to_the_process_that_trains(toy_cache
             if trainer.global_step == 1:
                 children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
                 assert children
-                for process in (*map(int, children), os.getpid()):
-                    os.kill(process, signal.SIGINT)
-                    time.sleep(0.1)
+                for name in ("INT", "TERM"):
+                    subprocess.run(["kill", f"-{name}", *children], check=True)
+                time.sleep(0.5)
+                assert not any(map(ended, children))
+                os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
         train(tmp_path, toy_cache, ToAll(), workers=1)

@@ -20,7 +20,7 @@ from eomt.data.sampler import SeededSampler
 from eomt.data.sources import Splits, spread
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.transforms import TrainTransform
-from eomt.processes import ignore_signals
+from eomt.processes import heed_parent_alone
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class SegmentationDataModule(LightningDataModule):
 
         `train_set[index, seed]` is the crop that was trained on.
         """
-        start = batch_idx * self.batch_size
+        start = batch_idx * self.batch_size - self.sampler.start  # after a resumption it begins behind what is done
         chosen = islice(self.sampler, start, start + self.batch_size)
         return [{"name": self.train_set.samples[i].name, "index": i, "seed": seed} for i, seed in chosen]
 
@@ -194,7 +194,7 @@ class SegmentationDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": ignore_signals,
+            "worker_init_fn": heed_parent_alone,
         }
 
     def _check_batch(self, processes: int) -> None:
