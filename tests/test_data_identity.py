@@ -12,6 +12,8 @@ from eomt.data.dataset import SegmentationDataset
 from eomt.data.identity import file_hashes, same_files
 from eomt.data.labels import LabelSet
 from eomt.data.sources import IndexDecoder, Sample, Source
+from eomt.files import write_json
+from eomt.reporting.evaluation_report import keep_other_scores
 
 CLASSES = LabelSet(("road", "car"), ((128, 64, 128), (0, 0, 142)))
 
@@ -142,6 +144,19 @@ def test_nothing_is_read_where_hashing_is_forbidden(tmp_path, hashed):
 def test_fingerprints_of_sizes_and_of_contents_do_not_tell_whether_files_are_the_same():
     assert same_files("sha256:a", "a") is None and same_files(None, "a") is None
     assert same_files("a", "a") is True and same_files("sha256:a", "sha256:b") is False
+
+
+@pytest.mark.parametrize(
+    ("recorded", "what"), [("sha256:b", "other images"), ("a", "an earlier version knew by their")]
+)
+def test_scores_on_other_images_are_kept_and_those_of_an_earlier_version_are_not_said_to_be_such(
+    tmp_path, recorded, what
+):
+    write_json(tmp_path / "a.json", {"data": recorded})
+    with pytest.raises(ValueError, match=what):
+        keep_other_scores(tmp_path / "a.json", "sha256:a")
+    keep_other_scores(tmp_path / "a.json", recorded)
+    keep_other_scores(tmp_path / "new.json", "sha256:a")
 
 
 def test_other_cut_outs_in_as_many_bytes_are_told_by_what_describes_them(tmp_path):
