@@ -126,13 +126,14 @@ def classes_of(module: "MaskClassificationSemantic") -> "LabelSet":
 def show(classes: "LabelSet", tally: "Tally") -> None:
     """Prints the share of each class, largest first."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("class", "pixels")
     table.columns[1].justify = "right"
     total = int(tally.pixels.sum())
     for k in tally.pixels.argsort(descending=True).tolist():
-        table.add_row(classes.names[k], f"{int(tally.pixels[k]) / total:.2%}")
+        table.add_row(escape(classes.names[k]), f"{int(tally.pixels[k]) / total:.2%}")
     Console().print(table)
 
 

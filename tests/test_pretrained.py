@@ -218,7 +218,7 @@ def test_what_was_changed_since_it_was_saved_is_refused(base, tmp_path, use_lora
     content[-5] ^= 1
     file.write_bytes(content)
     config = json.loads((tmp_path / "setting" / "eomt_config.json").read_text())
-    config["init"]["img_size"] = [128, 64]
+    config["init"]["class_names"] = NAMES
     (tmp_path / "setting" / "eomt_config.json").write_text(json.dumps(config))
     for name in ("bytes", "setting"):
         with pytest.raises(ValueError, match=rf"{name} is no longer what was saved: its .*safetensors"):

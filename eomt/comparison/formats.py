@@ -11,17 +11,8 @@ from rich.text import Text
 from eomt.comparison.statistics import Comparison
 from eomt.comparison.table import Table
 from eomt.comparison.verdicts import headline
+from eomt.reporting.markup import markdown_escape, tex_escape
 
-TEX = {
-    "\\": r"\textbackslash{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\N{MINUS SIGN}": "$-$",
-    "\N{EN DASH}": "--",
-    "±": r"$\pm$",
-    "†": r"$\dagger$",
-}
 TABLES = (("scores", "costs"), ("anomalies",), ("differences",))  # where there is room for wide ones
 
 
@@ -53,14 +44,14 @@ def markdown(comparison: Comparison, content: Table) -> str:
     """The answer, the table, that of anomalies and their differences apart, and footnotes."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
-    lines = ["# Comparison", "", *(f"* {sentence}" for sentence in headline(comparison)), ""]
+    lines = ["# Comparison", "", *(f"* {markdown_escape(sentence)}" for sentence in headline(comparison)), ""]
     for caption, columns in content.parts(*TABLES):
-        titles = [content.columns[k][0] for k in columns]
-        lines += [caption, "", line(titles), line(["---"] * len(titles))]
-        lines += [*(line([row[k].text for k in columns]) for row in content.rows), ""]
-    return "\n".join([*lines, *(f"* {note}" for note in content.footnotes)]) + "\n"
+        titles = [markdown_escape(content.columns[k][0]) for k in columns]
+        lines += [markdown_escape(caption), "", line(titles), line(["---"] * len(titles))]
+        lines += [*(line([markdown_escape(row[k].text) for k in columns]) for row in content.rows), ""]
+    return "\n".join([*lines, *(f"* {markdown_escape(note)}" for note in content.footnotes)]) + "\n"
 
 
 def write_csv(path: Path, comparison: Comparison, content: Table) -> None:
@@ -106,7 +97,3 @@ def _latex_table(content: Table, caption: str, columns: Sequence[int]) -> list[s
         r"\bottomrule",
         r"\end{tabular}}",
     ]
-
-
-def tex_escape(text: str) -> str:
-    return "".join(TEX.get(character, character) for character in text.replace("\n", " "))

@@ -19,6 +19,7 @@ from eomt.data.dataset import SegmentationDataset
 from eomt.data.statistics import class_weights, counts_from_histograms
 from eomt.files import replacing, write_json, write_text
 from eomt.indices import IGNORE, OUTLIER
+from eomt.reporting.markup import markdown_escape
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -136,7 +137,7 @@ def print_report(name: str, reports: dict[str, Any]) -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         for row in rows(report):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
         for file, error in report["broken"].items():
             console.print(f"[red]broken[/red] {escape(file)}: {escape(error)}", soft_wrap=True)
@@ -144,13 +145,13 @@ def print_report(name: str, reports: dict[str, Any]) -> None:
 
 def markdown(name: str, reports: dict[str, Any]) -> str:
     """Returns the report as Markdown, with `grid.png` at its end."""
-    lines = [f"# Dataset report: {name}", ""]
+    lines = [f"# Dataset report: {markdown_escape(name)}", ""]
     for split, report in reports.items():
-        lines += [f"## {split}", "", summary(report) + ".", ""]
+        lines += [f"## {split}", "", markdown_escape(summary(report)) + ".", ""]
         lines += [f"| {' | '.join(HEADER)} |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows(report)]
-        lines += ["", *(f"- broken: `{file}`: {error}" for file, error in report["broken"].items())]
-        lines += [*(f"- without a labelled pixel: `{file}`" for file in report["empty"]), ""]
+        lines += [f"| {' | '.join(map(markdown_escape, row))} |" for row in rows(report)]
+        lines += ["", *(f"- broken: {markdown_escape(f'{file}: {error}')}" for file, error in report["broken"].items())]
+        lines += [*(f"- without a labelled pixel: {markdown_escape(file)}" for file in report["empty"]), ""]
     return "\n".join([*lines, "![images beside their labels](grid.png)", ""])
 
 

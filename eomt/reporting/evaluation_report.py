@@ -98,11 +98,12 @@ def keep_other_scores(path: Path, images: str) -> None:
 def print_scores(title: str, evaluation: "Evaluation") -> None:
     """Prints the mIoU, and a table with the IoU of each class in %."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("class", "IoU")
     for name, iou in evaluation.class_iou.items():
-        table.add_row(name, "absent" if iou != iou else f"{100 * iou:.2f}")
+        table.add_row(escape(name), "absent" if iou != iou else f"{100 * iou:.2f}")
     print(f"{title}: mIoU {100 * evaluation.miou:.2f}")
     Console().print(table)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from eomt.command_line import one_sentence
@@ -180,7 +181,7 @@ def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
     if summary["class_iou"]:
         table = Table("class", "IoU")
         for name, iou in summary["class_iou"].items():
-            table.add_row(name, "absent" if iou is None else f"{100 * iou:.2f}")
+            table.add_row(escape(name), "absent" if iou is None else f"{100 * iou:.2f}")
         console.print(table)
         print(f"mIoU {100 * summary['miou']:.2f}, the {summary['kept']} validation, at step {summary['best_step']}")
     if summary["skipped_steps"]:
