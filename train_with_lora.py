@@ -38,12 +38,14 @@ def train(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]: 
     """Trains one run, from configuration to summary, and returns the summary."""
     from omegaconf import OmegaConf
 
+    from eomt.settings.compose import saved_yaml
+
     cfg = prepare(cfg, output_dir)
     from eomt.training.run_folder import run_folder
 
     with run_folder(output_dir, cfg.resume, OmegaConf.to_container(cfg.model, resolve=True)) as cfg.resume:
         if is_first_process():
-            write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            write_text(output_dir / "config.yaml", saved_yaml(cfg))
         return fit(cfg, output_dir, interruption)
 
 

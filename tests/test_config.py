@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.toy_streets import write_toy_streets
+from eomt.settings.compose import absolute_paths, saved_yaml
 from eomt.settings.config_check import check_config
 from eomt.settings.model import ModelSettings
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -241,3 +244,28 @@ def test_warm_ups_and_fading_of_dinov3_are_the_published_steps():
     for name, expected in published.items():
         assert [share * steps for share in model[name]] == pytest.approx(expected, abs=2), name
     assert (model.lr, model.llrd) == (2e-4, 1.0)
+
+
+def test_a_saved_configuration_holds_no_value_of_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("EOMT_KEY", "s3cret")
+    monkeypatch.setenv("EOMT_ROOT", str(tmp_path))
+    words = ["+logger.csv.prefix=${oc.env:EOMT_KEY}", "name=run-${logger.csv.prefix}", "data.num_train=${data.num_val}"]
+    words += ["data.root=${oc.env:EOMT_ROOT}", "+logger.csv.flag=${oc.env:EOMT_NONE,'a, b'}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("cityscapes", ["data=toy_streets", "output_dir=x", *words])
+    cfg.variant = None
+    absolute_paths(cfg)
+    text = saved_yaml(cfg)
+    assert "s3cret" not in text and str(tmp_path) not in text
+    saved = OmegaConf.create(yaml.safe_load(text))
+    assert "num_train: 60" in text and saved.logger.csv.flag == "a, b"
+    assert cfg.name == saved.name == "run-s3cret", "read again where it is needed"
+    assert saved.data.root == str(tmp_path)
+    monkeypatch.delenv("EOMT_KEY")
+    with pytest.raises(InterpolationResolutionError):
+        OmegaConf.to_container(saved, resolve=True)
+
+
+def test_a_configuration_without_the_environment_is_saved_as_it_resolves(tmp_path):
+    cfg = composed(overrides=["data.root=/x", f"output_dir={tmp_path}"])
+    assert yaml.safe_load(saved_yaml(cfg)) == OmegaConf.to_container(cfg, resolve=True)

@@ -63,12 +63,31 @@ def absolute_paths(config: Any) -> None:
 
     for key in PATH_KEYS:
         path = OmegaConf.select(config, key, throw_on_missing=False)
-        if (
-            isinstance(path, str)
-            and key.startswith(("data.", "model.", "resume"))
-            and (key, path) != ("resume", "auto")
-        ):
-            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(path)))
+        if (key, path) == ("resume", "auto"):
+            continue
+        if isinstance(path, str) and key.startswith(("data.", "model.", "resume")):
+            absolute = os.path.abspath(os.path.expanduser(path))
+            if absolute != path:  # what is absolute already keeps its interpolations
+                OmegaConf.update(config, key, absolute)
+
+
+def saved_yaml(config: Any) -> str:
+    """Returns a configuration as YAML for a run's folder: resolved, but for values of the environment.
+
+    `${oc.env:NAME}` stays as it stands, wherever it is used: it may be a key that is nobody else's business.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    def unread(*words: Any) -> str:
+        return "${oc.env:" + ",".join("null" if word is None else quoted(word) for word in words) + "}"
+
+    OmegaConf.register_new_resolver("oc.env", unread, replace=True)
+    try:
+        content = OmegaConf.to_container(config, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
 def plain(config: Any) -> dict[str, Any]:
