@@ -170,6 +170,13 @@ def test_tensors_of_other_shapes_or_kinds_are_refused_with_both(adapter, name, k
         file.write_bytes(before)
 
 
+def test_an_adapter_with_half_a_factor_is_not_inspected(adapter):
+    key = "base_model.model.blocks.0.attn.qkv.lora_B.weight"
+    edit_tensors(adapter / "adapter_model.safetensors", lambda t: t.pop(key))
+    with pytest.raises(ValueError, match=r"adapter: lora_A and lora_B of blocks\.0\.attn\.qkv .* and None"):
+        inspect_model(adapter)
+
+
 NO_NETWORKS = [
     {"attn_mask_probs": torch.tensor(1.0), "q.weight": torch.zeros(3)},
     {"encoder.backbone.blocks.x.attn": torch.zeros(3)},

@@ -78,7 +78,10 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
         }
     facts["base_fingerprint"] = content.get("base_fingerprint")
     lora = content["lora"]
-    updates = stored_by_layer(lora, state)
+    try:
+        updates = stored_by_layer(lora, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     facts["updates"] = {name: updates[name] | {"relative": None} for name in sorted(updates, key=by_number)}
     facts["lora"] = lora
     facts["base"] = name_base(path, init)
