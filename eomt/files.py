@@ -65,11 +65,12 @@ def _no_room(path: Path, need: str, free: int) -> OSError:
 
 def _means_full_disk(error: Exception, draft: Path) -> bool:
     """Torch's and safetensors' writers have errors of their own for it."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the process's limit for a file
+    if getattr(error, "errno", None) in codes:
         return getattr(error, "strerror", None) is not None  # not one of ours
     text = str(error)
     in_torch = "inline_container" in text or "PytorchStreamWriter" in text
-    return "os error 28" in text or (in_torch and shutil.disk_usage(draft).free < 2**20)
+    return any(f"os error {code})" in text for code in codes) or (in_torch and shutil.disk_usage(draft).free < 2**20)
 
 
 def _size(count: int) -> str:

@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -271,3 +272,15 @@ def test_an_artefact_that_was_set_aside_when_its_writer_was_killed_opens_and_kee
     assert resumed.best["miou"] == 0.5 and (tmp_path / "model").is_dir()
     set_aside(tmp_path / "model")
     assert MaskClassificationSemantic.from_pretrained(tmp_path).hparams.num_q > 0
+
+
+def test_an_artefact_that_has_no_room_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    free = namedtuple("usage", "free")(2**10)
+    monkeypatch.setattr("eomt.files.shutil.disk_usage", lambda _: free)
+    with pytest.raises(OSError, match=rf"^there is no room for {tmp_path / 'model'}: 1\.0 MiB are needed, 0\.0 MiB"):
+        SaveBest(tmp_path).save(build())
+    with pytest.raises(OSError, match=r"no room for .*last.ckpt: 0.8 MiB are needed, 0.0 MiB are free there"):
+        CheckpointFiles().save_checkpoint(
+            {"w": [torch.zeros(10**5), {"b": torch.zeros(10**5)}]}, tmp_path / "last.ckpt"
+        )
+    assert not os.listdir(tmp_path)

@@ -188,3 +188,30 @@ def test_an_error_between_the_renames_puts_the_earlier_folder_back(tmp_path, mon
     with pytest.raises(OSError, match="no more"), replacing_folder(tmp_path / "adapter") as draft:
         (draft / "weights").write_text("new")
     assert (tmp_path / "adapter" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("library", ["python", "torch", "safetensors"])
+def test_a_full_disk_names_the_file_what_it_needs_and_what_is_free(tmp_path, library):
+    """In a process whose files cannot grow, as on a full disk; libraries have errors of their own for it."""
+    write = {
+        "python": "draft.write_bytes(bytes(2**22))",
+        "torch": "__import__('torch').save(bytes(2**22), draft)",
+        "safetensors": "__import__('safetensors.numpy').numpy.save_file({'a': numpy.zeros(2**22)}, draft)",
+    }[library]
+    code = (
+        "import resource, shutil, signal, sys, numpy\nfrom collections import namedtuple\n"
+        "from eomt import files\nfrom eomt.files import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "usage = namedtuple('usage', 'total used free')\n"
+        "files.shutil = namedtuple('shutil', 'disk_usage rmtree')(lambda _: usage(0, 0, 0), shutil.rmtree)\n"
+        "try:\n    with replacing(sys.argv[1]) as draft: " + write + "\n"
+        "except OSError as error: print(error)"
+    )
+    target = tmp_path / "last.ckpt"
+    target.write_text("earlier")
+    ran = subprocess.run(
+        [sys.executable, "-c", code, target], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert ran.stdout.startswith(f"there is no room for {target}: more than "), ran.stdout + ran.stderr
+    assert "MiB are free there; delete something, or choose a folder on another disk" in ran.stdout
+    assert target.read_text() == "earlier" and os.listdir(tmp_path) == ["last.ckpt"]

@@ -1,6 +1,7 @@
 """Who may import whom, and what a plain import needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -207,3 +208,9 @@ def test_public_functions_have_type_hints_and_longer_ones_a_docstring(path):
         if lines > LONG and not ast.get_docstring(function) and not is_hook(name):
             problems.append(f"{name} has {lines} lines and no docstring")
     assert not problems
+
+
+def test_every_test_that_the_page_of_faults_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "faults.md").read_text()))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 50 and not [name for name in sorted(named) if f"def {name}(" not in tests]

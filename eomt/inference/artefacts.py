@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eomt.files import read_tensors, replacing_files, write_json
+from eomt.files import check_room, read_tensors, replacing_files, write_json
 from eomt.fingerprints import Identity, combine_hashes, first_misfit, hash_tensors, identify, is_adapter
 from eomt.inference.bases import check_base, find_base, moved, record_base, refuse_base
 from eomt.inference.saved import (
@@ -93,14 +93,16 @@ def save_pretrained(module: Module, directory: str | Path) -> str:
         The id of what was saved, which stands in `eomt_config.json`, too.
 
     Raises:
-        ValueError: the base is in use, not an adapter, or weights are not finite.
+        ValueError: the base is in use, not an adapter, or weights are not finite. OSError: the disk has no room.
     """
     state = {key: value.contiguous().cpu() for key, value in module.state_dict().items()}
     check_finite(state, "the network", "nothing was saved; lower model.lr")
     said = {"img_size": list(module.hparams.img_size), "num_heads": attention_heads(module.network)}
     metadata = {name: json.dumps(value) for name, value in said.items()}
     init = saved_settings(module)
-    module.artefact_id = artefact_id(artefact_tensors(module, state), init)
+    tensors = artefact_tensors(module, state)
+    check_room(directory, sum(tensor.nbytes for tensor in tensors.values()))
+    module.artefact_id = artefact_id(tensors, init)
     config = {
         "artefact_id": module.artefact_id,
         **record_base(module.base),
