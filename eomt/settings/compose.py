@@ -238,7 +238,7 @@ def opened(config: Any, source: str | Path) -> Any:
     """
     data = plain(config.data) if isinstance(config.get("data"), Mapping) else None
     if not isinstance(data, Mapping) or "_target_" not in data:
-        raise ValueError(f"{source} names no data: give data=NAME")
+        raise ValueError(f"its data are not known, {source} does not say them: give data=NAME")
     known = sorted(data_targets())
     for place, node in targets_in(data, "data"):
         if node["_target_"] not in known:
