@@ -200,15 +200,15 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, content):
             use(tmp_path / "odd.ckpt")
 
 
-@pytest.mark.parametrize("key", ["encoder.backbone.pos_embed", "attn_mask_probs", "q.weight", "class_head.bias"])
-@pytest.mark.parametrize("edit", [torch.Tensor.flatten, lambda t: t[None], lambda t: t * torch.nan])
+KEYS = ("encoder.backbone.pos_embed", "q.weight", "attn_mask_probs", "class_head.bias")
+ODD = [(key, torch.Tensor.flatten) for key in KEYS[:2]]  # the others are flat
+ODD += [(key, edit) for key in KEYS for edit in (lambda t: t[None], lambda t: t * torch.nan)]
+
+
+@pytest.mark.parametrize(("key", "edit"), ODD)
 def test_a_checkpoint_with_an_odd_tensor_is_refused(tmp_path, key, edit):
     state = build().network.state_dict()
-    wanted = state[key]
-    state[key] = edit(wanted)
-    if torch.equal(state[key], wanted):
-        pytest.skip("flat already")
-    torch.save(state, tmp_path / "odd.bin")
+    torch.save(state | {key: edit(state[key])}, tmp_path / "odd.bin")
     with pytest.raises(ValueError, match=r"odd\.bin"):
         load_checkpoint(build().network, tmp_path / "odd.bin")
 
