@@ -152,7 +152,7 @@ def check_checkpoint(saved, tmp_path, data):
 
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 CHECKS = pytest.mark.parametrize("check", [check_folder, check_checkpoint])
 
 
