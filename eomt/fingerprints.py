@@ -187,7 +187,7 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def first_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
-    """Says which tensor is of another shape, or holds another kind of numbers, than the one of its name; None if none.
+    """Says which tensor is of another shape or kind of numbers than the one of its name, or not finite; None if none.
 
     Names that only one of the two has are passed over.
     """
@@ -199,7 +199,7 @@ def first_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
             return f"does not fit: {name} is {tensor.dtype}, this network's is {own.dtype}"
         ends = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else ()  # one pass; nan stays nan
         if not all(end.isfinite() for end in ends):
-            return f"does not fit: {name} holds a value that is not finite"
+            return f"cannot be used: {name} holds NaN or infinity, its training has diverged; take an earlier one"
     return None
 
 

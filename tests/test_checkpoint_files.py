@@ -165,8 +165,8 @@ def test_a_new_run_is_refused_where_an_artefact_of_another_lies(tmp_path):
         save = SaveBest(tmp_path / str(use_lora))
         save.save(build(use_lora=not use_lora))  # also one of the other kind
         with pytest.raises(ValueError, match=r"holds (adapter|model)/ of another run: choose another folder"):
-            SaveBest(tmp_path / str(use_lora)).setup(at_step(0), build(use_lora=use_lora), "fit")
-        save.setup(at_step(8), build(), "validate")  # its own is no reason
+            SaveBest(tmp_path / str(use_lora)).on_fit_start(at_step(0), build(use_lora=use_lora))
+        save.on_fit_start(at_step(8), build())  # its own is no reason
 
 
 def test_a_run_that_goes_on_where_another_artefact_lies_is_refused(tmp_path):

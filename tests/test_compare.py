@@ -322,7 +322,12 @@ def test_a_failed_audit_is_not_forgotten_by_running_the_matrix_again(settings, t
     for _ in range(2):
         compare("run", *settings, "variants=[lora_r4]", *arguments, code=1)
     cell = read(tmp_path / "lora_r4" / "seed_0" / "cell.json")
-    assert cell["error"].startswith("LoRA audit") and not any("resume=" in word for word in cell["command"])
+    assert cell["error"].startswith("LoRA audit")
+    earlier = tmp_path / "lora_r4" / "seed_0" / "earlier_1"
+    assert (
+        read(earlier / "summary.json")["status"].startswith("failed: LoRA audit") and (earlier / "checkpoints").is_dir()
+    )
+    assert read(tmp_path / "lora_r4" / "seed_0" / "summary.json")["parts"] == 1
 
 
 def test_the_report_scores_a_run_again_that_went_on_after_its_evaluation(matrix, tmp_path):

@@ -152,7 +152,7 @@ def test_fingerprints_of_sizes_and_of_contents_do_not_tell_whether_files_are_the
 def test_scores_on_other_images_are_kept_and_those_of_an_earlier_version_are_not_said_to_be_such(
     tmp_path, recorded, what
 ):
-    write_json(tmp_path / "a.json", {"data": recorded})
+    write_json(tmp_path / "a.json", {"data": recorded, "miou": 0.5, "class_iou": {}, "classes": [], "images": []})
     with pytest.raises(ValueError, match=what):
         keep_other_scores(tmp_path / "a.json", "sha256:a")
     keep_other_scores(tmp_path / "a.json", recorded)

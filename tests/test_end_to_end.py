@@ -212,9 +212,9 @@ def test_a_sweep_gives_every_job_its_own_folder(toy_cache, tmp_path):
 
 
 def test_each_run_of_a_sweep_has_its_turn_and_those_that_failed_are_listed(source, toy_cache, tmp_path):
-    arguments = ["--multirun", "model.lr=-1,1e-3", "seed=0,a", "trainer.max_epochs=0", "data.batch_size=4"]
+    arguments = ["--multirun", "model.lr=-1,1e-3", "seed=0,a", "trainer.max_steps=0", "data.batch_size=4"]
     result = train(toy_cache, tmp_path, *arguments, code=1)
-    assert f"failed: {tmp_path}/0: lr must be" in result.stderr, result.stderr
+    assert f"failed: {tmp_path}/0: lr -1: must be greater than 0" in result.stderr, result.stderr
     assert f"failed: {tmp_path}/3: seed 'a': should be" in result.stderr
     assert f"1 runs finished in {tmp_path}, 3 failed" in result.stdout
     assert "Traceback" not in result.stderr

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 BACKBONE = "network.encoder.backbone."
 # What rebuilding is not about.
 ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_dtype": "float32"}
-EARLIER = "take an earlier one"  # instead of weights that are not finite
 # what adapters of one network share
 ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size", "lora_method")
 
@@ -160,9 +159,7 @@ def precision(module: Module) -> str | None:
 def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None = None) -> Module:
     """Restores a trained network, bit for bit, in evaluation mode; see `MaskClassificationSemantic.from_pretrained`."""
     path = find_artefact(path)
-    module = open_checkpoint(cls, path, ckpt_path) if path.is_file() else open_folder(cls, path, ckpt_path)
-    check_finite(module.state_dict(), str(path), EARLIER)
-    return module
+    return open_checkpoint(cls, path, ckpt_path) if path.is_file() else open_folder(cls, path, ckpt_path)
 
 
 def open_folder(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
@@ -353,8 +350,6 @@ def add_adapter(module: Module, directory: str | Path, name: str) -> None:
             )
     heads, state = read_tensors(directory / HEADS_FILE)[0], module.state_dict()
     check_exactly(heads, {key: state[key] for key in head_keys(module)}, directory / HEADS_FILE)
-    adapter = directory / lora_files.WEIGHTS_FILE
-    check_finite(heads | (read_tensors(adapter)[0] if adapter.is_file() else {}), str(directory), EARLIER)
     lora_files.add_adapter(module.lora, directory, name, meant_config(module, config["init"]))
     module.adapters[name] = Adapter(heads, config["init"], found)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from eomt.files import read_tensors
 from eomt.fingerprints import first_misfit, is_adapter
-from eomt.models.finite import check_finite
 from eomt.models.resampling import fit_pos_embed, record_resampling
 
 if TYPE_CHECKING:  # reading alone needs no timm
@@ -321,7 +320,6 @@ def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bo
     if differences:
         weights = {k: v + own[k] if k.startswith(BACKBONE) else v for k, v in weights.items()}
         weights["attn_mask_probs"] = weights["attn_mask_probs"].clamp(0, 1)  # the published code adds it to ones
-    check_finite(weights, f"ckpt_path {path}", "take an earlier one")
     network.load_state_dict(weights, strict=False)
     report.loaded = sorted(weights)
     return report

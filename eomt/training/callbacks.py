@@ -84,18 +84,17 @@ class SaveBest(Callback):
         self.directory, self.keep = Path(directory), keep
         self.best: dict[str, Any] = {"miou": -math.inf}
         self.artefact_id: str | None = None
-        self.begun = False
 
     def folder(self, module: MaskClassificationSemantic) -> Path:
         return self.directory / ("model" if module.lora is None else "adapter")
 
-    def setup(self, trainer: Trainer, module: MaskClassificationSemantic, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         """Raises ValueError where a run that is new would mix with what another one left."""
-        new, self.begun = not (self.begun or trainer.ckpt_path or self.artefact_id), True
+        new = not (trainer.ckpt_path or self.artefact_id)
         for name in ARTEFACTS if new and trainer.is_global_zero else ():
             if (self.directory / name).exists():
                 raise ValueError(
-                    f"{self.directory} holds {name}/ of another run: choose another folder, or continue it with resume="
+                    f"{self.directory} holds {name}/ of another run: choose another folder, or continue it with resume=auto"
                 )
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
