@@ -94,7 +94,7 @@ class SaveBest(Callback):
         for name in ARTEFACTS if new and trainer.is_global_zero else ():
             if (self.directory / name).exists():
                 raise ValueError(
-                    f"{self.directory} holds {name}/ of another run: choose another folder, or continue it with resume=auto"
+                    f"{self.directory} holds {name}/ of another run: choose another folder, or give resume=auto"
                 )
 
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
