@@ -9,6 +9,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from eomt.data.identity import fingerprint
 from eomt.data.labels import LabelSet
+from eomt.data.pictures import to_rgb
 from eomt.data.sources import LabelDecoder, Sample
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -71,7 +72,8 @@ class SegmentationDataset(Dataset):
         """The image alone, uint8 [3, H, W], in memory pixel by pixel (channels last) as it was decoded.
 
         Raises:
-            ValueError: it cannot be decoded, or is stored turned: its labels may have been drawn on either view.
+            ValueError: it cannot be decoded, its pixels have no known range, or it is stored turned: its labels may
+                have been drawn on either view.
         """
         source = self.samples[index].image
         picture = source.decode()
@@ -80,7 +82,7 @@ class SegmentationDataset(Dataset):
                 f"{source} is stored turned (EXIF orientation {picture.getexif()[ORIENTATION]}), and its labels may "
                 "belong to either view; save it upright, without the tag."
             )
-        return pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))  # which would copy
+        return pil_to_tensor(to_rgb(picture, str(source)))
 
     def labels(self, index: int) -> Tensor:
         """The label map alone, uint8 [H, W]; the image is not read."""

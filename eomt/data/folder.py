@@ -98,7 +98,10 @@ def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
     entries = content["classes"]
     for position, entry in enumerate(entries):
         _check_entry(entry, f"{path}, class {position}")
-    label_set = LabelSet(tuple(e["name"] for e in entries), tuple(tuple(e["color"]) for e in entries))
+    try:
+        label_set = LabelSet(tuple(e["name"] for e in entries), tuple(tuple(e["color"]) for e in entries))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     remedy = f"add it to a class or to the ignored values in {path}"
     with_ids = [entry for entry in entries if "ids" in entry]
     if with_ids and len(with_ids) < len(entries):

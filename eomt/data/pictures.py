@@ -4,6 +4,7 @@ import re
 from io import BytesIO
 from typing import BinaryIO
 
+import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
@@ -34,6 +35,21 @@ def decode_picture(content: bytes, name: str) -> Image.Image:
     if lack := _lack(content):
         raise ValueError(f"{name} is incomplete ({lack}); copy or download it again.")
     return picture
+
+
+def to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """A decoded picture in RGB, 8 bits a channel, whatever its mode; transparency is left out.
+
+    Raises:
+        ValueError: floating-point or 32-bit pixels, which have no known range; the sentence begins with `name`.
+    """
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{name} has 32-bit pixels of an unknown range: convert it to 8 bits a channel")
+    if picture.mode.startswith("I;16"):  # the high byte, which is what Pillow keeps of 16-bit colours, too
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if "transparency" in picture.info:  # of a palette
+        picture = picture.convert("RGBA")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy
 
 
 def open_picture(file: BinaryIO, name: str) -> Image.Image:

@@ -1,13 +1,12 @@
 """Places of pictures and label maps, and the decoding of label pictures: all that is known of data without torch."""
 
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
@@ -44,7 +43,9 @@ def _open_archive(path: str, state: tuple[int, ...], pid: int) -> ZipFile:
     # would move each other's position.
     try:
         return ZipFile(path)
-    except BadZipFile as error:
+    except OSError:
+        raise
+    except Exception as error:  # a directory of nonsense raises BadZipFile, struct.error, NotImplementedError, ...
         raise ValueError(f"{path} is no complete zip archive ({error}); download it again.") from error
 
 
@@ -97,10 +98,12 @@ class Source:
             return Path(self.path).read_bytes()
         try:
             return open_archive(self.path).read(self.member)
-        except (BadZipFile, zlib.error, EOFError) as error:  # a wrong checksum, or what cannot be unpacked
-            raise ValueError(f"{self} is damaged ({error}); download the archive again.") from error
         except KeyError as error:
             raise ValueError(f"{self.path} has no {self.member} any more; start again, which lists it anew.") from error
+        except (FileNotFoundError, PermissionError, MemoryError):
+            raise
+        except Exception as error:  # a wrong checksum, a password, an unknown compression: each raises its own class
+            raise ValueError(f"{self} is damaged or encrypted ({error}); download the archive again.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +136,9 @@ class IndexDecoder:
             raise ValueError(
                 f"{source} must have a single channel of class ids, it has mode {picture.mode}; {self.remedy}"
             )
-        if values.dtype != np.uint8:  # 1-bit or 16-bit pictures
-            if values.max() > 255:
-                raise ValueError(f"{source} has the value {values.max()}, label values are 0..255; {self.remedy}")
+        if values.dtype != np.uint8:  # pictures of 1, 16 or 32 bits, or of fractions
+            if (wrong := ~np.isin(values, np.arange(256))).any():
+                raise ValueError(f"{source} has the value {values[wrong][0]}, label values are 0..255; {self.remedy}")
             values = values.astype(np.uint8)
         labels = np.array(Image.fromarray(values).point(self.table))  # in a sixth of the time that numpy takes
         if (doubtful := labels == UNKNOWN).any() and len(unknown := np.setdiff1d(values[doubtful], self.known)):

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from eomt.data.labels import LabelSet
-from eomt.data.pictures import decode_picture
+from eomt.data.pictures import decode_picture, to_rgb
 from eomt.inference.windows import classify_images
 from eomt.models.eomt import EoMT
 
@@ -63,7 +63,7 @@ def to_image(image: ImageLike) -> Tensor:
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(image), "the image")
+        return _to_tensor(ImageOps.exif_transpose(image), "the image")
     if isinstance(image, np.ndarray):
         _check(image.dtype, image.shape, channels=-1, wanted="an array uint8 [H, W, 3]")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: views may be read-only or run backwards
@@ -81,7 +81,7 @@ def read_image(path: str | Path) -> Tensor:
         FileNotFoundError: there is none.
     """
     picture = decode_picture(Path(path).read_bytes(), str(path))
-    return _to_rgb(ImageOps.exif_transpose(picture), str(path))
+    return _to_tensor(ImageOps.exif_transpose(picture), str(path))
 
 
 def overlay(image: Tensor, labels: Tensor, classes: LabelSet, opacity: float = 0.5) -> Image.Image:
@@ -90,14 +90,8 @@ def overlay(image: Tensor, labels: Tensor, classes: LabelSet, opacity: float = 0
     return Image.blend(photo, Image.fromarray(classes.colorize(labels).numpy()), opacity)
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Tensor:
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"{name} has 32-bit pixels of an unknown range: convert it to 8 bits a channel")
-    if picture.mode.startswith("I;16"):  # the high byte, which is what Pillow keeps of 16-bit colours, too
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if "transparency" in picture.info:  # of a palette
-        picture = picture.convert("RGBA")
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+def _to_tensor(picture: Image.Image, name: str) -> Tensor:
+    return torch.from_numpy(np.array(to_rgb(picture, name))).permute(2, 0, 1)
 
 
 def _check(dtype: object, shape: Sequence[int], channels: int, wanted: str) -> None:
