@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # endings of picture files
 logger = logging.getLogger(__name__)
+TOO_DEEP = "it is nested too deeply"
 REQUIRED: Any = object()  # the default of a reader whose file must be there
 
 
@@ -34,6 +35,20 @@ def check_room(path: str | Path, needed: int) -> None:
     place = next(folder for folder in path.absolute().parents if folder.is_dir())
     if needed > shutil.disk_usage(place).free:
         raise _no_room(path, f"{_size(needed)} are needed", shutil.disk_usage(place).free)
+
+
+def check_place(path: str | Path, of_file: bool = False) -> None:
+    """Raises OSError where a folder, or a file, cannot be written at `path`, as far as that is known before."""
+    path, wanted = Path(path), "file" if of_file else "folder"
+    if path.exists() and not (path.is_file() if of_file else path.is_dir()):
+        raise OSError(f"{path} is {'a file' if path.is_file() else 'no file'}: name a {wanted}")
+    try:
+        place = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        with TemporaryFile(dir=place.parent if place.is_file() and of_file else place):  # which has no name
+            pass
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be written ({why}): choose another place") from error
 
 
 @contextmanager
@@ -218,12 +233,40 @@ def read_json(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
     Raises:
         ValueError: the file is no JSON, or no mapping. FileNotFoundError: there is no file, and no default was given.
     """
-    return _read(Path(path), "JSON", json.loads, default)
+    return _read(Path(path), "JSON", parse_json, default)
 
 
 def read_yaml(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
     """Returns the mapping that a YAML file holds, or the default if there is no file; raises as `read_json` does."""
-    return _read(Path(path), "valid YAML", lambda text: yaml.safe_load(text) or {}, default)
+    return _read(Path(path), "valid YAML", lambda text: yaml.load(text, _Loader) or {}, default)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns what JSON says; raises ValueError where it is none, is nested too deeply, or says a name twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_mapping)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it says {twice!r} twice")
+    return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping with a name twice, of which YAML's own loader takes the last one."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [(name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"it says {name[1]!r} twice{node.start_mark}")
+        return node
 
 
 class Tolerated:
@@ -283,10 +326,11 @@ def _read(path: Path, language: str, parse: Callable[[str], Any], default: Any) 
         return default
     try:
         content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        why = TOO_DEEP if isinstance(error, RecursionError) else one_sentence(error)
         raise ValueError(
-            f"{path} cannot be read: it is no {language} ({one_sentence(error)}); it may be half-written: write it "
-            "again or leave it out"
+            f"{path} cannot be read: it is no {language} ({why}); it may be half-written: write it again or leave it "
+            "out"
         ) from error
     if not isinstance(content, Mapping):
         kind = type(content).__name__

@@ -13,7 +13,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.cost.variant_costs import print_costs, variant_costs
-from eomt.files import write_json
+from eomt.files import check_place, write_json
 from eomt.settings.compose import compose_run, plain
 
 EXAMPLES = """examples:
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("memory", "targets"):
         if (value := getattr(args, option)) is not None and not value > 0:
             raise ValueError(f"--{option} {value:g}: must be greater than 0")
+    if args.json:
+        check_place(args.json, of_file=True)
     words = [word.replace("data.img_size=", "model.img_size=", 1) for word in args.overrides]  # it is the model's
     facts = variant_costs(plain(compose_run(words)), args.memory, args.targets)
     print_costs(facts)

@@ -8,6 +8,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
+from eomt.files import check_place
 from eomt.settings.compose import datasets_known, open_data
 
 EXAMPLES = """examples:
@@ -23,6 +24,8 @@ Writes report.md, counts.json and grid.png. Exit code 1 if a file is broken, 2 i
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 if a file is broken, or 2 with one sentence."""
     args = parse(argv)
+    if args.out:
+        check_place(args.out)
     # nothing is trained here: any crop size will do, and small datasets need no full batch
     name, datamodule = open_data(args.overrides, img_size=[64, 64], batch_size=1)
 

@@ -13,6 +13,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.diagnosis.report import examine, print_findings, write_findings
+from eomt.files import check_place
 
 EXAMPLES = """examples:
   python scripts/doctor.py outputs/lora                               # a run, on its own data
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if a check failed; 2 with one sentence."""
     args = parse(argv)
     path = args.path.expanduser()
+    if args.json:
+        check_place(args.json, of_file=True)
     findings = examine(path, args.overrides, args.ckpt_path)
     print_findings(findings)
     if args.json:

@@ -13,6 +13,7 @@ import _checkout  # noqa: F401
 from eomt.anomaly.request import choose_benchmarks, parse, variant_to_export
 from eomt.anomaly.scores import variants
 from eomt.command_line import quiet_libraries, reports_errors
+from eomt.files import check_place
 from eomt.inference.saved import check_artefact, run_of
 
 EXAMPLES = """examples:
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     exported = variant_to_export(args.export, asked)
     choose_benchmarks(settings)
     check_artefact(args.model)
+    for folder in (args.output, args.cache):
+        if folder:
+            check_place(folder)
 
     from eomt.reporting.anomaly_report import Options, evaluate_benchmarks
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
-from eomt.files import write_json
+from eomt.files import check_place, write_json
 from eomt.inference.saved import find_weights
 
+PLOTS = (".png", ".jpg", ".pdf", ".svg")
 EXAMPLES = """examples:
   python scripts/inspect_model.py outputs/lora/adapter
   python scripts/inspect_model.py outputs/lora/checkpoints/best.ckpt --base outputs/source/model
@@ -28,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (args.path, args.base):
         if path:
             find_weights(path)  # before torch is imported
+    if args.plot and args.plot.suffix.lower() not in PLOTS:
+        raise ValueError(f"--plot {args.plot}: its ending is one of {', '.join(PLOTS)}")
+    for file in (args.plot, args.json):
+        if file:
+            check_place(file, of_file=True)
 
     from rich.console import Console
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
+from eomt.files import check_place
 from eomt.settings.compose import open_data
 
 EXAMPLES = """examples:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.out.exists():
         raise FileExistsError(f"{args.out} is there already, and nothing is written over: give another --out")
+    check_place(args.out)
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or more")
     # nothing is trained here: any crop size will do, and small data sets need no full batch

@@ -4,7 +4,6 @@ Each kind's `repr` tells its settings and its content, for records and caches.
 """
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from eomt.data.identity import file_hashes
-from eomt.data.pictures import decode_picture, open_picture
+from eomt.data.pictures import decode_picture, open_picture, to_rgb
+from eomt.files import parse_json
 from eomt.toys.objects import draw_cutout
 
 # Categories of COCO that Cityscapes has, too: an image that shows one is not used at all, for parts of it may stand
@@ -139,7 +139,7 @@ class CocoCutOuts:
             raise FileNotFoundError(f"{path}: no such file of COCO annotations")
         data = path.read_bytes()
         try:
-            self.instances = clean_instances(json.loads(data), exclude, min_area)
+            self.instances = clean_instances(parse_json(data), exclude, min_area)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no file of COCO annotations: {error!r}") from error
         except ValueError as error:  # of JSON, or of clean_instances
@@ -162,7 +162,7 @@ class CocoCutOuts:
     def __getitem__(self, index: int) -> np.ndarray:
         instance = self.instances[index]
         path = self.images / instance.file
-        picture = decode_picture(path.read_bytes(), str(path)).convert("RGB")
+        picture = to_rgb(decode_picture(path.read_bytes(), str(path)), str(path))
         if picture.size != instance.size:
             raise ValueError(
                 f"{path} has {picture.size} (width, height), but was annotated at "

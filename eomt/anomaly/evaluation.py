@@ -19,7 +19,7 @@ from eomt.anomaly.datasets import AnomalyDataset
 from eomt.anomaly.metrics import PixelMetrics, PixelScores
 from eomt.anomaly.scores import SCORES, Variant
 from eomt.command_line import memory_explained
-from eomt.files import replacing
+from eomt.files import parse_json, replacing
 from eomt.inference.prediction import evaluating, need_less
 from eomt.inference.windows import WindowLogits, window_logits
 from eomt.models.eomt import EoMT
@@ -99,7 +99,7 @@ class LogitCache:
         """
         try:
             with safe_open(self.file(frame), "pt") as file:
-                sizes = json.loads(file.metadata()["sizes"])
+                sizes = parse_json(file.metadata()["sizes"])
                 masks, classes = (file.get_tensor(name).to(device).float() for name in ("masks", "classes"))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.file(frame)} is gone or damaged ({error}); score again") from error

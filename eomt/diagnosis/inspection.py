@@ -134,6 +134,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
             **{name: config.get(name) for name in BASE_RECORD},
             "lora": read_lora(path / LORA_CONFIG, config["init"]),
         }
+    if not state:
+        raise ValueError(f"{path} holds no tensors: it is no saved network")
     return content | {"state_dict": {clean_key(key): tensor for key, tensor in state.items()}}, files
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eomt.files import PICTURES
+from eomt.files import PICTURES, check_place
 from eomt.inference.saved import check_artefact, read_config, run_of
 from eomt.settings.compose import check_data_for, data_of_run
 
@@ -35,6 +35,7 @@ def merge_and_check(
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: choose a new folder")
+    check_place(out)
     adapter = check_artefact(adapter)
     pictures = check_images(images, run_of(adapter))
     nothing = f"{adapter} is a whole network, not an adapter: there is nothing to merge"

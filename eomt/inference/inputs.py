@@ -5,7 +5,7 @@ import re
 from itertools import takewhile
 from pathlib import Path
 
-from eomt.files import PICTURES
+from eomt.files import PICTURES, check_place
 from eomt.inference.video import VIDEOS, Video
 
 OVERLAY_VIDEO = "overlay.mp4"
@@ -22,8 +22,7 @@ def find_inputs(source: str, output: Path, submission: bool) -> Video | dict[str
     Raises:
         ValueError, OSError: the input cannot be used, or `output` is a file.
     """
-    if output.is_file():
-        raise ValueError(f"OUTPUT {output} is a file: name a folder")
+    check_place(output)
     path = Path(source).expanduser()
     if path.suffix.lower() not in VIDEOS or not path.is_file():
         return _find_images(path, output, submission)
@@ -42,7 +41,7 @@ def _find_images(source: Path, output: Path, submission: bool) -> dict[str, Path
     """
     root, found = _list_files(source)
     folder = output.resolve()
-    pictures = {path for path in found if path.suffix.lower() in PICTURES and path.is_file()}
+    pictures = {path for path in found if path.suffix.lower() in PICTURES and _is_there(path)}
     paths = sorted(path for path in pictures if folder not in path.resolve().parents)
     if not paths:
         raise FileNotFoundError(
@@ -59,6 +58,11 @@ def _find_images(source: Path, output: Path, submission: bool) -> dict[str, Path
         if others:
             raise ValueError(f"{min(others)} is in the way: the benchmark takes one PNG an image; give a fresh OUTPUT")
     return images
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it is a file, or a link to nothing, which is told when it is read."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _list_files(source: Path) -> tuple[Path, list[Path]]:

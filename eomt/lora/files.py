@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from eomt.files import read_json, read_tensors, replacing_files
+from eomt.files import parse_json, read_json, read_tensors, replacing_files
 from eomt.fingerprints import Identity, first_misfit, identify, is_adapter
 from eomt.lora.saved_config import CONFIG_FILE, known_config
 from lora_config import Method, adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
@@ -107,7 +107,7 @@ def _check_adapter(
             raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
     tensors, metadata = read_tensors(directory / WEIGHTS_FILE)
     try:
-        facts = json.loads(metadata.get("base_weights", "null"))
+        facts = parse_json(metadata.get("base_weights", "null"))
         trained_on = Identity.from_dict(metadata.get("base_fingerprint"), facts)
     except ValueError as error:
         raise ValueError(f"{directory / WEIGHTS_FILE}: {error}") from error

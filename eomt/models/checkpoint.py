@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eomt.files import read_tensors
+from eomt.files import parse_json, read_tensors
 from eomt.fingerprints import first_misfit, is_adapter
 from eomt.models.resampling import fit_pos_embed, record_resampling
 
@@ -152,7 +151,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """
     tensors, metadata = read_tensors(path)
     try:
-        said = {name: json.loads(metadata.get(name, "null")) for name in ("img_size", "num_heads")}
+        said = {name: parse_json(metadata.get(name, "null")) for name in ("img_size", "num_heads")}
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: its metadata are no JSON ({error})") from error
     settings = {"img_size": said["img_size"]}

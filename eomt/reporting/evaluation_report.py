@@ -10,7 +10,7 @@ import yaml
 
 from eomt.command_line import quiet_libraries
 from eomt.data.identity import same_files
-from eomt.files import replacing
+from eomt.files import check_place, replacing
 from eomt.inference.saved import check_artefact, check_shipped, read_config, run_of
 from eomt.settings.compose import check_data_for, data_for
 from eomt.settings.formats import EVALUATION, read_format
@@ -45,6 +45,7 @@ def evaluate_artefact(
     found = check_artefact(model)
     run, words = run_of(model), [word for word in overrides if not word.startswith("model.")]
     refuse_other_groups(overrides)
+    check_place(output or run / "evaluation")
     check_data_for(run, words)
     if found.is_dir():  # a checkpoint is read with torch
         check_shipped(found)
