@@ -2,19 +2,23 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eomt.command_line import quiet_libraries
 from eomt.comparison.cells import outdated, score_anomalies
-from eomt.files import read_yaml, write_json
+from eomt.comparison.result_files import read_summary
+from eomt.files import check_place, read_yaml, write_json
 from eomt.inference.saved import check_shipped, shipped
 from eomt.settings.compose import data_of_run, open_data
-from eomt.settings.formats import MATRIX, SUMMARY, read_format
+from eomt.settings.formats import MATRIX, read_format
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+COMPUTED_BY = ("precision", "accelerator")
 
 
 def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
@@ -23,7 +27,7 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     Raises:
         ValueError: the artefact does not score what the run reported.
     """
-    summary = read_format(run / "summary.json", SUMMARY, {})
+    summary = read_summary(run)
     if not summary:
         raise FileNotFoundError(f"{run} has no summary.json: give the folder of a run that ended")
 
@@ -35,12 +39,14 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
     artefact = shipped(run)
     check_shipped(artefact)
     module = MaskClassificationSemantic.from_pretrained(artefact)
-    settings = read_yaml(run / "config.yaml")["trainer"]
-    options = {key: settings[key] for key in ("precision", "accelerator")} | {"progress": sys.stderr.isatty()}
+    options = read_trainer(run) | {"progress": sys.stderr.isatty()}
     name, data = data_of_run(run)
     target = evaluate(module, data, description=name, **options)
-    here = machine() | summary["machine"] == machine()  # another one rounds otherwise, and a GPU in an order of its own
-    exact = here and not summary["machine"]["gpus"] and not module.hparams.compile
+    where = summary.get("machine")
+    here = (
+        isinstance(where, Mapping) and machine() | where == machine()
+    )  # another one rounds otherwise, and a GPU in an order of its own
+    exact = here and not where.get("gpus") and not module.hparams.compile
     if summary["miou"] is not None and abs(target.miou - summary["miou"]) > (1e-6 if exact else 1e-3):
         raise ValueError(
             f"{artefact} scores {target.miou:.7f}, but its run reported {summary['miou']:.7f}: "
@@ -52,12 +58,24 @@ def evaluate_run(run: Path, source: Sequence[str] = ()) -> None:
         evaluate(module, data, description=name, **options).save(run / "evaluation", "source")
 
 
+def read_trainer(run: Path) -> dict[str, Any]:
+    """Returns the arithmetic and the device that a run was trained with; ValueError where it does not say them."""
+    file = run / "config.yaml"
+    trainer = read_yaml(file).get("trainer")
+    if not isinstance(trainer, Mapping) or (absent := [name for name in COMPUTED_BY if name not in trainer]):
+        raise ValueError(
+            f"{file} has no trainer.{absent[0] if isinstance(trainer, Mapping) else 'precision'}: put it back"
+        )
+    return {name: trainer[name] for name in COMPUTED_BY}
+
+
 def report_runs(
     folders: Sequence[Path], output: Path, baseline: str | None, score: str | None, allow_different: bool
 ) -> None:
     """Evaluates what has not been evaluated yet, and writes the report."""
     from eomt.comparison.runs import load_runs
 
+    check_place(output)
     for run in load_runs(folders):
         folder = run.path.resolve().parents[1]
         matrix = {"source": [], "anomaly": []} | read_format(folder / "matrix.json", MATRIX, {})

@@ -10,9 +10,19 @@ from zlib import error as DamagedError
 
 import numpy as np
 
-from eomt.settings.formats import ANOMALY, read_format
+from eomt.settings.formats import ANOMALY, SUMMARY, read_format
 
 RESULT = {"score": str, "temperature": float | int, "auprc": float | int | None, "anomalous": int, "valid": int}
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Returns the summary of a run, nothing if there is none yet; ValueError where its score is no number."""
+    file = run / "summary.json"
+    summary = read_format(file, SUMMARY, {})
+    miou = summary.get("miou")
+    if miou is not None and not (isinstance(miou, (int, float)) and 0 <= miou <= 1):
+        raise ValueError(f"{file} says miou {miou!r}: a share from 0 to 1 is meant; put back what the run wrote")
+    return summary
 
 
 def read_confusion(file: Path, facts: Mapping[str, Any]) -> np.ndarray:

@@ -11,10 +11,10 @@ import numpy as np
 
 from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
-from eomt.comparison.result_files import read_confusion, read_scores
+from eomt.comparison.result_files import read_confusion, read_scores, read_summary
 from eomt.files import read_yaml
 from eomt.fingerprints import Identity
-from eomt.settings.formats import CELL, EVALUATION, MATRIX, SUMMARY, read_format
+from eomt.settings.formats import CELL, EVALUATION, MATRIX, read_format
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
 
 def _load_run(folder: Path) -> Run:
     config = read_yaml(folder / "config.yaml", {})
-    summary, cell = read_format(folder / "summary.json", SUMMARY, {}), read_format(folder / "cell.json", CELL, {})
+    summary, cell = read_summary(folder), read_format(folder / "cell.json", CELL, {})
     evaluations = {domain: _load_evaluation(folder / "evaluation" / domain) for domain in ("target", "source")}
     evaluations["target"] = evaluations["target"] or _own_validation(config, summary)
     seeds = (config.get("seed"), summary.get("seed"), cell.get("seed"))
@@ -321,10 +321,23 @@ def read_curve(folder: Path) -> tuple[list[tuple[int, float]], int]:
     files = [*earlier, *folder.glob("metrics.csv")]
     curve: list[tuple[int, float]] = []
     for path in files:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if rows:
-            first = int(float(rows[0]["step"]))
-            curve = [point for point in curve if point[0] < first]
-        curve += [(int(float(row["step"])), float(row["val/miou"])) for row in rows if row.get("val/miou")]
+        steps, points = _read_metrics(path)
+        if steps:
+            curve = [point for point in curve if point[0] < steps[0]]
+        curve += points
     return curve, len(files)
+
+
+def _read_metrics(path: Path) -> tuple[list[int], list[tuple[int, float]]]:
+    """The step of each row, and (step, val/miou) of those with a validation; ValueError where one is no number."""
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+        if "step" not in (reader.fieldnames or ["step"]):
+            raise ValueError("there is no column step")
+        steps = [int(float(row["step"])) for row in rows]
+        validated = [(step, row["val/miou"]) for step, row in zip(steps, rows, strict=True) if row.get("val/miou")]
+        return steps, [(step, float(miou)) for step, miou in validated]
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise ValueError(f"{path} holds no metrics by step ({error}): put back what the run wrote") from error
