@@ -208,14 +208,18 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from eomt.settings.compose import CONFIG_ERRORS, explain_config
+
     expected = (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException)
     sweep = find_sweep(words)
     failed: dict[Path, str] = {}  # of a sweep: the run's folder, and why
+    begun: list[Path] = []  # folders of runs
 
     @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
     def run(cfg) -> None:  # noqa: ANN001
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         output_dir = Path(HydraConfig.get().runtime.output_dir)
+        begun.append(output_dir)
         try:
             with memory_explained():
                 train(cfg, output_dir, interruption)
@@ -233,10 +237,14 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped override arrives here and not as Hydra's own page
     try:
         run()
-    except (HydraException, OmegaConfBaseException) as error:
-        if full_error:
+    except (HydraException, OmegaConfBaseException, *CONFIG_ERRORS) as error:
+        if full_error or (begun and isinstance(error, CONFIG_ERRORS)):  # an error of a run is told there
             raise
-        return fail(error, 2)
+        return fail(explain_config(error, words), 2)
+    except OSError as error:
+        if full_error or begun:
+            raise
+        return fail(f"the folder of the run cannot be made ({error}): choose another output_dir", 1)
     except SystemExit as ended:  # an option of Hydra's own
         return ended.code or 0
     return report_sweep(sweep, failed) if sweep else int(bool(failed))

@@ -6,14 +6,17 @@ import functools
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 
 class RunError(RuntimeError):
@@ -80,8 +83,6 @@ FLAGS = {
 HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
 HYDRA_FLAGS |= {"--experimental-rerun": 1, "--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
 HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
-
-
 SWEEP = "hydra.sweep.dir"
 PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.sweep.dir", "model.ckpt_path")
 PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
@@ -99,6 +100,8 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
     Raises:
         ValueError: an unknown flag, or one without its values.
     """
+    if strange := [word for word in arguments if "\0" in word]:
+        raise ValueError(f"{strange[0]!r} has a NUL in it, which no path and no value can hold: leave it out")
     options, overrides = [], []
     rest = [part for word in arguments for part in split_flag(word)]
     if "--use_lora" in rest and not {"--config-name", "-cn"} & set(rest):
@@ -122,6 +125,8 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
             raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
         else:
             overrides.append(word)
+    if "output_dir=" in overrides:
+        raise ValueError("output_dir= names no folder: give one, or leave it out for a new one in outputs/")
     sweeps = bool({"--multirun", "-m"} & set(options))
     return options + [open_mapping(quote_path(expand_home(word), sweeps)) for word in overrides]
 
@@ -268,7 +273,8 @@ def own_process_state(argv: Sequence[str]) -> Iterator[bool]:
     handlers, level = list(log.handlers), log.level
     sys.argv = list(argv)
     try:
-        yield setting == "1"
+        with any_screen():
+            yield setting == "1"
     finally:
         sys.argv = before
         for handler in set(log.handlers) - set(handlers):
@@ -288,17 +294,50 @@ def reports_errors(code: int = 1) -> Callable:
         @functools.wraps(main)
         def reporting(*args, **kwargs) -> int:
             try:
-                with memory_explained():
+                with memory_explained(), ended_by_signals(), any_screen():
                     return main(*args, **kwargs) or 0
             except EXPECTED_ERRORS as error:
                 return fail(error, code)
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                return 130
+            except KeyboardInterrupt as ended:
+                signum = signal.Signals(ended.args[0] if ended.args else signal.SIGINT)
+                print(f"interrupted by {signum.name}", file=sys.stderr)
+                return 128 + signum
 
         return reporting
 
     return decorate
+
+
+@contextmanager
+def any_screen() -> Iterator[None]:
+    """Prints letters that the screen does not know as escapes in the block, where they would be an error."""
+    screen = sys.stdout
+    if getattr(screen, "errors", None) != "strict" or not hasattr(screen, "reconfigure"):
+        yield
+        return
+    screen.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        screen.reconfigure(errors="strict")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP, unless they are ignored, end the block as SIGINT does: no draft of a file is left."""
+    may = threading.current_thread() is threading.main_thread()  # no other one may receive signals
+    asked = [each for each in (signal.SIGTERM, signal.SIGHUP) if may and signal.getsignal(each) == signal.SIG_DFL]
+    for signum in asked:
+        signal.signal(signum, _interrupt)
+    try:
+        yield
+    finally:
+        for signum in asked:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signum)
 
 
 @contextmanager

@@ -14,20 +14,26 @@ from typing import Any
 from eomt.command_line import quoted, unquoted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RANKS = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")  # a process's number, by who started it
 PASSED_ON = signal.SIGUSR2  # by a process that was asked to end, to those that it started; it is no second signal
 
 
 def is_first_process() -> bool:
     """Whether this is the one of several processes that touches the folder, however they were started."""
-    return all(
-        os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    )
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 def check_one_folder(words: Sequence[str]) -> None:
-    """Raises ValueError where several processes that were started from outside would each choose a folder."""
+    """Raises ValueError where several processes that were started from outside would each choose a folder.
+
+    So it does where a variable of whoever started them is no number: no process would take itself for the first one.
+    """
     in_slurm = "SLURM_PROCID" in os.environ
-    count = max(int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("SLURM_NTASKS") or 1) if in_slurm else 1)
+    numbers = {name: os.environ.get(name, "0") for name in (*RANKS, "WORLD_SIZE", *["SLURM_NTASKS"] * in_slurm)}
+    for name, text in numbers.items():
+        if not re.fullmatch("[0-9]+", text):
+            raise ValueError(f"{name}={text} in the environment: a number of processes is meant; unset it")
+    count = max(int(numbers["WORLD_SIZE"]), int(numbers.get("SLURM_NTASKS", 1)))
     if count > 1 and not any(word.lstrip("+").startswith(("output_dir=", "hydra.run.dir=")) for word in words):
         raise ValueError(f"{count} processes were started for this run: give output_dir=FOLDER, so that they share one")
 
@@ -69,10 +75,14 @@ class Interruption:
                 signal.signal(signum, handler)
 
     def install(self) -> None:
-        """Takes the signals over, also from a library that has received them meanwhile."""
+        """Takes the signals over, also from a library that has received them meanwhile.
+
+        Those that were ignored before, as nohup ignores SIGHUP, stay ignored.
+        """
         if _in_main_thread():  # the only one that may
             for signum in (*SIGNALS, PASSED_ON):
-                signal.signal(signum, self.receive)
+                if self.before[signum] != signal.SIG_IGN:
+                    signal.signal(signum, self.receive)
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
         """Handles a signal; raises `Interrupted` unless that is deferred."""

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
 from eomt.files import read_yaml
 from eomt.settings.config_check import check_config, targets_in
@@ -14,6 +16,8 @@ from eomt.settings.run import check_data
 
 ROOT = Path(__file__).resolve().parents[2]  # holds configs/, train_with_lora.py and scripts/
 RESERVED = re.compile(r"_.*_")  # keys that tell `instantiate` how
+# what Hydra lets through from YAML, and of values that it cannot use
+CONFIG_ERRORS = (YAMLError, ValueError, RecursionError)
 Described = tuple[str, Any, str]  # name of a data set, its configuration, where to look if a value is missing
 
 
@@ -27,8 +31,27 @@ def configurations(folder: Path = ROOT / "configs") -> Iterator[None]:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(one_sentence(error)) from error
+    except (HydraException, OmegaConfBaseException, *CONFIG_ERRORS) as error:
+        raise ValueError(explain_config(error)) from error
+
+
+def explain_config(error: Exception, words: Sequence[str] = ()) -> str:
+    """Returns the sentence for what keeps Hydra from composing.
+
+    Args:
+        error: one of Hydra's and OmegaConf's own, or of `CONFIG_ERRORS`.
+        words: of the command line, whose `--config-dir` or `--config-path` may hold the file that is to blame.
+    """
+    if isinstance(error, RecursionError):
+        return "a configuration is nested too deeply to be read"
+    if not isinstance(error, UnicodeDecodeError):
+        return one_sentence(error)
+    named = [
+        words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config-dir", "--config-path", "-cd", "-cp")
+    ]
+    files = [path for folder in (*named, ROOT / "configs") for path in sorted(Path(folder).rglob("*.yaml"))]
+    culprit = next((path for path in files if path.read_bytes().startswith(error.object)), "a configuration")
+    return f"{culprit} is no text in UTF-8 ({error}): save it as that"
 
 
 def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folder: Path | None = None) -> Any:
@@ -108,7 +131,6 @@ def read_settings(words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str
         ValueError: a key without a default, or a value that cannot be read.
     """
     from omegaconf import OmegaConf
-    from yaml import YAMLError
 
     settings = dict(defaults)
     for word in words:
@@ -226,7 +248,10 @@ def _read_data_of_run(run: Path, overrides: Sequence[str]) -> Described:
         if OmegaConf.select(config, key, default=config) is config:
             raise ValueError(f"{key} is not in {run / 'config.yaml'}{did_you_mean(key.split('.')[-1], config.data)}")
         OmegaConf.update(config, key, path_in(value) if key in PATH_KEYS else yaml.safe_load(value))
-    config = opened(config, run / "config.yaml")
+    try:
+        config = opened(config, run / "config.yaml")
+    except ValueError as error:
+        raise error if str(run) in str(error) else ValueError(f"{run / 'config.yaml'}: {error}") from error
     return config.data._target_.rsplit(".", 1)[-1], config, f"see {run / 'config.yaml'}"
 
 

@@ -134,6 +134,12 @@ def check_parts(config: Mapping[str, Any]) -> None:
     for part, entries in PARTS.items():
         if part not in config:
             raise ValueError(f"the configuration has no {part}: begin it with `defaults: [cityscapes, _self_]`")
+        if part in ("callbacks", "logger"):
+            for name, node in config[part].items():
+                if not isinstance(node, Mapping):
+                    raise ValueError(
+                        f"{part}.{name} {node!r}: a class with its settings is meant; ~{part}.{name} drops it"
+                    )
         if absent := [entry for entry in entries if entry not in config[part]]:
             raise ValueError(f"{part}.{absent[0]} cannot be left out: it writes or proves what the run leaves")
 
