@@ -139,3 +139,16 @@ def test_pixels_are_those_of_pillow(tmp_path):
         assert np.array_equal(decode_picture(content, "a"), plain)
         (tmp_path / "a").write_bytes(content)
         assert torch.equal(read_image(tmp_path / "a"), torch.from_numpy(plain).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "LA", "P", "CMYK", "1"])
+def test_training_and_prediction_see_the_same_colours_whatever_the_mode(tmp_path, mode):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    picture = Image.fromarray(values << 8) if mode == "I;16" else Image.fromarray(values.astype(np.uint8)).convert(mode)
+    path = tmp_path / "a.tif"
+    picture.save(path)
+    source = Source(str(path))
+    dataset = SegmentationDataset([Sample("a", source, source)], LabelSet(("a",), ((0, 0, 0),)), IndexDecoder({}, ""))
+    assert torch.equal(dataset.image(0), read_image(path))
+    if mode == "I;16":
+        assert torch.equal(dataset.image(0)[0], torch.from_numpy(values.astype(np.uint8)))  # not white

@@ -169,6 +169,18 @@ def test_outside_of_training_a_signal_ends_the_work_on_the_spot_and_handlers_are
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_is_ignored_as_nohup_does_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            interruption.install()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signum is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_ends_the_process_at_once_but_one_that_was_passed_on_does_not():
     code = (
         "import os, signal\nfrom eomt.processes import *\nwith Interruption() as interruption:\n"
