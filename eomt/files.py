@@ -69,7 +69,8 @@ def explains_full_disk(path: Path, draft: Path) -> Iterator[None]:
 
 
 def _no_room(path: Path, need: str, free: int) -> OSError:
-    path = path.parent.with_name(path.name) if path.parent == _work_folder(path.parent.with_name(path.name)) else path
+    in_draft = path.parent.name == f".{path.name}.part"  # as `replacing_folder` names it
+    path = path.parent.parent / path.name if in_draft else path
     error = OSError(
         f"there is no room for {path}: {need}, {_size(free)} are free there; delete something, or choose a folder on "
         "another disk"
@@ -263,9 +264,9 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names = [(name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"it says {name[1]!r} twice{node.start_mark}")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.YAMLError(f"it says {twice[1]!r} twice{node.start_mark}")
         return node
 
 
