@@ -41,8 +41,11 @@ def train(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]: 
     from eomt.settings.compose import saved_yaml
 
     cfg = prepare(cfg, output_dir)
-    from eomt.training.run_folder import run_folder
+    from eomt.training.run_folder import finished_before, run_folder
 
+    if cfg.resume == "auto" and (summary := finished_before(output_dir, saved_yaml(cfg))):
+        logging.getLogger(__name__).info("%s holds this run, finished after %d steps", output_dir, summary["steps"])
+        return summary
     with run_folder(output_dir, cfg.resume, OmegaConf.to_container(cfg.model, resolve=True)) as cfg.resume:
         if is_first_process():
             write_text(output_dir / "config.yaml", saved_yaml(cfg))
@@ -79,8 +82,10 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
             if trainer.max_steps != 0:
                 trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
             validate_last_step(trainer, module, datamodule)
-    finally:  # a run that fails leaves its summary, too
-        summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
+    finally:  # a run that fails leaves its summary, too, and a signal waits for it
+        with interruption.waiting():
+            summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
+    interruption.check()
     return summary
 
 

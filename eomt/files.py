@@ -90,7 +90,7 @@ def _means_full_disk(error: Exception, draft: Path) -> bool:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,6 +84,20 @@ class Interruption:
             for signum in (*SIGNALS, PASSED_ON):
                 if self.before[signum] != signal.SIG_IGN:
                     signal.signal(signum, self.receive)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Lets a signal wait until the end of the block; `check` raises it afterwards."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+    def check(self) -> None:
+        """Raises `Interrupted` where a signal has come."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
         """Handles a signal; raises `Interrupted` unless that is deferred."""

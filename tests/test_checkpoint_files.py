@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_other_file(saved, monk
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(OSError, match=r"no room for .*: more than 0.0 MiB are needed"),
+        pytest.raises(OSError, match=r"no room for .*: more than 0.0 KiB are needed"),
     ):
         patch.setattr(torch, "save", half)
         CheckpointFiles().save_checkpoint({"step": 2}, saved)
@@ -216,7 +216,7 @@ def test_logits_that_cannot_be_written_leave_no_file_that_is_taken_for_them(tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("eomt.anomaly.evaluation.save_file", half)
-    with pytest.raises(OSError, match=r"no room for .*: more than 0.0 MiB are needed"):
+    with pytest.raises(OSError, match=r"no room for .*: more than 0.0 KiB are needed"):
         LogitCache(tmp_path).write("frame", logits(0.0))
     assert not os.listdir(tmp_path)
 
@@ -277,9 +277,11 @@ def test_an_artefact_that_was_set_aside_when_its_writer_was_killed_opens_and_kee
 def test_an_artefact_that_has_no_room_is_refused_before_it_is_written(tmp_path, monkeypatch):
     free = namedtuple("usage", "free")(2**10)
     monkeypatch.setattr("eomt.files.shutil.disk_usage", lambda _: free)
-    with pytest.raises(OSError, match=rf"^there is no room for {tmp_path / 'model'}: 1\.0 MiB are needed, 0\.0 MiB"):
+    with pytest.raises(
+        OSError, match=rf"^there is no room for {tmp_path / 'model'}: 9\d\d\.\d KiB are needed, 1\.0 KiB"
+    ):
         SaveBest(tmp_path).save(build())
-    with pytest.raises(OSError, match=r"no room for .*last.ckpt: 0.8 MiB are needed, 0.0 MiB are free there"):
+    with pytest.raises(OSError, match=r"no room for .*last.ckpt: 781.2 KiB are needed, 1.0 KiB are free there"):
         CheckpointFiles().save_checkpoint(
             {"w": [torch.zeros(10**5), {"b": torch.zeros(10**5)}]}, tmp_path / "last.ckpt"
         )

@@ -266,6 +266,16 @@ def test_a_saved_configuration_holds_no_value_of_the_environment(monkeypatch, tm
         OmegaConf.to_container(saved, resolve=True)
 
 
+def test_a_relative_path_and_a_nested_default_of_the_environment_are_not_written_down_either(monkeypatch):
+    monkeypatch.setenv("EOMT_ROOT", "s3cret/place")
+    cfg = composed(overrides=["data.root=${oc.env:EOMT_ROOT}"])
+    absolute_paths(cfg)
+    assert "s3cret" not in saved_yaml(cfg) and cfg.data.root == "s3cret/place"
+    cfg = OmegaConf.create({"a": "${oc.env:EOMT_NONE,${oc.env:EOMT_ROOT}}"})
+    saved = OmegaConf.create(yaml.safe_load(saved_yaml(cfg)))
+    assert "s3cret" not in saved_yaml(cfg) and saved.a == "s3cret/place"
+
+
 def test_a_configuration_without_the_environment_is_saved_as_it_resolves(tmp_path):
     cfg = composed(overrides=["data.root=/x", f"output_dir={tmp_path}"])
     assert yaml.safe_load(saved_yaml(cfg)) == OmegaConf.to_container(cfg, resolve=True)

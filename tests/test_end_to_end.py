@@ -262,6 +262,18 @@ def test_a_full_run_resumes_where_it_stopped(source, toy_cache, tmp_path):
     assert summary_of(tmp_path)["steps"] == 10 and summary_of(tmp_path)["miou"] >= summary_of(source[0])["miou"]
 
 
+def test_the_same_command_again_leaves_a_finished_run_as_it_is(toy_cache, tmp_path):
+    arguments = ["data.batch_size=4", "trainer.max_epochs=2", "patience=1", "model.lr=1e-9", "resume=auto"]
+    train(toy_cache, tmp_path, *arguments)
+    names = ("metrics.csv", "summary.json", "config.yaml", "checkpoints/last.ckpt", "model/eomt_config.json")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    assert "holds this run, finished after 4 steps" in train(toy_cache, tmp_path, *arguments).stdout
+    train(toy_cache, tmp_path, *arguments, "model.lr=1", code=1)
+    assert before == {name: (tmp_path / name).read_bytes() for name in names}
+    fewer = train(toy_cache, tmp_path, *arguments, "trainer.max_epochs=1")
+    assert "the checkpoint has 4 steps behind it, more than the 2 of this run: nothing was trained" in fewer.stdout
+
+
 def test_a_folder_that_holds_a_run_is_not_written_over(source, toy_cache):
     result = train(toy_cache, source[0], "data.batch_size=4", "trainer.max_epochs=1", code=1)
     assert "holds a run: continue it with resume=auto, or choose another folder" in result.stderr

@@ -213,5 +213,5 @@ def test_a_full_disk_names_the_file_what_it_needs_and_what_is_free(tmp_path, lib
         [sys.executable, "-c", code, target], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     assert ran.stdout.startswith(f"there is no room for {target}: more than "), ran.stdout + ran.stderr
-    assert "MiB are free there; delete something, or choose a folder on another disk" in ran.stdout
+    assert "iB are free there; delete something, or choose a folder on another disk" in ran.stdout
     assert target.read_text() == "earlier" and os.listdir(tmp_path) == ["last.ckpt"]

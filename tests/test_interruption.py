@@ -181,6 +181,14 @@ def test_a_signal_that_is_ignored_as_nohup_does_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_waits_for_a_summary_that_is_being_written():
+    with pytest.raises(Interrupted), Interruption() as interruption:
+        with interruption.waiting():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        interruption.check()
+
+
 def test_a_second_signal_ends_the_process_at_once_but_one_that_was_passed_on_does_not():
     code = (
         "import os, signal\nfrom eomt.processes import *\nwith Interruption() as interruption:\n"

@@ -81,6 +81,13 @@ def test_nothing_is_hidden_deeper_in_an_opened_folder(trap, run, changes):
             use(run, ())
 
 
+def test_a_name_that_is_none_is_said_of_an_opened_folder(run):
+    config = (run / "config.yaml").read_text().replace("data:\n", "data:\n  1: 2\n")
+    (run / "config.yaml").write_text(config)
+    with pytest.raises(ValueError, match=r"config\.yaml has 1 in its data, which is no name"):
+        data_of_run(run)
+
+
 def test_code_in_yaml_is_not_run(trap, run):
     with (run / "config.yaml").open("a") as file:
         file.write("more: !!python/object/apply:trap.data []\n")
@@ -118,6 +125,8 @@ def test_overrides_from_a_file_name_data_of_this_project_and_nothing_else(trap):
         "hydra.utils.get_method",
         "hydra.utils.Path",
         "eomt.files.shutil.rmtree",
+        "eomt.comparison.cells.run_logged",
+        "eomt.files.write_text",
         "eomt.files.Path",
         "eomt.files:write_text",
         "eomt",

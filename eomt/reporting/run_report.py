@@ -17,7 +17,7 @@ from rich.table import Table
 from eomt.command_line import one_sentence
 from eomt.cost.memory_errors import cost_of_run
 from eomt.cost.training_cost import Cost
-from eomt.files import Tolerated
+from eomt.files import Tolerated, read_json
 from eomt.fingerprints import Identity, identify
 from eomt.lora.report import trainable_report
 from eomt.processes import Interrupted
@@ -81,6 +81,12 @@ def estimate_cost(trainer: Trainer, module: MaskClassificationSemantic, batch_si
 
 def validate_last_step(trainer: Trainer, module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
     """A run whose length is no multiple of the validation interval ends with a validation, too."""
+    if trainer.global_step > module.total_steps > 0:
+        logger.warning(
+            "the checkpoint has %d steps behind it, more than the %d of this run: nothing was trained",
+            trainer.global_step,
+            module.total_steps,
+        )
     if module.validated_step != trainer.global_step and trainer.limit_val_batches != 0:
         trainer.validate(module, datamodule, verbose=False)
 
@@ -140,6 +146,9 @@ def finish_run(
     }
     if not trainer.is_global_zero:
         return facts
+    earlier = read_json(output_dir / "summary.json", {})
+    if error and earlier.get("status") == "finished" and trainer.global_step <= earlier.get("steps", 0):
+        return earlier  # going on did not come to a step
     summary = write_summary(output_dir / "summary.json", facts)
     if error is None:
         with suppress(SystemExit), Tolerated("the result on the screen"):  # rich exits where nobody reads

@@ -86,7 +86,11 @@ def absolute_paths(config: Any) -> None:
 
     for key in PATH_KEYS:
         path = OmegaConf.select(config, key, throw_on_missing=False)
-        if (key, path) == ("resume", "auto"):
+        part, _, name = key.rpartition(".")
+        raw = OmegaConf.to_container(OmegaConf.select(config, part) if part else config, resolve=False) if path else {}
+        if (key, path) == ("resume", "auto") or "oc.env" in str(
+            raw.get(name)
+        ):  # a value that is not to be written down
             continue
         if isinstance(path, str) and key.startswith(("data.", "model.", "resume")):
             absolute = os.path.abspath(os.path.expanduser(path))
@@ -103,7 +107,10 @@ def saved_yaml(config: Any) -> str:
     from omegaconf.resolvers import oc
 
     def unread(*words: Any) -> str:
-        return "${oc.env:" + ",".join("null" if word is None else quoted(word) for word in words) + "}"
+        return "${oc.env:" + ",".join(written(word) for word in words) + "}"
+
+    def written(word: Any) -> str:
+        return "null" if word is None else word if "${" in word else quoted(word)
 
     OmegaConf.register_new_resolver("oc.env", unread, replace=True)
     try:
@@ -271,6 +278,8 @@ def opened(config: Any, source: str | Path) -> Any:
                 f"{source} names {place}._target_ {node['_target_']!r}: data are opened by what configs/data names, "
                 f"{', '.join(known)}, and by nothing else; give data=NAME"
             )
+    if odd := [key for key in data if not isinstance(key, str)]:
+        raise ValueError(f"{source} has {odd[0]!r} in its data, which is no name: leave it out")
     if reserved := [key for key in keys_in(data) if RESERVED.fullmatch(key) and key != "_target_"]:
         raise ValueError(f"{source} has {reserved[0]} in its data, which names nothing of theirs: leave it out")
     return config

@@ -74,11 +74,12 @@ def find_target(name: Any, place: str, any_target: bool = False) -> Any:
     if any_target:
         return target
     module = getattr(target, "__module__", None) or ""  # where it was defined, not where it was found
-    own = _is_inside(module, PROJECT) and callable(target)
+    named_as_its_file = getattr(target, "__name__", None) == module.rpartition(".")[2]  # data sets, wandb_logger
+    own = _is_inside(module, PROJECT) and (inspect.isclass(target) or named_as_its_file)
     if not own and not (inspect.isclass(target) and _is_inside(module, LIBRARIES) and not _is_inside(module, RUN_CODE)):
         raise ValueError(
-            f"{place} {name!r}: it is no class of {' or '.join(LIBRARIES)}, and nothing of this project; set "
-            "allow_any_target=true if it is meant"
+            f"{place} {name!r}: it is no class of {' or '.join(LIBRARIES)}, and no class or data set of this "
+            "project; set allow_any_target=true if it is meant"
         )
     return target
 

@@ -10,7 +10,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from eomt.files import claimed, read_json, replacing
+import yaml
+
+from eomt.files import claimed, read_json, read_yaml, replacing
 from eomt.processes import is_first_process
 from eomt.settings.model import check_same_settings
 from eomt.settings.run import LEFT_BY_RUNS, check_output_dir
@@ -32,6 +34,13 @@ def is_whole(checkpoint: Path) -> bool:
             return archive.testzip() is None
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def finished_before(folder: Path, config: str) -> dict[str, Any] | None:
+    """Returns the summary of a run of this configuration that finished in the folder; None if none did."""
+    summary, earlier = read_json(folder / "summary.json", {}), read_yaml(folder / "config.yaml", {})
+    same = earlier | {"resume": None} == (yaml.safe_load(config) or {}) | {"resume": None}
+    return summary if same and summary.get("status") == "finished" else None
 
 
 def steps_in(checkpoint: Path) -> int:
