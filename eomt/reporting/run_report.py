@@ -170,6 +170,11 @@ def data_facts(datamodule: LightningDataModule, error: BaseException | None) -> 
         return {"train_images": len(datamodule.train_set), "val_images": len(datamodule.val_set)}
 
 
+def sizes_of(*folders: Path) -> dict[str, int]:
+    """Bytes of every file in folders, by `FOLDER/NAME`."""
+    return {f"{folder.name}/{name}": size for folder in folders for name, size in file_sizes(folder).items()}
+
+
 def memory_of(cost: Cost) -> dict[str, int]:
     """Estimated bytes: the most at once, and what they are."""
     parts = ("weights", "gradients", "optimizer", "activations")
