@@ -127,3 +127,8 @@ def test_usual_numbers_of_the_trainer_pass():
 def test_a_number_of_the_run_has_its_range(name, value):
     with pytest.raises(ValueError, match=rf"{name} {value}: "):
         check_options({"seed": 0, "patience": None, "views": 8} | {name: value})
+
+
+def test_more_processes_than_processors_are_refused_without_torch():
+    with pytest.raises(ValueError, match=r"trainer\.devices 999 with accelerator cpu: \d+ processes at most here"):
+        check_trainer({"devices": 999, "accelerator": "cpu"})

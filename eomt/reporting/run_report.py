@@ -100,8 +100,7 @@ def finish_run(
     start: Start,
 ) -> dict[str, Any]:
     """Writes `summary.json` to the trainer's folder and prints the result; returns the summary."""
-    output_dir = Path(trainer.default_root_dir)
-    error = sys.exc_info()[1]
+    output_dir, error = Path(trainer.default_root_dir), sys.exc_info()[1]
     save_best = callbacks["save_best"]
     best = save_best.best
     audit = callbacks["audit"].audit
@@ -125,11 +124,7 @@ def finish_run(
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "artefact": folder.name,
         "artefact_id": save_best.artefact_id,
-        "files": {
-            f"{part.name}/{name}": size
-            for part in (*saved, output_dir / "checkpoints")
-            for name, size in file_sizes(part).items()
-        },
+        "files": sizes_of(*saved, output_dir / "checkpoints"),
         "peak_memory": peak_memory(callbacks["clock"].memory_before),
         "estimated_memory": memory_of(start.cost) if start.cost else None,
         "seconds_per_step": callbacks["clock"].summary(),

@@ -5,6 +5,7 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 
 import inspect
 import math
+import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -90,6 +91,9 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         value = trainer.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not holds(value):
             raise ValueError(f"trainer.{name} {value}: {rule}")
+    devices, processors = trainer.get("devices"), max(2, os.cpu_count() or 1)
+    if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > processors:
+        raise ValueError(f"trainer.devices {devices} with accelerator cpu: {processors} processes at most here")
 
 
 def _is_share(value: float) -> bool:
