@@ -27,6 +27,7 @@ from eomt.processes import (
     Interruption,
     check_one_folder,
     command_to_continue,
+    count_processes,
     is_first_process,
     report_interruption,
 )
@@ -43,7 +44,8 @@ def train(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]: 
     cfg = prepare(cfg, output_dir)
     from eomt.training.run_folder import finished_before, run_folder
 
-    if cfg.resume == "auto" and (summary := finished_before(output_dir, saved_yaml(cfg))):
+    alone = count_processes() == 1  # others would decide by what the first one has written meanwhile
+    if alone and cfg.resume == "auto" and (summary := finished_before(output_dir, saved_yaml(cfg))):
         logging.getLogger(__name__).info("%s holds this run, finished after %d steps", output_dir, summary["steps"])
         return summary
     with run_folder(output_dir, cfg.resume, OmegaConf.to_container(cfg.model, resolve=True)) as cfg.resume:

@@ -24,17 +24,23 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
-def check_one_folder(words: Sequence[str]) -> None:
-    """Raises ValueError where several processes that were started from outside would each choose a folder.
+def count_processes() -> int:
+    """Counts the processes of this run that were started together, as whoever started them says in the environment.
 
-    So it does where a variable of whoever started them is no number: no process would take itself for the first one.
+    Raises:
+        ValueError: a variable is no number: no process would take itself for the first one.
     """
     in_slurm = "SLURM_PROCID" in os.environ
     numbers = {name: os.environ.get(name, "0") for name in (*RANKS, "WORLD_SIZE", *["SLURM_NTASKS"] * in_slurm)}
     for name, text in numbers.items():
         if not re.fullmatch("[0-9]+", text):
             raise ValueError(f"{name}={text} in the environment: a number of processes is meant; unset it")
-    count = max(int(numbers["WORLD_SIZE"]), int(numbers.get("SLURM_NTASKS", 1)))
+    return max(1, int(numbers["WORLD_SIZE"]), int(numbers.get("SLURM_NTASKS", 1)))
+
+
+def check_one_folder(words: Sequence[str]) -> None:
+    """Raises ValueError where several processes that were started from outside would each choose a folder."""
+    count = count_processes()
     if count > 1 and not any(word.lstrip("+").startswith(("output_dir=", "hydra.run.dir=")) for word in words):
         raise ValueError(f"{count} processes were started for this run: give output_dir=FOLDER, so that they share one")
 

@@ -227,6 +227,14 @@ def test_processes_that_were_started_from_outside_share_a_folder_and_one_touches
 # Whole processes
 
 
+def test_a_finished_run_of_several_processes_goes_on_with_more_epochs_in_all_of_them(toy_cache, tmp_path):
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "resume=auto"]
+    for epochs in (1, 2):
+        result = run_training(*words(toy_cache, tmp_path, *two, f"trainer.max_epochs={epochs}"))
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert summary_of(tmp_path)["steps"] == 2 * epochs
+
+
 def words(toy_cache, folder, *further):
     return [
         *TOY_DATA,
