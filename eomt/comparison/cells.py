@@ -108,10 +108,10 @@ def outdated(run: Path, scores: Path) -> bool:
     """
     if not scores.is_file():
         return True
-    shipped = read_format(run / "summary.json", SUMMARY).get("artefact_id")
+    own = read_format(run / "summary.json", SUMMARY).get("artefact_id")
     scored = read_json(scores.with_suffix(".json"), {}).get("artefact_id")
-    if shipped and scored:
-        return shipped != scored
+    if own and scored:
+        return own != scored
     return scores.stat().st_mtime < (run / "summary.json").stat().st_mtime
 
 
