@@ -216,6 +216,7 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     from omegaconf.errors import OmegaConfBaseException
 
     from eomt.settings.compose import CONFIG_ERRORS, explain_config
+    from eomt.settings.hydra_section import checked_hydra
 
     expected = (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException)
     sweep = find_sweep(words)
@@ -243,7 +244,8 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped override arrives here and not as Hydra's own page
     try:
-        run()
+        with checked_hydra():
+            run()
     except (HydraException, OmegaConfBaseException, *CONFIG_ERRORS) as error:
         if full_error or (begun and isinstance(error, CONFIG_ERRORS)):  # an error of a run is told there
             raise

@@ -42,7 +42,12 @@ FORBIDDEN = {  # room: libraries, and rooms before it, that it must not import
     "eomt.training": ("hydra", "omegaconf", "eomt.data"),
     "eomt": ("scripts", "unittest"),  # nothing is patched
 }
-COMPOSES = ("eomt.settings.compose", "eomt.comparison.cells", "eomt.comparison.matrix")  # and nobody else knows Hydra
+COMPOSES = (  # and nobody else knows Hydra
+    "eomt.settings.compose",
+    "eomt.settings.hydra_section",
+    "eomt.comparison.cells",
+    "eomt.comparison.matrix",
+)
 WITHOUT_TORCH = ("eomt.command_line", "eomt.files", "eomt.processes", "eomt.indices", "lora_config", "eomt.settings")
 HEAVY = ("torch", "timm", "lightning", "peft", "torchvision", "torchmetrics", "matplotlib")
 LINES, FUNCTION_LINES = 400, 60
