@@ -1,7 +1,8 @@
 """What a run of one step of the tiny network takes from start to end with many images, against a run with 8.
 
-The images are small PNG files in one folder, their masks in another. The first run of each kind finds no hashes of
-earlier runs. Seconds of the processor are told beside those of the clock, which other work on the machine lengthens.
+The images are small PNG files in one folder, their masks in another. The first step begins when its progress bar is
+drawn. The first run of each kind finds no hashes of earlier runs. Seconds of the processor are told beside those
+of the clock, which other work on the machine lengthens.
 """
 
 import argparse
@@ -63,21 +64,33 @@ def measure(code: Path, folder: Path, count: int) -> dict[str, float]:
     command = [sys.executable, str(code / "train_with_lora.py"), *STEP, *LOADER, *paths, output]
     environment = {**os.environ, "EOMT_CACHE": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     start = time.perf_counter()
-    with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(command, cwd=code, env=environment, stdout=printed, stderr=printed)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        if status:
-            printed.seek(0)
-            raise RuntimeError(printed.read().decode()[-2000:])
+    process = subprocess.Popen(command, cwd=code, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed = b""
+    while (part := os.read(process.stdout.fileno(), 4096)) and b"Epoch 0" not in (printed := printed + part):
+        pass
+    first_step = time.perf_counter() - start
+    resident = resident_mib(process.pid)
+    printed += process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise RuntimeError(printed.decode()[-2000:])
     found = {
         "images": count,
+        "seconds_to_first_step": round(first_step, 2),
+        "mib_at_first_step": resident,
         "seconds": round(seconds, 2),
         "processor_seconds": round(used.ru_utime + used.ru_stime, 2),
         "peak_mib": used.ru_maxrss // 1024,
     }
     print(found, flush=True)
     return found
+
+
+def resident_mib(process: int) -> int:
+    """Resident set of a process."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
 if __name__ == "__main__":
