@@ -10,7 +10,7 @@ from conftest import TINY
 from PIL import Image
 
 from eomt.command_line import one_sentence
-from eomt.data.datamodule import SegmentationDataModule
+from eomt.data.datamodule import SegmentationDataModule, feed
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
@@ -284,9 +284,9 @@ def test_the_fingerprint_tells_splits_and_sizes(make_set):
     assert one["val"] == two["val"]
 
 
-def test_loader_options_are_the_data_modules_own_parameters():
-    parameters = set(inspect.signature(SegmentationDataModule.__init__).parameters)
-    assert set(LoaderOptions.__annotations__) == parameters - {"self", "train", "val"}
+def test_loader_options_are_the_parameters_of_feed_and_of_the_data_module():
+    parameters = {*inspect.signature(SegmentationDataModule.__init__).parameters, *inspect.signature(feed).parameters}
+    assert set(LoaderOptions.__annotations__) == parameters - {"self", "train", "val", "splits", "loader"}
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "camvid", "folder", "toy_streets"])

@@ -13,7 +13,8 @@ def trap(tmp_path, monkeypatch):
     """A module that leaves a file when it is imported."""
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap/__init__.py").write_text(
-        f"from pathlib import Path\nPath({str(tmp_path / 'sprung')!r}).touch()\nclass Data:\n    def __getattr__(self, name):\n        return lambda **_: None\n"
+        f"from pathlib import Path\nPath({str(tmp_path / 'sprung')!r}).touch()\n"
+        "class Data:\n    def __getattr__(self, name):\n        return lambda **_: None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path / "sprung"

@@ -87,13 +87,13 @@ def splits(
     if val_share is not None and not 0 < val_share < 1:
         raise ValueError(f"data.val_share must lie between 0 and 1, got {val_share}; null uses the val folder.")
     train, val = _frames(Path(root), "train"), [] if val_share else _frames(Path(root), "val")
-    known = sorted({_sequence(sample) for sample in train + val})
+    known = sorted({sample.sequence for sample in train + val})
     chosen = _choose(sequences, known, "sequences")
     val_chosen = chosen if val_sequences is None else _choose(val_sequences, known, "val_sequences")
     if val_share:
         train, val = _hold_out(train, val_share)
-    train = [sample for sample in train if _sequence(sample) in chosen]
-    val = [sample for sample in val if _sequence(sample) in val_chosen]
+    train = [sample for sample in train if sample.sequence in chosen]
+    val = [sample for sample in val if sample.sequence in val_chosen]
     if not val:
         raise ValueError(
             f"{Path(root, 'val')} has no image of {', '.join(val_chosen)}; set data.val_share (0.4, say) to hold out "
@@ -127,12 +127,9 @@ def _frames(root: Path, split: str) -> list[Sample]:
             f"{annotations / missing[0]}.png; copy the folder again."
         )
     return [
-        Sample(stem, Source(f"{images}/{name}"), Source(f"{annotations}/{stem}.png")) for stem, name in stems.items()
+        Sample(stem, Source(f"{images}/{name}"), Source(f"{annotations}/{stem}.png"), stem.split("_")[0])
+        for stem, name in stems.items()
     ]
-
-
-def _sequence(sample: Sample) -> str:
-    return sample.name.split("_")[0]
 
 
 def _choose(wanted: Sequence[str] | None, known: list[str], option: str) -> list[str]:
@@ -148,8 +145,8 @@ def _hold_out(frames: list[Sample], share: float) -> tuple[list[Sample], list[Sa
     """Cuts every sequence once: its first frames train, its last `share` validates."""
     train: list[Sample] = []
     val: list[Sample] = []
-    for name in sorted({_sequence(frame) for frame in frames}):
-        sequence = [frame for frame in frames if _sequence(frame) == name]
+    for name in sorted({frame.sequence for frame in frames}):
+        sequence = [frame for frame in frames if frame.sequence == name]
         cut = len(sequence) - round(share * len(sequence))
         train += sequence[:cut]
         val += sequence[cut:]

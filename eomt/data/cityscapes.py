@@ -76,10 +76,16 @@ def splits(root: str) -> Splits:
     pairs = {split: _images_and_stems(images, split, root) for split in ("train", "val")}
     kind = _choose_kind([stem for stems in pairs.values() for stem in stems], labels, root)
     train, val = (
-        [Sample(stem.rpartition("/")[2], image, labels[f"{stem}_gtFine_{kind}.png"]) for stem, image in stems.items()]
+        [_sample(stem, image, labels[f"{stem}_gtFine_{kind}.png"]) for stem, image in stems.items()]
         for stems in pairs.values()
     )
     return Splits(train, val, CITYSCAPES, _DECODERS[kind])
+
+
+def _sample(stem: str, image: Source, label: Source) -> Sample:
+    """`stem` is SPLIT/CITY/NAME; a city was driven through once, and names are in the order of that drive."""
+    _, city, name = stem.split("/")
+    return Sample(name, image, label, city)
 
 
 def find_pictures(root: Path, part: str) -> dict[str, Source]:

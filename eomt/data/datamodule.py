@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose
 
+from eomt.data import subsets
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
@@ -206,8 +207,31 @@ class SegmentationDataModule(LightningDataModule):
             )
 
 
-def feed(splits: Splits, **loader: Any) -> SegmentationDataModule:
-    """The data module of these samples; see it for the arguments and errors."""
+def feed(
+    splits: Splits,
+    train_images: int | None = None,
+    hold_out: float | None = None,
+    subset_seed: int = 0,
+    **loader: Any,
+) -> SegmentationDataModule:
+    """The data module of these samples, or of a part of those for training.
+
+    Args:
+        splits: Training and validation samples.
+        train_images: Train on so many of them, see `subsets.choose_images`; None for all.
+        hold_out: Validate on this share of the training images, which then do not train, and leave the validation
+            images alone: to choose settings by. See `eomt.data.subsets.hold_out`.
+        subset_seed: Draws both.
+        **loader: See SegmentationDataModule.
+
+    Raises:
+        ValueError: There are not as many images, or what SegmentationDataModule raises.
+    """
+    if train_images is not None:
+        splits = splits._replace(train=subsets.choose_images(splits.train, train_images, subset_seed))
+    if hold_out is not None:
+        train, val = subsets.hold_out(splits.train, hold_out, subset_seed)
+        splits = splits._replace(train=train, val=val)
     train, val = (
         SegmentationDataset(part, splits.classes, splits.decode_labels) for part in (splits.train, splits.val)
     )

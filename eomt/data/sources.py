@@ -25,7 +25,7 @@ LabelDecoder = Callable[[Image.Image, str], np.ndarray]
 
 
 class LoaderOptions(TypedDict, total=False):
-    """Every dataset's function hands these on to SegmentationDataModule, which has the defaults."""
+    """Every dataset's function hands these on to `feed` and SegmentationDataModule, which have the defaults."""
 
     img_size: Required[Sequence[int]]
     batch_size: int
@@ -35,6 +35,9 @@ class LoaderOptions(TypedDict, total=False):
     flip: bool
     class_weights: Literal["inverse", "effective_number"] | None
     cut_paste: Any | None
+    train_images: int | None
+    hold_out: float | None
+    subset_seed: int
 
 
 @lru_cache(maxsize=8)
@@ -113,6 +116,7 @@ class Sample:
     name: str
     image: Source
     label: Source
+    sequence: str | None = None  # of a video or a drive: its frames are neighbours
 
 
 class IndexDecoder:
