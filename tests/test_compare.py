@@ -313,7 +313,7 @@ def test_data_that_are_not_there_are_noticed_before_the_first_run(settings, tmp_
 def test_a_cell_that_another_process_runs_is_left_alone(matrix, settings):
     folder, arguments, _ = matrix
     one = [word.replace("variants=[none,lora_r4,full]", "variants=[none]") for word in arguments]
-    with FileLock(folder / ".full_3.lock"):
+    with FileLock(folder / ".full_seed_3.lock"):
         assert "full, seed 3: another process runs it, left alone" in compare(*one).stdout
 
 
@@ -378,3 +378,30 @@ def test_cells_run_on_other_launchers_of_hydra(settings, tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher", reason="the extra launchers")
     result = compare("run", *settings, "variants=[none]", f"hydra/launcher={launcher}", f"output_dir={tmp_path}")
     assert "1 of 1 cells finished" in result.stdout
+
+
+def test_settings_are_chosen_on_held_out_training_images_and_images_are_an_axis(settings, tmp_path):
+    words = [
+        "run",
+        *settings,
+        "variants=[head]",
+        "images=[4,all]",
+        "tune=model.lr=[1e-4,1e-3]",
+        f"output_dir={tmp_path}",
+    ]
+    result = compare(*words)
+    assert "2 of 2 cells finished" in result.stdout and "chosen for head, on held-out training images" in result.stdout
+    tuning = read(tmp_path / "tuning" / "head.json")
+    scores = {trial["settings"]["model.lr"]: trial["miou"] for trial in tuning["trials"]}
+    assert tuning["chosen"]["model.lr"] == max(scores, key=scores.get) and len(scores) == 2
+    few, many = (read(tmp_path / "head" / part / "summary.json") for part in ("images_4/seed_0", "seed_0"))
+    assert few["data"]["train_images"] == 4 < many["data"]["train_images"]
+    assert few["data"]["val"] == many["data"]["val"] != tuning["data"]["val"], "the validation images chose nothing"
+    held, kept = tuning["data"]["val_images"], tuning["data"]["train_images"]
+    assert held + kept == many["data"]["train_images"] and held == round(0.2 * (held + kept))
+    for part in ("images_4/seed_0", "seed_0"):
+        assert f"model.lr={tuning['chosen']['model.lr']}" in read(tmp_path / "head" / part / "cell.json")["command"]
+    again = compare(*words)
+    assert again.stdout.count("finished before, kept") == 4
+    changed = compare(*(word.replace("1e-3]", "1e-2]") for word in words), code=1)
+    assert "holds a matrix with tune" in changed.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from eomt.command_line import quoted
+from eomt.comparison.tuning import chosen_settings, setting_words
 from eomt.files import in_use, read_json, write_json
 from eomt.inference.saved import shipped
 from eomt.processes import PASSED_ON, Interrupted
@@ -24,10 +25,9 @@ TOYS = "toy_anomalies"  # the benchmark that is drawn where it is needed
 
 @dataclass
 class Cell:
-    """One run of a matrix; Hydra sweeps over them."""
+    """One run of a matrix, by its folder there; Hydra sweeps over them."""
 
-    variant: str
-    seed: int
+    cell: str
     matrix: str
 
 
@@ -38,27 +38,35 @@ def run_cell(cell: Cell) -> None:
 
     matrix = Path(cell.matrix)
     facts = read_format(matrix / "matrix.json", MATRIX, {})
-    folder = matrix / cell.variant / f"seed_{cell.seed}"
-    count = len(facts["variants"]) * len(facts["seeds"])
-    title = f"[{HydraConfig.get().job.num + 1}/{count}] {cell.variant}, seed {cell.seed}"
+    folder, asked = matrix / cell.cell, facts["cells"][cell.cell]
+    alike = [name for name, other in facts["cells"].items() if ("trial" in other) == ("trial" in asked)]
+    words = f"[{HydraConfig.get().job.num + 1}/{len(alike)}] {title(asked)}"
     try:
-        with FileLock(matrix / f".{cell.variant}_{cell.seed}.lock", timeout=0):
-            if finished(folder, facts):
-                print(f"== {title}: finished before, kept", flush=True)
+        with FileLock(matrix / f".{cell.cell.replace('/', '_')}.lock", timeout=0):
+            if finished(folder, facts, trial="trial" in asked):
+                print(f"== {words}: finished before, kept", flush=True)
             elif folder.is_dir() and in_use(folder):  # by a run whose matrix was killed
-                print(f"== {title}: another process runs it, left alone", flush=True)
+                print(f"== {words}: another process runs it, left alone", flush=True)
             else:
-                train_and_evaluate(cell, title, matrix, facts, folder)
+                train_and_evaluate(asked, words, matrix, facts, folder)
     except Timeout:
-        print(f"== {title}: another process runs it, left alone", flush=True)
+        print(f"== {words}: another process runs it, left alone", flush=True)
 
 
-def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, Any], folder: Path) -> None:
+def title(cell: dict[str, Any]) -> str:
+    """Names a cell for a reader: `lora_r8, seed 0`."""
+    if "trial" in cell:
+        return f"{cell['variant']}, trial of {', '.join(f'{key}={value}' for key, value in cell['trial'].items())}"
+    some = "" if cell["images"] == "all" else f", {cell['images']} images"
+    return f"{cell['variant']}, seed {cell['seed']}{some}"
+
+
+def train_and_evaluate(cell: dict[str, Any], title: str, matrix: Path, facts: dict[str, Any], folder: Path) -> None:
     """One cell, in processes of its own; whatever happens to it, the others go on."""
     print(f"== {title}", flush=True)
     script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
-    settings = [*facts["overrides_of"][cell.variant], *fixed(cell.variant, cell.seed, folder), "resume=auto"]
-    train = [*script, *settings]
+    tuned = [] if "trial" in cell else setting_words(chosen_settings(matrix, cell["variant"]))
+    train = [*script, *cell["words"], *tuned, *fixed(cell, folder), "resume=auto"]
     evaluate = [sys.executable, str(ROOT / "scripts" / "compare.py"), "evaluate", str(folder), *facts["source"]]
     folder.mkdir(parents=True, exist_ok=True)
     if (status(folder) or "").startswith("failed: LoRA audit"):  # of which the rest of a run shows too little
@@ -68,9 +76,11 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
         error = None if status(folder) == "finished" else run_logged(train, folder / "run.log", environment)
         if not error and status(folder) != "finished":  # a signal ended it
             error = f"the run was {status(folder)}: the same command goes on from its last checkpoint"
-        error = error or run_logged(evaluate, folder / "run.log", environment)
-        anomaly_errors = {} if error else score_anomalies(folder, facts, environment)
-    cell_facts = {"variant": cell.variant, "seed": cell.seed, "status": "failed" if error else "finished"}
+        anomaly_errors = {}
+        if "trial" not in cell:  # which its own validation scores
+            error = error or run_logged(evaluate, folder / "run.log", environment)
+            anomaly_errors = {} if error else score_anomalies(folder, facts, environment)
+    cell_facts = {"variant": cell["variant"], "seed": cell["seed"], "status": "failed" if error else "finished"}
     cell_facts |= {
         "error": error,
         "anomaly_errors": anomaly_errors,
@@ -84,16 +94,17 @@ def train_and_evaluate(cell: Cell, title: str, matrix: Path, facts: dict[str, An
     print(f"== {title}: {outcome} after {minutes} min {seconds} s", flush=True)
 
 
-def fixed(variant: str, seed: int, folder: Path | str) -> list[str]:
+def fixed(cell: dict[str, Any], folder: Path | str) -> list[str]:
     """Settings of each run; the artefact of the last step is no choice among the evaluated images."""
-    return [f"variant={variant}", f"seed={seed}", f"output_dir={quoted(folder)}", "callbacks.save_best.keep=last"]
+    own = [f"variant={cell['variant']}", f"seed={cell['seed']}"]
+    return [*own, f"output_dir={quoted(folder)}", "callbacks.save_best.keep=last"]
 
 
-def finished(folder: Path, facts: dict[str, Any]) -> bool:
+def finished(folder: Path, facts: dict[str, Any], trial: bool = False) -> bool:
     """Whether a cell is done: its own summary says so, and it is evaluated on all that the matrix asks for."""
-    evaluated = not facts["source"] or (folder / "evaluation" / "source.json").is_file()
-    ended = evaluated and read_format(folder / "cell.json", CELL, {}).get("status") == "finished" == status(folder)
-    return ended and not without_scores(folder, facts["anomaly"])
+    ended = read_format(folder / "cell.json", CELL, {}).get("status") == "finished" == status(folder)
+    evaluated = trial or not facts["source"] or (folder / "evaluation" / "source.json").is_file()
+    return ended and evaluated and (trial or not without_scores(folder, facts["anomaly"]))
 
 
 def without_scores(run: Path, benchmarks: Sequence[str]) -> list[str]:

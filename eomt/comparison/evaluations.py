@@ -73,12 +73,12 @@ def report_runs(
     folders: Sequence[Path], output: Path, baseline: str | None, score: str | None, allow_different: bool
 ) -> None:
     """Evaluates what has not been evaluated yet, and writes the report."""
-    from eomt.comparison.runs import load_runs
+    from eomt.comparison.runs import load_runs, matrix_of
 
     check_place(output)
     for run in load_runs(folders):
-        folder = run.path.resolve().parents[1]
-        matrix = {"source": [], "anomaly": []} | read_format(folder / "matrix.json", MATRIX, {})
+        folder = matrix_of(run.path)
+        matrix = {"source": [], "anomaly": []} | (read_format(folder / "matrix.json", MATRIX) if folder else {})
         if run.error is None and outdated(run.path, run.path / "evaluation" / "target.json"):
             print(f"evaluating {run.path}")
             evaluate_run(run.path, matrix["source"])

@@ -1,14 +1,16 @@
 """A matrix of fair runs: what the command line asks for, its checks, and the sweep over its cells."""
 
+import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted
-from eomt.comparison.cells import TOYS, finished, fixed, run_cell
+from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
+from eomt.comparison.tuning import FOLDER, choose_settings, grid_for, read_grid, read_tuning, setting_words, trial_words
 from eomt.files import write_json
 from eomt.settings.compose import ROOT, build_data, compose_run, configurations, open_data
 from eomt.settings.formats import CELL, MATRIX, read_format, stamped
@@ -23,6 +25,8 @@ OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
     "trainer.max_time": "runs must have equally many steps",
     "trainer.fast_dev_run": "runs must be whole",
     "trainer.limit_val_batches": "runs are scored on all images",
+    "data.train_images": "give images=[...]",
+    "data.hold_out": 'give tune="KEY=[...]"',
 }
 
 
@@ -31,19 +35,37 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
 
     `check` raises ValueError or OSError where a training run would refuse its configuration.
     """
-    import hydra
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-
     facts, launcher = parse_matrix(overrides, config_name)
     folder = Path(facts.pop("folder"))
     facts = continue_matrix(folder, facts)
     check_matrix(facts, check)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "matrix.json", stamped(MATRIX, facts))
+    trials = {name: cell for name, cell in facts["cells"].items() if "trial" in cell}
+    unsettled: dict[str, str] = {}  # variants without a choice, and why
+    if trials:
+        launch(folder, trials, launcher)
+    for variant in dict.fromkeys(cell["variant"] for cell in trials.values()):
+        try:
+            choose_settings(
+                folder, variant, {name: cell["trial"] for name, cell in trials.items() if cell["variant"] == variant}
+            )
+        except ValueError as error:
+            unsettled[variant] = str(error)
+    runs = {name: cell for name, cell in facts["cells"].items() if name not in trials}
+    if ready := [name for name, cell in runs.items() if cell["variant"] not in unsettled]:
+        launch(folder, ready, launcher)
+    return summarise(folder, facts, unsettled)
 
-    ConfigStore.instance().store("cell", node={"variant": "???", "seed": "???", "matrix": "???"})
-    with own_process_state([sys.argv[0], "--multirun", *sweep(folder, facts), *launcher]):
+
+def launch(folder: Path, cells: Iterable[str], launcher: Sequence[str]) -> None:
+    """Lets Hydra's launcher run some of the matrix's cells."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+
+    ConfigStore.instance().store("cell", node={"cell": "???", "matrix": "???"})
+    with own_process_state([sys.argv[0], "--multirun", *sweep(folder, cells), *launcher]):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped launcher arrives here and not as Hydra's own page
         try:
             hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
@@ -52,7 +74,6 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
             raise ValueError(one_sentence(error) + hint) from error
         except RuntimeError as error:  # a cluster's job that was ended from outside
             fail(error, 1)
-    return summarise(folder, facts)
 
 
 def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, Any], list[str]]:
@@ -60,8 +81,8 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
-    sources = [word for word in overrides if word.startswith("source=")]
-    overrides = [quote_path(word) for word in overrides if word not in sources]
+    sources, tunes = ([word for word in overrides if word.startswith(key)] for key in ("source=", "tune="))
+    overrides = [quote_path(word) for word in overrides if word not in (*sources, *tunes)]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
@@ -69,6 +90,8 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
     facts = {
         "variants": ["none", "head", "lora_r8", "lora_r16", "full"],
         "seeds": [0],
+        "images": ["all"],
+        "tune": read_grid(tunes[-1].removeprefix("tune=")) if tunes else {},
         "source": shlex.split(sources[-1].removeprefix("source=")) if sources else [],
         "anomaly": [],
         "anomaly_root": None,
@@ -79,7 +102,7 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
     launcher, folder = [], None
     for word, override in zip(overrides, parsed, strict=True):
         key = override.key_or_group
-        if key in ("variants", "seeds", "devices", "anomaly"):
+        if key in ("variants", "seeds", "images", "devices", "anomaly"):
             value = override.value()
             value = getattr(value, "list", value)  # 0,1,2 is a sweep to Hydra
             facts[key] = list(dict.fromkeys(value if isinstance(value, (list, tuple)) else [value]))
@@ -104,15 +127,15 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     if not (folder / "matrix.json").is_file():
         return facts
     before = read_format(folder / "matrix.json", MATRIX)
-    for key in ("config_name", "overrides", "source"):
+    before = {"anomaly": [], "anomaly_root": None, "images": ["all"], "tune": {}} | before
+    for key in ("config_name", "overrides", "source", "tune"):
         added = key == "source" and not before[key]  # the finished cells are evaluated there, too
         if before[key] != facts[key] and not added:
             raise ValueError(
                 f"{folder} holds a matrix with {key} {before[key]}, now it is {facts[key]}: its runs would not be "
                 "comparable; give the same, or another output_dir="
             )
-    before = {"anomaly": [], "anomaly_root": None} | before
-    for key in ("variants", "seeds", "anomaly"):
+    for key in ("variants", "seeds", "images", "anomaly"):
         facts[key] = [*before[key], *(value for value in facts[key] if value not in before[key])]
     facts["anomaly_root"] = facts["anomaly_root"] or before["anomaly_root"]  # which may have moved
     return facts
@@ -121,7 +144,7 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
     """Every variant's configuration composes and passes the checks of a training run, before the first one starts.
 
-    Adds to the facts what the overrides are for each variant: in a cell, Hydra composes nothing else.
+    Adds the cells to the facts, each with its overrides: in a cell, Hydra composes nothing else.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -130,13 +153,15 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
         raise ValueError(f"variant {unknown[0]} is not in configs/variant: choose from {', '.join(VARIANTS)}")
     if not facts["variants"] or not all(isinstance(seed, int) for seed in facts["seeds"] or [None]):
         raise ValueError(f"variants {facts['variants']}, seeds {facts['seeds']}: at least one each, seeds are integers")
+    if not facts["images"] or not all(n == "all" or (isinstance(n, int) and n > 0) for n in facts["images"]):
+        raise ValueError(f"images {facts['images']}: numbers of training images, or all")
     configs: dict[str, Any] = {}  # by what they say of the data
     try:
-        facts["overrides_of"] = {variant: overrides_for(variant, facts) for variant in facts["variants"]}
-        for variant in facts["variants"]:
-            words = [*facts["overrides_of"][variant], *fixed(variant, facts["seeds"][0], "run")]
-            config = compose_run(words, facts["config_name"])
-            check_variant(variant, config)
+        facts["cells"] = plan(facts)
+        for cell in facts["cells"].values():
+            config = compose_run([*cell["words"], *fixed(cell, "run")], facts["config_name"])
+            if "trial" not in cell:
+                check_variant(cell["variant"], config)
             check(config)
             configs[OmegaConf.to_yaml(config.data)] = config
         for config in configs.values():
@@ -146,6 +171,28 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
         check_benchmarks(facts["anomaly"], facts["anomaly_root"])
     except OmegaConfBaseException as error:
         raise ValueError(one_sentence(error)) from error
+
+
+def plan(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cells of a matrix by their folders in it, in the order in which they run: first the trials of `tune=`.
+
+    Seeds come outside, so that a matrix that stops early has whole comparisons. Without training, a seed is another
+    random start at most.
+    """
+    words = {variant: overrides_for(variant, facts) for variant in facts["variants"]}
+    cells: dict[str, dict[str, Any]] = {}
+    for variant in facts["variants"] if facts["tune"] else ():
+        first = {"variant": variant, "seed": facts["seeds"][0], "images": "all"}
+        config = compose_run([*words[variant], *fixed(first, "run")], facts["config_name"])
+        for number, settings in enumerate(grid_for(facts["tune"], config, alone(variant))):
+            trial = {"words": [*words[variant], *trial_words(settings, config)], "trial": settings}
+            cells[f"{FOLDER}/{variant}/trial_{number}"] = first | trial
+    for seed, images, variant in itertools.product(facts["seeds"], facts["images"], facts["variants"]):
+        part = [] if images == "all" else [f"images_{images}"]
+        subset = [] if images == "all" else [f"data.train_images={images}"]
+        cell = {"variant": variant, "seed": seed, "images": images, "words": [*words[variant], *subset]}
+        cells["/".join([variant, *part, f"seed_{seed}"])] = cell
+    return cells
 
 
 def check_benchmarks(names: Sequence[str], root: str | None) -> None:
@@ -191,28 +238,34 @@ def overrides_for(variant: str, facts: dict[str, Any]) -> list[str]:
     return [word for word in facts["overrides"] if not (pastes_none and word.startswith("data.cut_paste."))]
 
 
-def sweep(folder: Path, facts: dict[str, Any]) -> list[str]:
-    """Hydra's overrides: seeds outside, so that a matrix that stops early has whole comparisons."""
+def sweep(folder: Path, cells: Iterable[str]) -> list[str]:
+    """Hydra's overrides."""
     return [
-        f"seed={','.join(map(str, facts['seeds']))}",
-        f"variant={','.join(facts['variants'])}",
+        f"cell={','.join(cells)}",
         f"matrix={quoted(folder.resolve())}",
         f"hydra.sweep.dir={quoted(folder.resolve())}",
-        "hydra.sweep.subdir=${variant}/seed_${seed}",
+        "hydra.sweep.subdir=${cell}",
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
     ]
 
 
-def summarise(folder: Path, facts: dict[str, Any]) -> int:
-    """Says what became of the cells, and what to do next."""
-    cells = [(variant, seed) for seed in facts["seeds"] for variant in facts["variants"]]
-    failed = [cell for cell in cells if not finished(folder / cell[0] / f"seed_{cell[1]}", facts)]
-    for variant, seed in failed:
-        cell = read_format(folder / variant / f"seed_{seed}" / "cell.json", CELL, {})
-        error = cell.get("error") or next(iter(cell.get("anomaly_errors", {}).values()), "did not end")
-        print(f"failed: {variant}, seed {seed}: {error}")
+def summarise(folder: Path, facts: dict[str, Any], unsettled: Mapping[str, str]) -> int:
+    """Says what became of the cells, those without chosen settings too, and what to do next."""
+    cells = {name: cell for name, cell in facts["cells"].items() if "trial" not in cell}
+    failed = [name for name in cells if not finished(folder / name, facts)]
+    for name in failed:
+        cell = read_format(folder / name / "cell.json", CELL, {})
+        error = unsettled.get(cells[name]["variant"]) or cell.get("error")
+        error = error or next(iter(cell.get("anomaly_errors", {}).values()), "did not end")
+        print(f"failed: {title(cells[name])}: {error}")
+    for tuning in read_tuning(folder):
+        chosen = ", ".join(
+            word + f" (the {tuning['edges'][key]} that was tried)" * (key in tuning["edges"])
+            for key, word in zip(tuning["chosen"], setting_words(tuning["chosen"]), strict=True)
+        )
+        print(f"chosen for {tuning['variant']}, on held-out training images: {chosen}")
     print(f"{len(cells) - len(failed)} of {len(cells)} cells finished in {folder}")
     print(f"next: python scripts/compare.py report {folder}")
     return 1 if failed else 0

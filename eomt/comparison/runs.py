@@ -12,6 +12,7 @@ import numpy as np
 from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
 from eomt.comparison.result_files import read_confusion, read_scores, read_summary
+from eomt.comparison.tuning import FOLDER
 from eomt.files import read_yaml
 from eomt.fingerprints import Identity
 from eomt.settings.formats import CELL, EVALUATION, MATRIX, read_format
@@ -100,6 +101,11 @@ class Run:
     @property
     def steps(self) -> int | None:
         return self.summary.get("steps")
+
+    @property
+    def subset(self) -> int | None:
+        """How many of the training images it was given; None: all."""
+        return (self.config.get("data") or {}).get("train_images")
 
     @property
     def kept(self) -> str:
@@ -196,6 +202,11 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     )
 
 
+def matrix_of(run: Path) -> Path | None:
+    """The folder of the matrix that a run belongs to: VARIANT/seed_N, or VARIANT/images_N/seed_N, lies in it."""
+    return next((folder for folder in run.resolve().parents[1:3] if (folder / "matrix.json").is_file()), None)
+
+
 def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
     """Run folders at or below a folder; adds the variants that matrix files name to `order`."""
     matrix = folder / "matrix.json"
@@ -205,7 +216,8 @@ def _find_runs(folder: Path, order: list[str]) -> Iterator[Path]:
         yield folder
         return
     for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.name.startswith("."):
+        trials = matrix.is_file() and child.name == FOLDER
+        if child.is_dir() and not child.name.startswith(".") and not trials:
             yield from _find_runs(child, order)
 
 

@@ -27,6 +27,7 @@ SCORES = {"miou": NUMBER, "class_iou": dict, "classes": list, "images": list}
 EVALUATION = Format(1, needs=SCORES)  # evaluation/NAME.json
 ANOMALY = Format(1)  # anomaly/BENCHMARK.json
 MATRIX = Format(1, needs={"variants": list})  # matrix.json of a comparison
+TUNING = Format(1, needs={"chosen": dict, "trials": list})  # tuning/VARIANT.json of a matrix
 CELL = Format(1, needs={"status": TEXT})  # cell.json of one of its runs
 
 

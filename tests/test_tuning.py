@@ -1,0 +1,134 @@
+"""What a matrix tries for each variant, and what it takes."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from eomt.comparison.tuning import (
+    choose_settings,
+    chosen_settings,
+    edges,
+    grid_for,
+    read_grid,
+    read_tuning,
+    trial_words,
+)
+from eomt.settings.formats import SUMMARY, TUNING, read_format, stamped
+
+NOTHING = OmegaConf.create({})
+GRID = {"model.lr": [1e-4, 1e-3], "model.lora_lr": [1e-3, 2e-3, 4e-3]}
+
+
+def config(use_lora=False, max_steps=-1, max_epochs=7):
+    return OmegaConf.create(
+        {"model": {"use_lora": use_lora}, "trainer": {"max_steps": max_steps, "max_epochs": max_epochs}}
+    )
+
+
+def test_a_grid_is_read_in_ascending_order():
+    assert read_grid("model.lr=[1e-3,1e-4] model.weight_decay=0,0.05") == {
+        "model.lr": [1e-4, 1e-3],
+        "model.weight_decay": [0, 0.05],
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.lr",
+        "model.lr=1e-4",
+        "model.lr=[1e-4]",
+        "model.lr=[1e-4,1e-4]",
+        "model.lr=[a,b]",
+        "model.lr=[true,false]",
+        "model.lr=[1,2] model.lr=[3,4]",
+        "model.lr=[1,2",
+        "model.lr='[1",
+        "model.lr={a: 1}",
+    ],
+)
+def test_what_is_no_grid_is_refused_with_its_words(text):
+    with pytest.raises(ValueError, match="tune"):
+        read_grid(text)
+
+
+def test_each_variant_tries_all_combinations_of_what_means_something_to_it():
+    assert len(grid_for(GRID, config(use_lora=True), NOTHING)) == 6
+    assert grid_for(GRID, config(), NOTHING) == [{"model.lr": 1e-4}, {"model.lr": 1e-3}]
+    own = OmegaConf.create({"model": {"lr": 5e-5}})  # which is what the variant's name means
+    assert grid_for(GRID, config(use_lora=True), own) == [{"model.lora_lr": value} for value in GRID["model.lora_lr"]]
+    assert grid_for(GRID, config(max_steps=0), NOTHING) == grid_for({}, config(), NOTHING) == []
+
+
+def test_a_trial_holds_training_images_out_and_takes_half_the_steps():
+    assert trial_words({"model.lr": 1e-4}, config()) == [
+        "model.lr=0.0001",
+        "data.hold_out=0.2",
+        "trainer.max_epochs=4",
+        "callbacks.samples.every_n_epochs=0",
+    ]
+    assert "trainer.max_steps=50" in trial_words({}, config(max_steps=100))
+
+
+def test_a_value_at_the_edge_of_what_was_tried_is_marked():
+    tried = grid_for(GRID, config(use_lora=True), NOTHING)
+    assert edges({"model.lr": 1e-4, "model.lora_lr": 2e-3}, tried) == {"model.lr": "lowest"}
+    assert edges({"model.lr": 1e-3, "model.lora_lr": 4e-3}, tried) == {
+        "model.lr": "highest",
+        "model.lora_lr": "highest",
+    }
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    """Three trials of `head` that ended with these scores; None: failed, "": has not ended."""
+
+    def make(*scores):
+        trials = {}
+        for number, score in enumerate(scores):
+            folder = tmp_path / "tuning" / "head" / f"trial_{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            trials[f"tuning/head/trial_{number}"] = {"model.lr": 10.0**-number}
+            if score == "":
+                continue
+            status = "failed: NaN" if score is None else "finished"
+            facts = {"status": status, "miou": score, "steps": 4, "seed": 3, "data": {"train": "a", "val": "b"}}
+            (folder / "summary.json").write_text(json.dumps(stamped(SUMMARY, facts)))
+            if score is None:
+                (folder / "cell.json").write_text(json.dumps({"status": "failed", "error": "NaN"}))
+        (tmp_path / "matrix.json").write_text(json.dumps({"variants": ["head"]}))
+        return tmp_path, trials
+
+    return make
+
+
+def test_the_best_trial_is_taken_and_written_down_with_the_others(matrix):
+    folder, trials = matrix(0.2, None, 0.4)
+    choose_settings(folder, "head", trials)
+    facts = read_format(folder / "tuning" / "head.json", TUNING)
+    assert chosen_settings(folder, "head") == {"model.lr": 0.01}
+    assert [trial["miou"] for trial in facts["trials"]] == [0.2, None, 0.4]
+    assert facts["trials"][1]["error"] == "NaN" and facts["edges"] == {"model.lr": "lowest"}
+    assert (facts["hold_out"], facts["seed"], facts["data"]["val"]) == (0.2, 3, "b")
+    assert read_tuning(folder) == [facts]
+
+
+def test_a_choice_stays_since_runs_stand_on_it(matrix):
+    folder, trials = matrix(0.2, 0.4, None)
+    choose_settings(folder, "head", trials)
+    choose_settings(*(folder, "head", matrix(0.2, 0.4, 0.9)[1]))
+    assert chosen_settings(folder, "head") == {"model.lr": 0.1}
+
+
+def test_nothing_is_chosen_before_every_trial_has_ended(matrix):
+    folder, trials = matrix(0.2, "", 0.4)
+    with pytest.raises(ValueError, match="a trial of head has not ended"):
+        choose_settings(folder, "head", trials)
+    assert chosen_settings(folder, "head") == {}
+
+
+def test_where_all_trials_failed_the_reason_is_told(matrix):
+    folder, trials = matrix(None, None)
+    with pytest.raises(ValueError, match="no trial has a score; the first says: NaN"):
+        choose_settings(folder, "head", trials)
