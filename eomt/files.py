@@ -7,6 +7,7 @@ import fcntl
 import glob
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -224,8 +225,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes JSON for people to read, as a whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Writes JSON for people to read, as a whole or not at all; NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path, default: Any = REQUIRED) -> dict[str, Any]:
@@ -248,6 +249,14 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_mapping)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

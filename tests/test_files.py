@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import stat
@@ -40,6 +41,12 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert read_json(tmp_path / "new" / "facts.json") == {"a": [2]}
     assert (tmp_path / "new" / "facts.json").read_text() == '{\n  "a": [\n    2\n  ]\n}\n'
     assert os.listdir(tmp_path / "new") == ["facts.json"]
+
+
+def test_numbers_that_json_lacks_are_written_as_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, (float("inf"),)], "c": {"d": -float("inf")}})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [1.5, [None]], "c": {"d": None}}
 
 
 def test_a_draft_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path):

@@ -172,3 +172,8 @@ def test_a_run_goes_on_where_pictures_and_logs_cannot_be_written_and_nobody_read
     assert '"status": "finished"' in (tmp_path / "summary.json").read_text()
     for name in ("samples/", "tensorboard/"):
         assert result.stdout.count(f"WARNING {name} cannot be written, the run goes on without") == 1
+
+
+def test_a_metric_that_is_no_number_is_an_empty_cell(tmp_path):
+    MetricsFile(tmp_path).log_metrics({"loss": float("nan"), "val/miou": 0.5}, 3)
+    assert rows(tmp_path / "metrics.csv") == [{"loss": "", "step": "3", "val/miou": "0.5"}]

@@ -1,6 +1,7 @@
 """Loggers of which a line that cannot be written does not end a run."""
 
 import csv
+import math
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.waiting.append({**metrics, "step": step})
+        known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # else left empty
+        self.waiting.append({**known, "step": step})
         self.save()
 
     @rank_zero_only
