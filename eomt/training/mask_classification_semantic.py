@@ -306,7 +306,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
             self.confusion.update(classify(self.network, image)[None], labels[None])
 
     def on_validation_epoch_end(self) -> None:
-        confusion = self.confusion.compute()  # [target, prediction]
+        classes = self.confusion.num_classes
+        confusion = self.confusion.compute().view(classes, classes)  # [target, prediction]; of one class a bare number
         iou = iou_per_class(confusion)
         self.confusion.reset()
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
