@@ -1,6 +1,7 @@
 """The module that users name in YAML: what trains, what is saved, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -330,6 +331,37 @@ def test_a_class_in_neither_prediction_nor_target_does_not_count():
     confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     iou = iou_per_class(confusion)
     assert iou[:2].tolist() == [0.75, 0.8] and torch.isnan(iou[2])
+
+
+@pytest.fixture
+def validating(monkeypatch):
+    module = build(num_classes=3, class_names=["road", "car", "sky"])
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "log_dict", lambda *args: None)
+    module._trainer = SimpleNamespace(sanity_checking=False, global_step=3)
+    return module
+
+
+def test_the_number_of_classes_in_the_mean_is_told_once_and_warned_of_when_it_changes(validating, caplog):
+    caplog.set_level("INFO")
+    for predicted in (0, 1, 2, 2):
+        validating.confusion.update(torch.full((1, 4), predicted), torch.tensor([[0, 0, 1, 255]]))
+        validating.on_validation_epoch_end()
+    first, changed = caplog.messages
+    assert first == "mIoU over 2 of 3 classes: no validation pixel is labelled or predicted as sky"
+    assert changed.startswith("mIoU over 3 of 3 classes, before it was over 2 (sky): ")
+
+
+def test_a_validation_without_a_labelled_pixel_is_an_error_and_no_score(validating):
+    validating.confusion.update(torch.zeros(1, 4), torch.full((1, 4), 255))
+    with pytest.raises(ValueError, match="validation images of this run have no labelled pixel"):
+        validating.on_validation_epoch_end()
+
+
+def test_a_sanity_check_without_a_labelled_pixel_ends_no_run(validating):
+    validating.trainer.sanity_checking = True
+    validating.on_validation_epoch_end()
+    assert validating.counted is None
 
 
 def test_the_artefact_is_that_of_the_best_validation(data, tmp_path):

@@ -102,10 +102,12 @@ def print_scores(title: str, evaluation: "Evaluation") -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from eomt.training.class_scores import over
+
     table = Table("class", "IoU")
     for name, iou in evaluation.class_iou.items():
         table.add_row(escape(name), "absent" if iou != iou else f"{100 * iou:.2f}")
-    print(f"{title}: mIoU {100 * evaluation.miou:.2f}")
+    print(f"{title}: mIoU {100 * evaluation.miou:.2f}{over(evaluation.class_iou)}")
     Console().print(table)
 
 

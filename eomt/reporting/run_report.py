@@ -22,6 +22,7 @@ from eomt.fingerprints import Identity, identify
 from eomt.lora.report import trainable_report
 from eomt.processes import Interrupted
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
+from eomt.training.class_scores import over
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.trunk_cache import TrunkCache, cached_blocks
 
@@ -112,6 +113,7 @@ def finish_run(
         "status": status_of(error),
         "miou": best["miou"] if math.isfinite(best["miou"]) else None,
         "class_iou": {name: None if iou != iou else iou for name, iou in best.get("class_iou", {}).items()},
+        "miou_classes": sum(iou == iou for iou in best["class_iou"].values()) if "class_iou" in best else None,
         "class_pixels": module.class_pixels if "class_iou" in best else {},  # every validation is on the same labels
         "best_step": best.get("step"),
         "kept": save_best.keep,
@@ -192,7 +194,8 @@ def print_result(summary: Mapping[str, Any], output_dir: Path) -> None:
         for name, iou in summary["class_iou"].items():
             table.add_row(escape(name), "absent" if iou is None else f"{100 * iou:.2f}")
         console.print(table)
-        print(f"mIoU {100 * summary['miou']:.2f}, the {summary['kept']} validation, at step {summary['best_step']}")
+        score = f"mIoU {100 * summary['miou']:.2f}{over(summary['class_iou'])}"
+        print(f"{score}, the {summary['kept']} validation, at step {summary['best_step']}")
     if summary["skipped_steps"]:
         print(
             f"{summary['skipped_steps']} of {summary['steps']} steps were skipped, their loss or gradients were not "

@@ -13,7 +13,8 @@ from eomt.command_line import memory_explained
 from eomt.files import replacing_files, write_json
 from eomt.inference.prediction import need_less
 from eomt.settings.formats import EVALUATION, stamped
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
+from eomt.training.class_scores import iou_per_class
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Evaluation:
     def save(self, directory: str | Path, name: str) -> None:
         """Writes `NAME.json`, and the counts of every image to `NAME.npz`."""
         class_iou = {name: None if iou != iou else iou for name, iou in self.class_iou.items()}
-        facts = {"domain": name, "miou": self.miou, "class_iou": class_iou, **self.facts}
+        counted = sum(iou is not None for iou in class_iou.values())
+        facts = {"domain": name, "miou": self.miou, "miou_classes": counted, "class_iou": class_iou, **self.facts}
         with replacing_files(directory) as draft:  # neither without the other
             np.savez_compressed(draft / f"{name}.npz", confusion=self.confusion.numpy())
             write_json(draft / f"{name}.json", stamped(EVALUATION, facts))
@@ -79,7 +81,8 @@ def evaluate(
         description: what the data are, for the records.
 
     Raises:
-        ValueError: the classes differ, or the network's outputs are not finite. RunError: memory ran out.
+        ValueError: the classes differ, no pixel is labelled, or the network's outputs are not finite.
+        RunError: memory ran out.
     """
     classes = datamodule.classes
     if list(classes.names) != module.class_names:

@@ -34,6 +34,7 @@ from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
 from eomt.training.build import build_loss, build_network, build_outlier_loss
+from eomt.training.class_scores import NO_LABELS, iou_per_class, tell_counted
 from eomt.training.finite_steps import check_weights
 from eomt.training.index_check import check_start
 from eomt.training.mask_classification_loss import Loss
@@ -104,6 +105,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.total_steps = 0
         self.validated_step: int | None = None
         self.class_pixels: dict[str, int] = {}  # of the labels that were validated on
+        self.counted: set[str] | None = None  # classes that the last mIoU is the mean of
         self.confusion = MulticlassConfusionMatrix(chosen.num_classes, ignore_index=IGNORE, validate_args=False)
         if chosen.compile:
             for part in (*self.network.encoder.blocks, self.network.upscale):
@@ -308,11 +310,17 @@ class MaskClassificationSemantic(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         classes = self.confusion.num_classes
         confusion = self.confusion.compute().view(classes, classes)  # [target, prediction]; of one class a bare number
-        iou = iou_per_class(confusion)
         self.confusion.reset()
+        if not confusion.any():
+            if self.trainer.sanity_checking:
+                return  # its few images are not those of a validation
+            raise ValueError(NO_LABELS.format("validation images of this run"))
+        iou = iou_per_class(confusion)
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
         self.class_pixels = dict(zip(self.class_names, confusion.sum(1).tolist(), strict=True))
         self.validated_step = self.global_step
+        if not self.trainer.sanity_checking:
+            self.counted = tell_counted(self.class_iou, self.counted)
         self.log("val/miou", iou.nanmean(), prog_bar=True)  # already summed over all processes
         self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})
 
@@ -389,10 +397,3 @@ class MaskClassificationSemantic(lightning.LightningModule):
 def total(terms: Mapping[str, Tensor]) -> Tensor:
     """The loss: the sum of all terms over all predictions."""
     return sum(term.sum() for term in terms.values())
-
-
-def iou_per_class(confusion: Tensor) -> Tensor:
-    """Confusion counts [K, K] (target, prediction) -> IoU [K] in [0, 1], NaN for a class in neither."""
-    hit = confusion.diagonal().double()
-    union = confusion.sum(0) + confusion.sum(1) - hit
-    return torch.where(union > 0, hit / union.clamp(min=1), torch.nan)

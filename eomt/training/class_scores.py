@@ -1,0 +1,52 @@
+"""IoU of each class from confusion counts, and which classes a mean is taken over."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+NO_LABELS = (
+    "the {} have no labelled pixel, so that nothing can be scored: take others, or list the masks' values as classes"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def iou_per_class(confusion: Tensor) -> Tensor:
+    """Confusion counts [K, K] (target, prediction) -> IoU [K] in [0, 1], NaN for a class in neither."""
+    hit = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    return torch.where(union > 0, hit / union.clamp(min=1), torch.nan)
+
+
+def tell_counted(class_iou: Mapping[str, float], before: set[str] | None) -> set[str]:
+    """Logs once that an mIoU leaves classes out, and warns where it is taken over others than the one before.
+
+    Args:
+        class_iou: IoU of each class, NaN where it is not defined.
+        before: the classes of the mean before; None: this is the first.
+
+    Returns:
+        The classes that this mean is taken over.
+    """
+    counted = {name for name, iou in class_iou.items() if iou == iou}
+    if rank_zero_only.rank:
+        return counted
+    if before is None and len(counted) < len(class_iou):
+        left_out = ", ".join(name for name in class_iou if name not in counted)
+        logger.info("mIoU%s: no validation pixel is labelled or predicted as %s", over(class_iou), left_out)
+    elif before is not None and counted != before:
+        logger.warning(
+            "mIoU%s, before it was over %d (%s): a class without a validation pixel counts, with IoU 0, as soon as it "
+            "is predicted; do not compare the two, validate on images that show it or leave it out of the classes",
+            *(over(class_iou, always=True), len(before), ", ".join(sorted(counted ^ before))),
+        )
+    return counted
+
+
+def over(class_iou: Mapping[str, float | None], always: bool = False) -> str:
+    """` over N of K classes`, where N < K; an IoU that is not defined is NaN or None."""
+    counted = sum(iou is not None and iou == iou for iou in class_iou.values())
+    return f" over {counted} of {len(class_iou)} classes" if always or counted < len(class_iou) else ""
