@@ -222,7 +222,6 @@ def break_picture(dataset, index):
 @pytest.mark.parametrize("index", [0, 4, 8])
 def test_files_of_a_sample_are_looked_at_before_a_run_and_it_is_said_of_how_many(make_set, monkeypatch, caplog, index):
     monkeypatch.setattr("eomt.data.datamodule.LOOKED_AT", 3)
-    monkeypatch.setattr("eomt.data.datamodule.READ", 0)
     caplog.set_level("INFO")
     data = module(make_set(9), make_set(2))
     data.check_files()
@@ -249,7 +248,7 @@ def test_some_images_are_read_with_their_labels_before_a_run(make_set, split):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_picture_that_was_not_looked_at_is_one_sentence_when_it_is_read(make_set, monkeypatch, workers):
     monkeypatch.setattr("eomt.data.datamodule.LOOKED_AT", 1)
-    monkeypatch.setattr("eomt.data.datamodule.READ", 1)
+    monkeypatch.setattr("eomt.data.survey.IMAGES", 1)
     data = module(make_set(4), make_set(1), num_workers=workers)
     path = break_picture(data.train_set, 2)
     data.check_files()

@@ -20,13 +20,13 @@ from eomt.data.labels import LabelSet
 from eomt.data.sampler import SeededSampler
 from eomt.data.sources import Splits, spread
 from eomt.data.statistics import class_weights, count_classes
+from eomt.data.survey import take_survey
 from eomt.data.transforms import TrainTransform
 from eomt.processes import heed_parent_alone
 
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 3000  # images of a split whose files are looked at before a run; all of Cityscapes'
-READ = 8  # of them are decoded, with their labels
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -109,21 +109,45 @@ class SegmentationDataModule(LightningDataModule):
     def check_files(self) -> None:
         """Looks at the files of a sample of both splits, spread evenly; the others are checked as they are read.
 
+        Logs one line on the data, and warns of labels that can teach or judge nothing; see `eomt.data.survey`.
+
         Raises:
-            ValueError: A picture is half-downloaded, does not fit its labels, or the like; it is named.
+            ValueError: A picture is half-downloaded, does not fit its labels, or the like; it is named. Or a split has
+                no labelled pixel at all.
         """
         looked = 0
-        for dataset in (self.train_set.with_transform(None), self.val_set):
+        for dataset in (self.train_set, self.val_set):
             chosen = spread(len(dataset), LOOKED_AT)
             for sample in (dataset.samples[index] for index in chosen):
                 sample.image.check_complete()
                 sample.label.check_complete()
-            for index in spread(len(dataset), READ):
-                dataset[index]
             looked += len(chosen)
+        survey = take_survey(self.train_set.with_transform(None), self.val_set)
+        if rank_zero_only.rank:
+            return
         images = len(self.train_set) + len(self.val_set)
-        if looked < images and not rank_zero_only.rank:
+        if looked < images:
             log.info("looked at the files of %d of %d images; the others are checked as they are read", looked, images)
+        log.info("%s", survey.line(getattr(self, "left_out", {})))
+        for warning in survey.warnings:
+            log.warning("%s", warning)
+
+    def setup(self, stage: str) -> None:
+        """Looks for a labelled pixel in the images that a run validates on, where these are not all.
+
+        Raises:
+            ValueError: There is none.
+        """
+        limit = self.trainer.limit_val_batches if self.trainer else 1.0
+        each = limit if isinstance(limit, int) else int(limit * len(self.val_set) / self._world_size)
+        indices = range(min(each * self._world_size, len(self.val_set)))
+        if not 0 < len(indices) < len(self.val_set):
+            return
+        if not any((self.val_set.labels(index) < self.num_classes).any() for index in indices):
+            raise ValueError(
+                f"trainer.limit_val_batches {limit} validates on {len(indices)} images, which have no labelled pixel; "
+                "raise it, or validate on other images."
+            )
 
     def fingerprint(self, hashing: bool = True) -> dict[str, str | int | None]:
         """Hashes and sizes of both splits, and what is pasted, for a run's records.

@@ -52,7 +52,6 @@ def print_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
     if rank_zero_only.rank:
         return
     title = "TRAINABLE PARAMETERS" if module.lora is None else "TRAINABLE PARAMETERS (LoRA)"
-    logger.info("%d training images, %d validation images", len(datamodule.train_set), len(datamodule.val_set))
     logger.info("%s", trainable_report(module, title) if trains else "nothing trains: the start network is evaluated")
 
 

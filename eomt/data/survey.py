@@ -1,0 +1,238 @@
+"""What the labels of both splits can teach and judge, seen on a sample before a run."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.pool import ThreadPool
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eomt.data.dataset import SegmentationDataset
+from eomt.data.labels import LabelSet
+from eomt.data.overlap import shared_images
+from eomt.data.sources import ColorDecoder, LabelDecoder, Source, open_archive, spread
+from eomt.indices import IGNORE, OUTLIER
+
+IMAGES = 64  # of a split that are decoded with their labels
+MASKS = 256  # of a split whose labels are counted as long as a class has no pixel
+LEAST = 8  # of a split, however large its files are
+BYTES = 2**26  # of files that are read from a split, about a second's work of one processor
+THREADS = 8
+SHOWN = 6  # names or values in a sentence
+
+
+@dataclass
+class Sampled:
+    """What was seen of one split.
+
+    Attributes:
+        total: Images of the split.
+        sizes: (height, width) of the images that were decoded.
+        masks: Positions of the label maps that were counted.
+        pixels: Pixels of each label value in them, int64 [256].
+        empty: Label maps without a labelled pixel among those of the decoded images.
+        contents: Names of the decoded images by what identifies their pixels.
+    """
+
+    total: int
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    pixels: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.long))
+    empty: int = 0
+    contents: dict[bytes, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"all {self.total}" if len(self.masks) == self.total else f"{len(self.masks)} of {self.total}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Samples of both splits, with what is to be said about them."""
+
+    classes: LabelSet
+    train: Sampled
+    val: Sampled
+    warnings: list[str]
+
+    def line(self, left_out: Mapping[str, int]) -> str:
+        """One line on the data; `left_out` are numbers of files by the reason why they are no samples."""
+        files = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        parts = [f"{self.train.total} + {self.val.total} pairs" + (f" (left out: {files})" if files else "")]
+        parts.append(f"images {span([*self.train.sizes, *self.val.sizes])}")
+        counts = [int((part.pixels[: len(self.classes)] > 0).sum()) for part in (self.train, self.val)]
+        shown = f"{counts[0]}" if counts[0] == counts[1] else f"{counts[0]} + {counts[1]}"
+        parts.append(f"{shown} of {len(self.classes)} classes with pixels")
+        if empty := self.train.empty + self.val.empty:
+            parts.append(f"{empty} images without a labelled pixel")
+        pixels = self.train.pixels + self.val.pixels
+        parts.append(f"{percent(pixels[IGNORE] / pixels.sum())} of the pixels ignored")
+        return f"data: {', '.join(parts)} ({self.train} + {self.val} label maps counted)"
+
+
+def take_survey(train: SegmentationDataset, val: SegmentationDataset) -> Survey:
+    """Decodes a sample of both splits, spread evenly, and counts its labels.
+
+    Raises:
+        ValueError: no pixel of a split is labelled, of all its label maps; or a picture cannot be read.
+        OSError: a file is gone.
+    """
+    trained, validated = sample_split("training", train), sample_split("validation", val)
+    warnings = [*about_classes(train, trained, validated), *about_overlap(train, val, trained, validated)]
+    return Survey(train.classes, trained, validated, warnings)
+
+
+def sample_split(split: str, dataset: SegmentationDataset) -> Sampled:
+    """Looks at images with labels, then at labels alone while a class has no pixel; raises as `take_survey` does."""
+    classes, found = len(dataset.classes), Sampled(len(dataset))
+    images = affordable([sample.image for sample in dataset.samples], IMAGES)
+    with ThreadPool(threads([dataset.samples[index].image for index in images])) as pool:
+        for name, size, content, pixels in pool.imap(partial(_read, dataset), images):
+            found.sizes.append(size)
+            found.contents.setdefault(content, name)
+            found.pixels += pixels
+            found.empty += not pixels[:classes].any()
+        found.masks += images
+        if not found.pixels[:classes].all():
+            more = affordable([sample.label for sample in dataset.samples], MASKS)
+            more = sorted(set(more) - set(images))
+            found.pixels += sum(pool.imap(partial(histogram, dataset), more), torch.zeros_like(found.pixels))
+            found.masks += more
+        rest = sorted(set(range(len(dataset))) - set(found.masks)) if not found.pixels[:classes].any() else []
+        for index, pixels in zip(rest, pool.imap(partial(histogram, dataset), rest), strict=True):
+            found.pixels += pixels
+            found.masks.append(index)
+            if pixels[:classes].any():
+                break
+    if not found.pixels[:classes].any():
+        raise ValueError(
+            f"The {split} split has no labelled pixel in any of its {len(dataset)} label maps, which hold "
+            f"{values_text(dataset, found.masks[:IMAGES])}; make one of these values that of a class."
+        )
+    return found
+
+
+def affordable(files: Sequence[Source], count: int) -> list[int]:
+    """Positions of up to `count` files, evenly spread; of large ones fewer."""
+    chosen = spread(len(files), count)
+    size = sum(_bytes(files[index]) for index in chosen)
+    return chosen if size <= BYTES else spread(len(files), max(LEAST, int(len(chosen) * BYTES / size)))
+
+
+def threads(files: Sequence[Source]) -> int:
+    """How many of these files are decoded at a time: of large ones, which need much memory, one."""
+    return 1 if max(map(_bytes, files)) > BYTES / LEAST else THREADS
+
+
+def _bytes(file: Source) -> int:
+    if file.member is None:
+        return os.stat(file.path).st_size
+    return open_archive(file.path).getinfo(file.member).compress_size
+
+
+def _read(dataset: SegmentationDataset, index: int) -> tuple[str, tuple[int, int], bytes, Tensor]:
+    """Name, size and identity of image `index`, and pixels of each label value, int64 [256]."""
+    image, labels = dataset[index]
+    content = hashlib.sha256(repr(image.shape).encode() + image.permute(1, 2, 0).contiguous().numpy().tobytes())
+    pixels = torch.bincount(labels.flatten(), minlength=256)
+    return dataset.samples[index].name, tuple(labels.shape), content.digest(), pixels
+
+
+def histogram(dataset: SegmentationDataset, index: int) -> Tensor:
+    """Pixels of each value in label map `index`, int64 [256]; the image is not read."""
+    return torch.bincount(dataset.labels(index).flatten(), minlength=256)
+
+
+def about_classes(dataset: SegmentationDataset, train: Sampled, val: Sampled) -> Iterator[str]:
+    """Says which classes cannot be learnt or judged, and what the training masks hold in their place."""
+    names, count = dataset.classes.names, len(dataset.classes)
+    if count == 1:
+        yield (
+            f"{names[0]!r} is the only class, so every pixel is predicted as it and mIoU says little: make the "
+            "background a class, if the masks have one"
+        )
+    trained, validated = train.pixels[:count] > 0, val.pixels[:count] > 0
+    only_validated = [name for k, name in enumerate(names) if validated[k] and not trained[k]]
+    nowhere = [name for k, name in enumerate(names) if not validated[k] and not trained[k]]
+    found = []
+    if only_validated:
+        found.append(
+            f"no training pixel of {listed(only_validated)} in {train} label maps, but validation pixels: what is not "
+            "learnt counts with an IoU of 0"
+        )
+    if nowhere:
+        found.append(f"no pixel of {listed(nowhere)} in {train} training and {val} validation label maps")
+    if found:
+        found.append(f"the training masks hold {values_text(dataset, train.masks[:IMAGES])}")
+        if trained.sum() == 1 and train.pixels[IGNORE]:
+            found.append("if an ignored value is meant to be a class, list it there and not among the ignored ones")
+        yield "; ".join(found)
+
+
+def about_overlap(
+    train: SegmentationDataset, val: SegmentationDataset, trained: Sampled, validated: Sampled
+) -> Iterator[str]:
+    """Says which validation images are training images, by their files or by the pixels of the samples."""
+    shared = shared_images(train.samples, val.samples)
+    shared |= {name for content, name in validated.contents.items() if content in trained.contents}
+    if shared:
+        names = [name for name in val.names if name in shared]
+        yield (
+            f"{'at least ' * (len(names) < len(val))}{len(names)} of {len(val)} validation images are training images, "
+            f"too ({listed(names)}): scores on them say nothing about new images; take them out of one of the splits"
+        )
+
+
+def values_text(dataset: SegmentationDataset, indices: Sequence[int]) -> str:
+    """`0 (83.6 %, background), 255 (16.4 %, ignored)`: values of masks as they are stored, and what they become."""
+    with ThreadPool(THREADS) as pool:
+        counts = sum(pool.map(partial(mask_values, dataset), indices), Counter())
+    shown = [
+        f"{value} ({percent(pixels / counts.total())}, {meaning_of(index, dataset.classes)})"
+        for (value, index), pixels in counts.most_common(SHOWN)
+    ]
+    return ", ".join(shown) + (f" and {len(counts) - SHOWN} more values" if len(counts) > SHOWN else "")
+
+
+def mask_values(dataset: SegmentationDataset, index: int) -> Counter[tuple[int | tuple[int, ...], int]]:
+    """Pixels of each (stored value, label value) in mask `index`; a stored value is an id or (R, G, B)."""
+    source = dataset.samples[index].label
+    picture = source.decode()
+    labels = dataset.decode_labels(picture, str(source))
+    stored, in_colors = stored_values(picture, dataset.decode_labels)
+    pairs, pixels = np.unique(stored.astype(np.int64) << 8 | labels, return_counts=True)
+    values = (((code >> 16, code >> 8 & 255, code & 255) if in_colors else code) for code in (pairs >> 8).tolist())
+    return Counter(dict(zip(zip(values, (pairs & 255).tolist(), strict=True), pixels.tolist(), strict=True)))
+
+
+def stored_values(picture: Image.Image, decode: LabelDecoder) -> tuple[np.ndarray, bool]:
+    """The values of a mask [H, W] before they are decoded, and whether they are colours, R << 16 | G << 8 | B."""
+    values = np.asarray(picture)
+    if values.ndim == 2 and not isinstance(decode, ColorDecoder):
+        return values, False
+    red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB")).astype(np.int64), 2, 0)
+    return red << 16 | green << 8 | blue, True
+
+
+def meaning_of(index: int, classes: LabelSet) -> str:
+    return {IGNORE: "ignored", OUTLIER: "outliers"}.get(index) or classes.names[index]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def span(sizes: Sequence[tuple[int, int]]) -> str:
+    """`360x480 to 720x960`, height x width, by area."""
+    low, high = (choose(sizes, key=lambda size: (size[0] * size[1], size)) for choose in (min, max))
+    return " to ".join(f"{height}x{width}" for height, width in dict.fromkeys((low, high)))
