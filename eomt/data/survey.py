@@ -22,7 +22,7 @@ from eomt.indices import IGNORE, OUTLIER
 IMAGES = 64  # of a split that are decoded with their labels
 MASKS = 256  # of a split whose labels are counted as long as a class has no pixel
 LEAST = 8  # of a split, however large its files are
-BYTES = 2**26  # of files that are read from a split, about a second's work of one processor
+BYTES = 2**25  # of the files that are read from a split, so that large ones do not delay a run
 THREADS = 8
 SHOWN = 6  # names or values in a sentence
 
@@ -205,9 +205,17 @@ def mask_values(dataset: SegmentationDataset, index: int) -> Counter[tuple[int |
     picture = source.decode()
     labels = dataset.decode_labels(picture, str(source))
     stored, in_colors = stored_values(picture, dataset.decode_labels)
-    pairs, pixels = np.unique(stored.astype(np.int64) << 8 | labels, return_counts=True)
+    pairs, pixels = count(stored.astype(np.int32) << 8 | labels)
     values = (((code >> 16, code >> 8 & 255, code & 255) if in_colors else code) for code in (pairs >> 8).tolist())
     return Counter(dict(zip(zip(values, (pairs & 255).tolist(), strict=True), pixels.tolist(), strict=True)))
+
+
+def count(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values, none below 0, and how often each occurs."""
+    if values.max() >= 2**16:
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values.ravel())  # in a tenth of the time
+    return counts.nonzero()[0], counts[counts > 0]
 
 
 def stored_values(picture: Image.Image, decode: LabelDecoder) -> tuple[np.ndarray, bool]:
