@@ -129,6 +129,16 @@ def test_one_class_is_told_to_be_too_few(sample, said):
     assert len(warnings) == 1 and "'thing' is the only class" in warnings[0] and "background" in warnings[0]
 
 
+def test_a_class_that_is_lost_in_scaling_to_the_crop_is_warned_of(sample, said):
+    small = sample("a", 0, 0, size=(200, 300))
+    mask = np.zeros((200, 300), np.uint8)
+    mask[101, 151] = 1
+    Image.fromarray(mask).save(small.label.path)
+    _, (warning,) = said([small], [sample("b", 0, 1)])
+    assert warning.startswith("no pixel of thing is left in the training masks looked at, once scaled to the crop")
+    assert said([small, sample("c", 0, 1)], [sample("b", 0, 1)])[1] == []
+
+
 def same_path(image, folder):
     return image
 

@@ -82,7 +82,7 @@ class SegmentationDataModule(LightningDataModule):
             raise ValueError(f"class_weights must be null, 'inverse' or 'effective_number', got {class_weights!r}.")
         if not (cut_paste is None or hasattr(cut_paste, "for_classes")):
             raise ValueError(f"data.cut_paste {cut_paste!r}: choose cut-outs with data/cut_paste=toy, coco or folder.")
-        augment = TrainTransform(img_size, scale_range, color_jitter, flip)
+        self.augment = augment = TrainTransform(img_size, scale_range, color_jitter, flip)
         self.cut_paste = None if cut_paste is None else cut_paste.for_classes(train.classes)
         self.train_set = train.with_transform(Compose([self.cut_paste, augment]) if self.cut_paste else augment)
         self.val_set = val.with_transform(None)
@@ -122,7 +122,7 @@ class SegmentationDataModule(LightningDataModule):
                 sample.image.check_complete()
                 sample.label.check_complete()
             looked += len(chosen)
-        survey = take_survey(self.train_set.with_transform(None), self.val_set)
+        survey = take_survey(self.train_set.with_transform(None), self.val_set, self.augment.largest)
         if rank_zero_only.rank:
             return
         images = len(self.train_set) + len(self.val_set)

@@ -19,10 +19,10 @@ def shared_images(train: Sequence[Sample], val: Sequence[Sample]) -> set[str]:
     Of many files of equal sizes, a sample spread evenly is looked into.
 
     Raises:
-        OSError: a file is gone.
+        ValueError, OSError: a file is gone.
     """
     with ThreadPool(THREADS) as pool:
-        trained, validated = (pool.map(_identify, (s.image for s in part), chunksize=256) for part in (train, val))
+        trained, validated = (pool.map(identify, (s.image for s in part), chunksize=256) for part in (train, val))
         files = {file for _, file in trained}
         same = {sample.name for sample, (_, file) in zip(val, validated, strict=True) if file in files}
         sizes = {size for size, _ in trained} & {size for size, _ in validated}
@@ -34,12 +34,16 @@ def shared_images(train: Sequence[Sample], val: Sequence[Sample]) -> set[str]:
         return same | {sample.name for (_, sample), content in found if content in contents}
 
 
-def _identify(image: Source) -> tuple[int, object]:
-    """Bytes of an image, and what tells its file from all others."""
+def identify(image: Source) -> tuple[int, object]:
+    """Bytes of an image, and what tells its file from all others; raises ValueError or OSError where it is gone."""
     if image.member is None:
         facts = os.stat(image.path)
         return facts.st_size, (facts.st_dev, facts.st_ino)
-    entry = open_archive(image.path).getinfo(image.member)
+    try:
+        entry = open_archive(image.path).getinfo(image.member)
+    except KeyError:
+        image.read()  # which says what to do
+        raise
     return entry.file_size, (entry.file_size, entry.CRC)
 
 

@@ -1,9 +1,8 @@
 """What the labels of both splits can teach and judge, seen on a sample before a run."""
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
-from eomt.data.overlap import shared_images
-from eomt.data.sources import ColorDecoder, LabelDecoder, Source, open_archive, spread
+from eomt.data.overlap import identify, shared_images
+from eomt.data.sources import ColorDecoder, LabelDecoder, Source, spread
 from eomt.indices import IGNORE, OUTLIER
 
 IMAGES = 64  # of a split that are decoded with their labels
@@ -25,6 +24,8 @@ LEAST = 8  # of a split, however large its files are
 BYTES = 2**25  # of the files that are read from a split, so that large ones do not delay a run
 THREADS = 8
 SHOWN = 6  # names or values in a sentence
+
+Enlarge = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Sampled:
         sizes: (height, width) of the images that were decoded.
         masks: Positions of the label maps that were counted.
         pixels: Pixels of each label value in them, int64 [256].
+        at_full_size: Label values in the label maps of the decoded images, bool [256].
+        trained: Those of them that are left at the largest scale of training, bool [256].
         empty: Label maps without a labelled pixel among those of the decoded images.
         contents: Names of the decoded images by what identifies their pixels.
     """
@@ -44,6 +47,8 @@ class Sampled:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     masks: list[int] = field(default_factory=list)
     pixels: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.long))
+    at_full_size: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.bool))
+    trained: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.bool))
     empty: int = 0
     contents: dict[bytes, str] = field(default_factory=dict)
 
@@ -75,28 +80,40 @@ class Survey:
         return f"data: {', '.join(parts)} ({self.train} + {self.val} label maps counted)"
 
 
-def take_survey(train: SegmentationDataset, val: SegmentationDataset) -> Survey:
+def take_survey(train: SegmentationDataset, val: SegmentationDataset, largest: Enlarge) -> Survey:
     """Decodes a sample of both splits, spread evenly, and counts its labels.
+
+    Args:
+        train: without augmentation.
+        val: as it is validated on.
+        largest: gives a label map at the largest scale that training shows it in.
 
     Raises:
         ValueError: no pixel of a split is labelled, of all its label maps; or a picture cannot be read.
         OSError: a file is gone.
     """
-    trained, validated = sample_split("training", train), sample_split("validation", val)
-    warnings = [*about_classes(train, trained, validated), *about_overlap(train, val, trained, validated)]
+    trained, validated = sample_split("training", train, largest), sample_split("validation", val)
+    warnings = [
+        *about_classes(train, trained, validated),
+        *about_scale(train.classes, trained),
+        *about_overlap(train, val, trained, validated),
+    ]
     return Survey(train.classes, trained, validated, warnings)
 
 
-def sample_split(split: str, dataset: SegmentationDataset) -> Sampled:
+def sample_split(split: str, dataset: SegmentationDataset, largest: Enlarge = lambda labels: labels) -> Sampled:
     """Looks at images with labels, then at labels alone while a class has no pixel; raises as `take_survey` does."""
     classes, found = len(dataset.classes), Sampled(len(dataset))
     images = affordable([sample.image for sample in dataset.samples], IMAGES)
     with ThreadPool(threads([dataset.samples[index].image for index in images])) as pool:
-        for name, size, content, pixels in pool.imap(partial(_read, dataset), images):
-            found.sizes.append(size)
+        for labels, name, content in pool.imap(partial(_read, dataset), images):
+            pixels = count_labels(labels)
+            found.sizes.append(tuple(labels.shape))
             found.contents.setdefault(content, name)
             found.pixels += pixels
             found.empty += not pixels[:classes].any()
+            found.at_full_size |= pixels > 0
+            found.trained |= count_labels(largest(labels)) > 0
         found.masks += images
         if not found.pixels[:classes].all():
             more = affordable([sample.label for sample in dataset.samples], MASKS)
@@ -120,32 +137,29 @@ def sample_split(split: str, dataset: SegmentationDataset) -> Sampled:
 def affordable(files: Sequence[Source], count: int) -> list[int]:
     """Positions of up to `count` files, evenly spread; of large ones fewer."""
     chosen = spread(len(files), count)
-    size = sum(_bytes(files[index]) for index in chosen)
+    size = sum(identify(files[index])[0] for index in chosen)
     return chosen if size <= BYTES else spread(len(files), max(LEAST, int(len(chosen) * BYTES / size)))
 
 
 def threads(files: Sequence[Source]) -> int:
     """How many of these files are decoded at a time: of large ones, which need much memory, one."""
-    return 1 if max(map(_bytes, files)) > BYTES / LEAST else THREADS
+    return 1 if max(identify(file)[0] for file in files) > BYTES / LEAST else THREADS
 
 
-def _bytes(file: Source) -> int:
-    if file.member is None:
-        return os.stat(file.path).st_size
-    return open_archive(file.path).getinfo(file.member).compress_size
-
-
-def _read(dataset: SegmentationDataset, index: int) -> tuple[str, tuple[int, int], bytes, Tensor]:
-    """Name, size and identity of image `index`, and pixels of each label value, int64 [256]."""
+def _read(dataset: SegmentationDataset, index: int) -> tuple[Tensor, str, bytes]:
+    """Labels [H, W] of image `index`, its name, and what identifies its pixels."""
     image, labels = dataset[index]
     content = hashlib.sha256(repr(image.shape).encode() + image.permute(1, 2, 0).contiguous().numpy().tobytes())
-    pixels = torch.bincount(labels.flatten(), minlength=256)
-    return dataset.samples[index].name, tuple(labels.shape), content.digest(), pixels
+    return labels, dataset.samples[index].name, content.digest()
 
 
 def histogram(dataset: SegmentationDataset, index: int) -> Tensor:
     """Pixels of each value in label map `index`, int64 [256]; the image is not read."""
-    return torch.bincount(dataset.labels(index).flatten(), minlength=256)
+    return count_labels(dataset.labels(index))
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    return torch.bincount(labels.flatten(), minlength=256)
 
 
 def about_classes(dataset: SegmentationDataset, train: Sampled, val: Sampled) -> Iterator[str]:
@@ -172,6 +186,16 @@ def about_classes(dataset: SegmentationDataset, train: Sampled, val: Sampled) ->
         if trained.sum() == 1 and train.pixels[IGNORE]:
             found.append("if an ignored value is meant to be a class, list it there and not among the ignored ones")
         yield "; ".join(found)
+
+
+def about_scale(classes: LabelSet, train: Sampled) -> Iterator[str]:
+    """Says which classes are lost when images are scaled down to the crop."""
+    lost = (train.at_full_size & ~train.trained)[: len(classes)].nonzero().flatten().tolist()
+    if lost:
+        yield (
+            f"no pixel of {listed([classes.names[k] for k in lost])} is left in the training masks looked at, once "
+            "scaled to the crop by the largest scale of training: raise data.img_size or data.scale_range, or cut the images into tiles"
+        )
 
 
 def about_overlap(

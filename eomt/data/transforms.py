@@ -69,9 +69,18 @@ class TrainTransform:
 
     def draw_size(self, height: int, width: int) -> tuple[int, int]:
         """The size at a random scale in `scale_range`, relative to fitting the image into the crop."""
-        fit = min(self.img_size[0] / height, self.img_size[1] / width)
-        scale = fit * _uniform(*self.scale_range)
+        return self.scaled_size(height, width, _uniform(*self.scale_range))
+
+    def scaled_size(self, height: int, width: int, factor: float) -> tuple[int, int]:
+        """The size at `factor` times the scale at which the image just fits into the crop."""
+        scale = min(self.img_size[0] / height, self.img_size[1] / width) * factor
         return max(1, int(height * scale)), max(1, int(width * scale))
+
+    def largest(self, labels: Tensor) -> Tensor:
+        """A label map [H, W] at the largest scale, of which training crops are cut."""
+        height, width = self.scaled_size(*labels.shape, self.scale_range[1])
+        rows, columns = nearest(labels.shape[0], height), nearest(labels.shape[1], width)
+        return labels.index_select(0, rows).index_select(1, columns)
 
     def pad(self, crop: Tensor, value: int) -> Tensor:
         """Pads [..., h, w] at the bottom and on the right up to the crop size."""
