@@ -61,7 +61,7 @@ def test_one_line_tells_pairs_sizes_classes_and_what_is_ignored(sample, said):
         [sample("a", 0, 1), sample("b", 0, 255, size=(40, 30))], [sample("c", 0, 1), sample("d", 255, 255)]
     )
     assert lines == [
-        "data: 2 + 2 pairs, images 20x30 to 40x30, 2 of 2 classes with pixels, 1 images without a labelled pixel, "
+        "data: 2 + 2 pairs, images 20x30 to 40x30, 2 of 2 classes with pixels, 1 without a labelled pixel, "
         "40.0 % of the pixels ignored (all 2 + all 2 label maps counted)"
     ]
     assert not warnings
@@ -82,8 +82,8 @@ def test_masks_of_0_and_255_for_classes_0_and_1_are_warned_of_with_the_values_th
     _, (warning,) = said([sample("a", 0, 255)], [sample("b", 0, 255)])
     assert warning == (
         "no pixel of thing in all 1 training and all 1 validation label maps; the training masks hold "
-        "0 (50.0 %, background), 255 (50.0 %, ignored); if an ignored value is meant to be a class, list it there and "
-        "not among the ignored ones"
+        "0 (50.0 %, background), 255 (50.0 %, ignored); 255 is ignored: if a class is meant by it, list it there "
+        "instead"
     )
 
 

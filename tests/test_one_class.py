@@ -50,3 +50,10 @@ def test_one_class_trains_and_is_scored_drawn_saved_and_predicted(data, tmp_path
     assert evaluation.miou == 1 and evaluation.confusion.shape == (1, 1, 1)
     assert not saved.predict(torch.zeros(3, 64, 64, dtype=torch.uint8)).any()
     assert list(tmp_path.glob("samples/*.png")) and (tmp_path / "confusion.png").exists()
+
+
+def test_a_data_set_without_a_labelled_pixel_is_not_scored(data):
+    Image.fromarray(np.full((64, 64), 255, np.uint8)).save(data.val_set.samples[0].label.path)
+    module = MaskClassificationSemantic(**TINY | {"img_size": [64, 64], "num_classes": 1, "class_names": ["thing"]})
+    with pytest.raises(ValueError, match="no labelled pixel, so nothing can be scored"):
+        evaluate(module, data, "32-true", "cpu")

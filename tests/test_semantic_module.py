@@ -354,7 +354,7 @@ def test_the_number_of_classes_in_the_mean_is_told_once_and_warned_of_when_it_ch
 
 def test_a_validation_without_a_labelled_pixel_is_an_error_and_no_score(validating):
     validating.confusion.update(torch.zeros(1, 4), torch.full((1, 4), 255))
-    with pytest.raises(ValueError, match="validation images of this run have no labelled pixel"):
+    with pytest.raises(ValueError, match="validation images have no labelled pixel"):
         validating.on_validation_epoch_end()
 
 

@@ -26,6 +26,7 @@ THREADS = 8
 SHOWN = 6  # names or values in a sentence
 
 Enlarge = Callable[[Tensor], Tensor]
+Stored = int | tuple[int, ...]  # a value of a mask in its file: an id, or (R, G, B)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Survey:
         shown = f"{counts[0]}" if counts[0] == counts[1] else f"{counts[0]} + {counts[1]}"
         parts.append(f"{shown} of {len(self.classes)} classes with pixels")
         if empty := self.train.empty + self.val.empty:
-            parts.append(f"{empty} images without a labelled pixel")
+            parts.append(f"{empty} without a labelled pixel")
         pixels = self.train.pixels + self.val.pixels
         parts.append(f"{percent(pixels[IGNORE] / pixels.sum())} of the pixels ignored")
         return f"data: {', '.join(parts)} ({self.train} + {self.val} label maps counted)"
@@ -127,9 +128,10 @@ def sample_split(split: str, dataset: SegmentationDataset, largest: Enlarge = la
             if pixels[:classes].any():
                 break
     if not found.pixels[:classes].any():
+        values = values_text(mask_values(dataset, found.masks[:IMAGES]), dataset.classes)
         raise ValueError(
-            f"The {split} split has no labelled pixel in any of its {len(dataset)} label maps, which hold "
-            f"{values_text(dataset, found.masks[:IMAGES])}; make one of these values that of a class."
+            f"The {split} split has no labelled pixel in any of its {len(dataset)} label maps, which hold {values}; "
+            "make one of these values that of a class."
         )
     return found
 
@@ -182,9 +184,11 @@ def about_classes(dataset: SegmentationDataset, train: Sampled, val: Sampled) ->
     if nowhere:
         found.append(f"no pixel of {listed(nowhere)} in {train} training and {val} validation label maps")
     if found:
-        found.append(f"the training masks hold {values_text(dataset, train.masks[:IMAGES])}")
-        if trained.sum() == 1 and train.pixels[IGNORE]:
-            found.append("if an ignored value is meant to be a class, list it there and not among the ignored ones")
+        values = mask_values(dataset, train.masks[:IMAGES])
+        found.append(f"the training masks hold {values_text(values, dataset.classes)}")
+        ignored = [value for (value, index), _ in values.most_common() if index == IGNORE]
+        if trained.sum() == 1 and ignored:
+            found.append(f"{ignored[0]} is ignored: if a class is meant by it, list it there instead")
         yield "; ".join(found)
 
 
@@ -192,9 +196,10 @@ def about_scale(classes: LabelSet, train: Sampled) -> Iterator[str]:
     """Says which classes are lost when images are scaled down to the crop."""
     lost = (train.at_full_size & ~train.trained)[: len(classes)].nonzero().flatten().tolist()
     if lost:
+        names = listed([classes.names[k] for k in lost])
         yield (
-            f"no pixel of {listed([classes.names[k] for k in lost])} is left in the training masks looked at, once "
-            "scaled to the crop by the largest scale of training: raise data.img_size or data.scale_range, or cut the images into tiles"
+            f"no pixel of {names} is left in the training masks looked at, once scaled to the crop "
+            "by the largest scale of training: raise data.img_size or data.scale_range, or cut the images into tiles"
         )
 
 
@@ -212,19 +217,23 @@ def about_overlap(
         )
 
 
-def values_text(dataset: SegmentationDataset, indices: Sequence[int]) -> str:
-    """`0 (83.6 %, background), 255 (16.4 %, ignored)`: values of masks as they are stored, and what they become."""
+def mask_values(dataset: SegmentationDataset, indices: Sequence[int]) -> Counter[tuple[Stored, int]]:
+    """Pixels of each (stored value, label value) in these masks."""
     with ThreadPool(THREADS) as pool:
-        counts = sum(pool.map(partial(mask_values, dataset), indices), Counter())
+        return sum(pool.map(partial(values_of_mask, dataset), indices), Counter())
+
+
+def values_text(values: Counter[tuple[Stored, int]], classes: LabelSet) -> str:
+    """`0 (83.6 %, background), 255 (16.4 %, ignored)`: values of masks as they are stored, and what they become."""
     shown = [
-        f"{value} ({percent(pixels / counts.total())}, {meaning_of(index, dataset.classes)})"
-        for (value, index), pixels in counts.most_common(SHOWN)
+        f"{value} ({percent(pixels / values.total())}, {meaning_of(index, classes)})"
+        for (value, index), pixels in values.most_common(SHOWN)
     ]
-    return ", ".join(shown) + (f" and {len(counts) - SHOWN} more values" if len(counts) > SHOWN else "")
+    return ", ".join(shown) + (f" and {len(values) - SHOWN} more values" if len(values) > SHOWN else "")
 
 
-def mask_values(dataset: SegmentationDataset, index: int) -> Counter[tuple[int | tuple[int, ...], int]]:
-    """Pixels of each (stored value, label value) in mask `index`; a stored value is an id or (R, G, B)."""
+def values_of_mask(dataset: SegmentationDataset, index: int) -> Counter[tuple[Stored, int]]:
+    """Pixels of each (stored value, label value) in mask `index`."""
     source = dataset.samples[index].label
     picture = source.decode()
     labels = dataset.decode_labels(picture, str(source))

@@ -7,11 +7,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-NO_LABELS = (
-    "the {} have no labelled pixel, so that nothing can be scored: take others, or list the masks' values as classes"
-)
-
 logger = logging.getLogger(__name__)
+
+
+def check_labelled(confusion: Tensor) -> None:
+    """Raises ValueError for confusion counts of nothing."""
+    if not confusion.any():
+        raise ValueError(
+            "the validation images have no labelled pixel, so nothing can be scored: take others, or list the values "
+            "of their masks as classes"
+        )
 
 
 def iou_per_class(confusion: Tensor) -> Tensor:

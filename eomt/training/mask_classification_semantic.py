@@ -34,7 +34,7 @@ from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
 from eomt.training.build import build_loss, build_network, build_outlier_loss
-from eomt.training.class_scores import NO_LABELS, iou_per_class, tell_counted
+from eomt.training.class_scores import check_labelled, iou_per_class, tell_counted
 from eomt.training.finite_steps import check_weights
 from eomt.training.index_check import check_start
 from eomt.training.mask_classification_loss import Loss
@@ -308,13 +308,11 @@ class MaskClassificationSemantic(lightning.LightningModule):
             self.confusion.update(classify(self.network, image)[None], labels[None])
 
     def on_validation_epoch_end(self) -> None:
-        classes = self.confusion.num_classes
-        confusion = self.confusion.compute().view(classes, classes)  # [target, prediction]; of one class a bare number
+        confusion = self.confusion.compute().view_as(self.confusion.confmat)  # [target, prediction], also of one class
         self.confusion.reset()
-        if not confusion.any():
-            if self.trainer.sanity_checking:
-                return  # its few images are not those of a validation
-            raise ValueError(NO_LABELS.format("validation images of this run"))
+        if self.trainer.sanity_checking and not confusion.any():
+            return  # its few images are not those of a validation
+        check_labelled(confusion)
         iou = iou_per_class(confusion)
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
         self.class_pixels = dict(zip(self.class_names, confusion.sum(1).tolist(), strict=True))
