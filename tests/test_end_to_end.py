@@ -84,6 +84,7 @@ def test_the_summary_says_what_the_run_was_and_cost(source):
     summary = summary_of(source[0])
     assert summary["schema_version"] == 1 and summary["status"] == "finished" and summary["steps"] == 8
     assert 0 < summary["miou"] < 1 and set(summary["class_iou"]) >= {"road", "sky", "car"}
+    assert summary["miou_classes"] == sum(iou is not None for iou in summary["class_iou"].values())
     assert summary["trainable_parameters"] == summary["total_parameters"] > 1e5
     assert summary["files"]["model/model.safetensors"] > 4 * summary["total_parameters"]
     assert summary["peak_memory"]["bytes"] > 1e8 and summary["estimated_memory"]["bytes"] > 1e6

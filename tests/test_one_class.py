@@ -10,6 +10,7 @@ from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sources import IndexDecoder, Sample, Source
+from eomt.files import read_json
 from eomt.indices import IGNORE
 from eomt.reporting.evaluation_report import write_confusion
 from eomt.reporting.sample_pictures import SamplePictures
@@ -47,6 +48,7 @@ def test_one_class_trains_and_is_scored_drawn_saved_and_predicted(data, tmp_path
     evaluation = evaluate(saved, data, "32-true", "cpu")
     evaluation.save(tmp_path, "scores")
     write_confusion(evaluation, tmp_path / "confusion.csv")
+    assert read_json(tmp_path / "scores.json")["miou_classes"] == 1
     assert evaluation.miou == 1 and evaluation.confusion.shape == (1, 1, 1)
     assert not saved.predict(torch.zeros(3, 64, 64, dtype=torch.uint8)).any()
     assert list(tmp_path.glob("samples/*.png")) and (tmp_path / "confusion.png").exists()

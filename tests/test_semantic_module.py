@@ -17,6 +17,7 @@ from eomt.lora.audit import AuditError
 from eomt.lora.methods import update_norms
 from eomt.models.vit import ViT
 from eomt.training.callbacks import AuditLoRA, SaveBest
+from eomt.training.class_scores import over
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
 
 
@@ -350,6 +351,11 @@ def test_the_number_of_classes_in_the_mean_is_told_once_and_warned_of_when_it_ch
     first, changed = caplog.messages
     assert first == "mIoU over 2 of 3 classes: no validation pixel is labelled or predicted as sky"
     assert changed.startswith("mIoU over 3 of 3 classes, before it was over 2 (sky): ")
+
+
+def test_a_mean_says_over_how_many_classes_it_is_taken_where_not_over_all():
+    assert over({"road": 0.5, "car": None, "sky": float("nan")}) == " over 1 of 3 classes"
+    assert over({"road": 0.5, "car": 0.0}) == ""
 
 
 def test_a_validation_without_a_labelled_pixel_is_an_error_and_no_score(validating):
