@@ -56,11 +56,12 @@ def lines(task: step.Task, device: str) -> Iterator[Line]:
     for name, settings in OURS.items():
         yield Line(f"{name} step", partial(eager, **settings), settings, task.batch)
     yield Line("lora, last 4 step, trunk cache", partial(step.cached_step, task, device))
-    yield Line("inference", lambda: inference(network(device), device))
-    yield Line("inference, adapters unmerged", lambda: inference(adapted(device)[0], device))
-    yield Line("inference, adapters merged", lambda: inference(merged(device), device))
-    yield Line("validation of a 2048x1024 image", partial(val.ours, device))
-    yield Line("validation, every block in whole maps", partial(val.straight, device))
+    of_size = (device, task.size, task.side)
+    yield Line("inference", lambda: inference(network(*of_size), device))
+    yield Line("inference, adapters unmerged", lambda: inference(adapted(*of_size)[0], device))
+    yield Line("inference, adapters merged", lambda: inference(merged(*of_size), device))
+    yield Line(f"validation of a {2 * task.side}x{task.side} image", partial(val.ours, *of_size))
+    yield Line("validation, every block in whole maps", partial(val.straight, *of_size))
     for name, settings in OURS.items():
         yield Line(f"{name} step, compiled", partial(eager, compile=True, **settings), settings, task.batch)
     yield Line("transformers' full step, compiled", partial(compiled_peer, task, device))

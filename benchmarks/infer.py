@@ -17,15 +17,12 @@ from lora_config import LoRASettings, adapted_layers, apply_lora
 Logits = tuple[Tensor, Tensor]  # of masks [1, Q, H/4, W/4], of classes [1, Q, K + 1]
 
 
-def side(device: str) -> int:
-    """Of the image, in pixels."""
-    return 512 if device == "cpu" else 1024
-
-
-def network(device: str) -> EoMT:
+def network(device: str, size: str | None = None, side: int | None = None) -> EoMT:
+    """A network of this size for images of that side, in pixels; None: as large as suits the device."""
     torch.manual_seed(0)
-    name = SIZES["small" if device == "cpu" else "large"][3]
-    model = our_network(name, (side(device), side(device)), classes=19, queries=100, blocks=4)
+    name = SIZES[size or ("small" if device == "cpu" else "large")][3]
+    side = side or (512 if device == "cpu" else 1024)
+    model = our_network(name, (side, side), classes=19, queries=100, blocks=4)
     unscale_layers(model)
     return model.eval().to(device)
 
@@ -37,9 +34,9 @@ def unscale_layers(model: nn.Module) -> None:
             nn.init.ones_(parameter)
 
 
-def adapted(device: str) -> tuple[EoMT, PeftModel]:
+def adapted(device: str, size: str | None = None, side: int | None = None) -> tuple[EoMT, PeftModel]:
     """The same network with adapters of rank 16 at qkv and proj of all blocks, as if they had been trained."""
-    model = network(device)
+    model = network(device, size, side)
     handle = apply_lora(model.encoder.backbone, LoRASettings(rank=16, target_modules=("attn.qkv", "attn.proj")))
     generator = torch.Generator().manual_seed(1)
     for layer in adapted_layers(model.encoder.backbone).values():
@@ -48,15 +45,15 @@ def adapted(device: str) -> tuple[EoMT, PeftModel]:
     return model, handle
 
 
-def merged(device: str) -> EoMT:
-    model, handle = adapted(device)
+def merged(device: str, size: str | None = None, side: int | None = None) -> EoMT:
+    model, handle = adapted(device, size, side)
     merge(handle)
     return model
 
 
 def inference(model: EoMT, device: str) -> Work:
     generator = torch.Generator().manual_seed(2)
-    image = torch.rand(1, 3, side(device), side(device), generator=generator).to(device)
+    image = torch.rand(1, 3, *model.encoder.img_size, generator=generator).to(device)
 
     @torch.no_grad()
     def infer() -> Logits:

@@ -16,36 +16,38 @@ from eomt.indices import IGNORE
 from eomt.inference.windows import to_windows
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-CLASSES, WINDOW, IMAGE = 19, (1024, 1024), (1024, 2048)
+CLASSES, WINDOW = 19, 1024
 
 
-def prepared(device: str) -> tuple[MaskClassificationSemantic, Tensor, Tensor]:
-    """The network, an image uint8 [3, H, W] and its label map uint8 [H, W]."""
+def prepared(
+    device: str, size: str | None = None, side: int = WINDOW
+) -> tuple[MaskClassificationSemantic, Tensor, Tensor]:
+    """The network, an image uint8 [3, side, 2 side] and its label map uint8 [side, 2 side]."""
     torch.manual_seed(0)
-    name = SIZES["small" if device == "cpu" else "large"][3]
-    module = MaskClassificationSemantic(WINDOW, CLASSES, backbone_name=name, pretrained=False)
+    name = SIZES[size or ("small" if device == "cpu" else "large")][3]
+    module = MaskClassificationSemantic((side, side), CLASSES, backbone_name=name, pretrained=False)
     unscale_layers(module)
     module.network.attn_mask_probs.zero_()
     module.network.class_head.weight.data *= 20  # untrained, it would like all classes alike
-    image = torch.randint(256, (3, *IMAGE), dtype=torch.uint8)
-    labels = torch.randint(CLASSES, IMAGE, dtype=torch.uint8)
-    labels[-100:] = IGNORE
+    image = torch.randint(256, (3, side, 2 * side), dtype=torch.uint8)
+    labels = torch.randint(CLASSES, (side, 2 * side), dtype=torch.uint8)
+    labels[-side // 10 :] = IGNORE
     return module.eval().to(device), image.to(device), labels.to(device)
 
 
-def straight(device: str) -> Work:
+def straight(device: str, size: str | None = None, side: int = WINDOW) -> Work:
     """Predictions of all blocks, each with its metric: mask logits, masks and scores of all windows at full size."""
-    module, image, labels = prepared(device)
+    module, image, labels = prepared(device, size, side)
     metrics = [MulticlassConfusionMatrix(CLASSES, ignore_index=IGNORE, validate_args=False) for _ in range(5)]
     metrics = [metric.to(device) for metric in metrics]
 
     @torch.no_grad()
     def validate() -> Tensor:
-        windows, origins = to_windows(image, WINDOW)
+        windows, origins = to_windows(image, (side, side))
         with autocast(device):
             predictions = zip(*module.network(windows / 255), strict=True)
         for metric, (mask_logits, class_logits) in zip(metrics, predictions, strict=True):
-            mask_logits = F.interpolate(mask_logits.float(), WINDOW, mode="bilinear")
+            mask_logits = F.interpolate(mask_logits.float(), (side, side), mode="bilinear")
             votes = class_logits.float().softmax(-1)[..., :-1]
             scores = merged(torch.einsum("nqhw,nqk->nkhw", mask_logits.sigmoid(), votes), origins)
             metric.reset()
@@ -56,18 +58,19 @@ def straight(device: str) -> Work:
 
 
 def merged(scores: Tensor, origins: list[tuple[int, int]]) -> Tensor:
-    """Scores of the windows [n, K, h, w] -> [K, H, W]."""
-    total = scores.new_zeros(CLASSES, *IMAGE)
+    """Scores of the windows [n, K, side, side] -> [K, side, 2 side]."""
+    side = scores.shape[-1]
+    total = scores.new_zeros(CLASSES, side, 2 * side)
     count = torch.zeros_like(total)
     for of_window, (y, x) in zip(scores, origins, strict=True):
-        total[:, y : y + WINDOW[0], x : x + WINDOW[1]] += of_window
-        count[:, y : y + WINDOW[0], x : x + WINDOW[1]] += 1
-    return F.interpolate((total / count)[None], IMAGE, mode="bilinear")[0]
+        total[:, y : y + side, x : x + side] += of_window
+        count[:, y : y + side, x : x + side] += 1
+    return F.interpolate((total / count)[None], total.shape[1:], mode="bilinear")[0]
 
 
-def ours(device: str) -> Work:
+def ours(device: str, size: str | None = None, side: int = WINDOW) -> Work:
     """What the LightningModule does with a batch of one image."""
-    module, image, labels = prepared(device)
+    module, image, labels = prepared(device, size, side)
 
     @torch.no_grad()
     def validate() -> Tensor:
