@@ -1,12 +1,14 @@
 """Which picture files are read, whoever reads them, and in which words the others are refused."""
 
 import io
+import re
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from odd_pictures import png, tiff
 from PIL import Image
 
 from eomt.anomaly.cutouts import FolderCutOuts
@@ -152,3 +154,101 @@ def test_training_and_prediction_see_the_same_colours_whatever_the_mode(tmp_path
     assert torch.equal(dataset.image(0), read_image(path))
     if mode == "I;16":
         assert torch.equal(dataset.image(0)[0], torch.from_numpy(values.astype(np.uint8)))  # not white
+
+
+def readers(path):
+    """The pixels [H, W, 3] that training and prediction see of an image."""
+    source = Source(str(path))
+    dataset = SegmentationDataset([Sample("a", source, source)], LabelSet(("a",), ((0, 0, 0),)), IndexDecoder({}, ""))
+    yield from (read().permute(1, 2, 0).numpy() for read in (lambda: dataset.image(0), lambda: read_image(path)))
+
+
+DEEP = np.random.default_rng(1).integers(0, 2**16, (6, 5, 4), dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    "channels", [[0, 0, 0], [0, 1, 2], [0, 1, 2, 3]], ids=["gray", "colours", "colours and a fourth channel"]
+)
+@pytest.mark.parametrize("write", [png, tiff])
+def test_of_sixteen_bits_every_reader_takes_the_high_byte(tmp_path, write, channels):
+    (tmp_path / "a").write_bytes(write(DEEP[..., 0] if len(set(channels)) == 1 else DEEP[..., channels]))
+    assert all(np.array_equal(pixels, DEEP[..., channels[:3]] >> 8) for pixels in readers(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("write", [png, tiff])
+@pytest.mark.parametrize("most", [4095, 255])
+def test_sixteen_bits_of_which_the_lower_ones_alone_are_used_are_refused_not_black(tmp_path, write, channels, most):
+    array = np.full((4, 4, channels), most, np.uint16)
+    (tmp_path / "a.png").write_bytes(write(array[..., 0] if channels == 1 else array))
+    _, *errors = reads(tmp_path / "a.png")
+    assert all("a.png has 16 bits a channel and no value of 4096 or more" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (tiff(np.ones((4, 4), np.float32)), "32-bit pixels of an unknown range (mode F)"),
+        (tiff(np.ones((4, 4), np.int32)), "32-bit pixels of an unknown range (mode I)"),
+        (tiff(np.ones((4, 4), np.int16)), "32-bit pixels of an unknown range (mode I)"),
+        (tiff(np.ones((4, 4), np.float64)), "TIFF: unknown pixel mode"),
+        (tiff(np.ones((4, 4), np.float16)), "TIFF: unknown pixel mode"),
+        (tiff(np.ones((4, 4, 3), np.float32)), "TIFF: unknown pixel mode"),
+        (tiff(np.ones((4, 4), np.int8)), "signed numbers of 8 bits"),
+        (tiff(DEEP[..., :3], separate=True), "16 bits a channel and its channels one after the other"),
+        (tiff(DEEP[..., 0], photometric=0), "16 bits and white as 0"),
+        (tiff(DEEP[..., 0], DEEP[..., 1]), "holds 2 pictures"),
+        (encoded("TIFF", Image.new("LAB", (4, 4))), "pixels of the mode LAB"),
+        *(
+            (encoded(kind, PHOTO, save_all=True, append_images=[PHOTO.rotate(180)]), "holds 2 pictures")
+            for kind in ("PNG", "WEBP", "TIFF")
+        ),
+        (encoded("GIF"), "format GIF"),
+        (encoded("JPEG2000"), "format JPEG2000"),
+    ],
+)
+def test_what_has_no_known_range_or_place_is_refused_alike_by_every_reader_with_what_to_do(tmp_path, content, found):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    _, *errors = reads(path)
+    assert errors[0] == errors[1] and str(path) in errors[0] and found in errors[0]
+    assert re.search("save it as PNG|convert it to|save that one", errors[0])
+
+
+def test_the_picture_before_a_phones_other_ones_and_before_smaller_copies_is_read(tmp_path):
+    first, second = (np.full((4, 4, 3), value, np.uint8) for value in (40, 200))
+    pyramid = tiff(first, second[:2, :2], copies=True)
+    phone = encoded("MPO", Image.fromarray(first), save_all=True, append_images=[Image.fromarray(second)])
+    for content in (pyramid, phone):
+        (tmp_path / "a").write_bytes(content)
+        assert all((pixels == 40).all() for pixels in readers(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_exif_data_that_nobody_can_read_do_no_harm(tmp_path, kind):
+    (tmp_path / "a").write_bytes(encoded(kind, exif=b"Exif\0\0garbage!!"))
+    assert list(reads(tmp_path / "a")) == [None] * 3
+
+
+def test_an_image_whose_turn_is_not_known_is_upright_and_a_turned_tiff_is_turned_once(tmp_path):
+    photo = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    (tmp_path / "a").write_bytes(tiff(photo, tags=[(0x0112, 0)]))
+    assert all(np.array_equal(pixels, photo) for pixels in readers(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(tiff(photo, tags=[(0x0112, 3)]))
+    assert np.array_equal(read_image(tmp_path / "a").permute(1, 2, 0), photo[::-1, ::-1])
+    with pytest.raises(ValueError, match=r"stored turned \(EXIF orientation 3\)"):
+        next(readers(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "WEBP"])
+def test_a_cut_file_whose_format_has_no_end_is_seen_at_the_start(tmp_path, kind):
+    path = tmp_path / "a"
+    path.write_bytes(encoded(kind)[:-100])
+    assert all(f"{path} cannot be decoded" in error for error in reads(path))
+
+
+def test_a_cut_out_of_sixteen_bits_is_read_as_an_image_is(tmp_path):
+    array = DEEP.copy()
+    array[0] = 0
+    (tmp_path / "a.png").write_bytes(png(array))
+    assert np.array_equal(FolderCutOuts(str(tmp_path))[0], array[1:] >> 8)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from eomt.data.folder import read_classes
-from eomt.data.pictures import decode_picture
+from eomt.data.masks import decode_mask
 from eomt.data.sources import ColorDecoder, IndexDecoder
 from eomt.indices import IGNORE
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 VALUES = st.recursive(
@@ -85,7 +85,7 @@ def check_labels(content):
     """Nothing but a sentence that names the file, or indices that the table has."""
     for decoder in (IndexDecoder({0: 0, 1: 1, 7: IGNORE}, "mend it"), ColorDecoder({(1, 1, 1): 0}, "mend it")):
         try:
-            labels = decoder(decode_picture(content, "mask.png"), "mask.png")
+            labels = decoder(decode_mask(content, "mask.png"), "mask.png")
         except ValueError as error:
             assert str(error).startswith("mask.png ")
         else:

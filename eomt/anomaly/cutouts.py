@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from eomt.data.identity import file_hashes
-from eomt.data.pictures import decode_picture, open_picture, to_rgb
+from eomt.data.pictures import decode_picture, open_picture, to_rgb, to_rgba
 from eomt.files import parse_json
 from eomt.toys.objects import draw_cutout
 
@@ -93,7 +93,7 @@ class FolderCutOuts:
 
     def __getitem__(self, index: int) -> np.ndarray:
         path = self.files[index]
-        pixels = np.asarray(decode_picture(path.read_bytes(), str(path)).convert("RGBA"))
+        pixels = np.asarray(to_rgba(decode_picture(path.read_bytes(), str(path)), str(path)))
         if pixels[..., 3].min() == 255:
             raise ValueError(
                 f"{path} is opaque all over, so nothing in it is cut out; give it a transparent "

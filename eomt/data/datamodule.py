@@ -120,7 +120,7 @@ class SegmentationDataModule(LightningDataModule):
             chosen = spread(len(dataset), LOOKED_AT)
             for sample in (dataset.samples[index] for index in chosen):
                 sample.image.check_complete()
-                sample.label.check_complete()
+                sample.label.check_mask()
             looked += len(chosen)
         survey = take_survey(self.train_set.with_transform(None), self.val_set, self.augment.largest)
         if rank_zero_only.rank:

@@ -9,10 +9,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from eomt.data.identity import fingerprint
 from eomt.data.labels import LabelSet
+from eomt.data.masks import refuse_turned
 from eomt.data.pictures import to_rgb
 from eomt.data.sources import LabelDecoder, Sample
-
-ORIENTATION = 0x0112  # EXIF tag
 
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -77,17 +76,17 @@ class SegmentationDataset(Dataset):
         """
         source = self.samples[index].image
         picture = source.decode()
-        if picture.getexif().get(ORIENTATION, 1) != 1:
-            raise ValueError(
-                f"{source} is stored turned (EXIF orientation {picture.getexif()[ORIENTATION]}), and its labels may "
-                "belong to either view; save it upright, without the tag."
-            )
+        refuse_turned(picture, str(source), "its labels")
         return pil_to_tensor(to_rgb(picture, str(source)))
 
     def labels(self, index: int) -> Tensor:
-        """The label map alone, uint8 [H, W]; the image is not read."""
+        """The label map alone, uint8 [H, W]; the image is not read.
+
+        Raises:
+            ValueError: it cannot be decoded, does not keep values as they were written, or has one of no class.
+        """
         source = self.samples[index].label
-        return torch.from_numpy(self.decode_labels(source.decode(), str(source)))
+        return torch.from_numpy(self.decode_labels(source.decode_mask(), str(source)))
 
     def with_transform(self, transform: Transform | None) -> "SegmentationDataset":
         return SegmentationDataset(self.samples, self.classes, self.decode_labels, transform)

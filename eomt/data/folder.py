@@ -111,11 +111,13 @@ def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
         _no_key(content, "ignore_rgb", "ignore_ids", path)
         values = [(index, value) for index, entry in enumerate(entries) for value in entry["ids"]]
         table = _table(values, content.get("ignore_ids", []), _is_byte, "an id 0..255", path)
-        return label_set, IndexDecoder(table, remedy)
+        other = f"{path} lists `ids`: take masks of ids, or leave `ids` out, so that each class has its colour"
+        return label_set, IndexDecoder(table, remedy, other)
     _no_key(content, "ignore_ids", "ignore_rgb", path)
     values = [(index, value) for index, entry in enumerate(entries) for value in entry.get("rgb", [entry["color"]])]
     table = _table(values, content.get("ignore_rgb", []), _is_color, "a colour [R, G, B]", path)
-    return label_set, ColorDecoder({tuple(color): index for color, index in table.items()}, remedy)
+    other = f"{path} lists colours alone: give every class its `ids` there, or take masks in RGB"
+    return label_set, ColorDecoder({tuple(color): index for color, index in table.items()}, remedy, other)
 
 
 def _check_entry(entry: Any, where: str) -> None:

@@ -13,13 +13,10 @@ from PIL import Image
 from typing_extensions import Required, TypedDict
 
 from eomt.data.labels import LabelSet
-from eomt.data.pictures import PNG_END, decode_picture
+from eomt.data.masks import check_mask, decode_mask
+from eomt.data.pictures import decode_picture, looks_whole, open_picture
 
 UNKNOWN = 253  # in lookup tables: a value that no class lists, unless there are as many classes
-
-# by the first two bytes of PNG, JPEG, BMP, TIFF and WebP, what their files end with, as far as there is anything
-ENDINGS = {b"\x89P": PNG_END, b"\xff\xd8": b"\xff\xd9", b"BM": b"", b"II": b"", b"MM": b"", b"RI": b""}
-TAIL = 4096  # bytes in which the ending is looked for
 
 LabelDecoder = Callable[[Image.Image, str], np.ndarray]
 
@@ -75,20 +72,29 @@ class Source:
     def check_complete(self) -> None:
         """Raises ValueError for a plain file that is no picture, or ends before its picture does.
 
-        A picture is decoded only where its last bytes do not tell.
+        A picture is decoded only where its last bytes and its header do not tell.
         """
         if self.member is not None:
             return  # an archive knows its members' sizes
         with open(self.path, "rb") as file:
-            start = file.read(2)
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            known = start in ENDINGS and ENDINGS[start] in file.read()
-        if not known:
+            whole = looks_whole(file, os.fstat(file.fileno()).st_size)
+        if not whole:
             self.decode()
+
+    def check_mask(self) -> None:
+        """As `check_complete`, of a mask: what its header says against it is an error, too; see `check_mask` there."""
+        self.check_complete()
+        if self.member is None:
+            with open(self.path, "rb") as file:
+                check_mask(open_picture(file, str(self)), file, str(self))
 
     def decode(self) -> Image.Image:
         """The picture; raises ValueError as `decode_picture` and `read` do."""
         return decode_picture(self.read(), str(self))
+
+    def decode_mask(self) -> Image.Image:
+        """The mask, whose pixels are values of classes; raises ValueError as `eomt.data.masks.decode_mask` does."""
+        return decode_mask(self.read(), str(self))
 
     def read(self) -> bytes:
         """The file's bytes.
@@ -120,55 +126,86 @@ class Sample:
 
 
 class IndexDecoder:
-    """Decodes single-channel label pictures through a 256-entry table.
+    """Decodes single-channel label pictures through a 256-entry table; of a palette the indices count, not the colours.
 
     Args:
         train_index: Maps pixel values 0..255 to train indices, OUTLIER or IGNORE; many to one is fine.
         remedy: What to do about a value that is not in the table; the end of the error's sentence.
+        remedy_for_colors: The same about a mask in colours, where that is something else.
     """
 
-    def __init__(self, train_index: Mapping[int, int], remedy: str) -> None:
+    def __init__(self, train_index: Mapping[int, int], remedy: str, remedy_for_colors: str | None = None) -> None:
         self.table = [UNKNOWN] * 256
         for value, index in train_index.items():
             self.table[value] = index
         self.known = sorted(train_index)
         self.remedy = remedy
+        self.remedy_for_colors = remedy_for_colors or remedy
 
     def __call__(self, picture: Image.Image, source: str) -> np.ndarray:
         values = np.asarray(picture)
         if values.ndim != 2:
-            raise ValueError(
-                f"{source} must have a single channel of class ids, it has mode {picture.mode}; {self.remedy}"
-            )
+            equal = picture.mode == "RGB" and (values == values[..., :1]).all()
+            remedy = "its three channels are equal: save one of them" if equal else self.remedy_for_colors
+            raise ValueError(f"{source} must have a single channel of class ids, it has mode {picture.mode}; {remedy}")
         if values.dtype != np.uint8:  # pictures of 1, 16 or 32 bits, or of fractions
             if (wrong := ~np.isin(values, np.arange(256))).any():
                 raise ValueError(f"{source} has the value {values[wrong][0]}, label values are 0..255; {self.remedy}")
             values = values.astype(np.uint8)
+        if picture.mode == "P":
+            self._check_palette(picture, source)
         labels = np.array(Image.fromarray(values).point(self.table))  # in a sixth of the time that numpy takes
         if (doubtful := labels == UNKNOWN).any() and len(unknown := np.setdiff1d(values[doubtful], self.known)):
             raise ValueError(f"{source} has the value {unknown[0]}, which no class lists; {self.remedy}")
         return labels
 
+    def _check_palette(self, picture: Image.Image, source: str) -> None:
+        """Raises ValueError where a palette is gray in another order, as programs store gray that has few values.
+
+        Such gray values may be the class ids, if the table has them all: whoever looks at the mask sees those.
+        """
+        palette = np.array(picture.getpalette("RGB")).reshape(-1, 3)
+        if (palette != palette[:, :1]).any():
+            return
+        used = [index for _, index in picture.getcolors() if index < len(palette)]
+        grays = palette[used, 0].tolist()
+        if {*used, *grays} <= {*self.known} and [self.table[i] for i in used] != [self.table[gray] for gray in grays]:
+            raise ValueError(
+                f"{source} has a palette of gray in which the index {used[0]} is the gray value {grays[0]}, and both "
+                "may be its classes; save it without a palette, as gray of 8 bits."
+            )
+
 
 class ColorDecoder:
-    """Decodes RGB label pictures; `train_index` maps (R, G, B) to a train index or IGNORE."""
+    """Decodes RGB label pictures; `train_index` maps (R, G, B) to a train index or IGNORE, transparency is left out.
 
-    def __init__(self, train_index: Mapping[tuple[int, int, int], int], remedy: str) -> None:
+    The remedies are those of `IndexDecoder`, the second one about a mask of ids.
+    """
+
+    def __init__(
+        self, train_index: Mapping[tuple[int, int, int], int], remedy: str, remedy_for_ids: str | None = None
+    ) -> None:
         codes = {(r << 16) | (g << 8) | b: index for (r, g, b), index in train_index.items()}
         self.codes = np.array(sorted(codes), dtype=np.int32)
         self.indices = np.array([codes[code] for code in sorted(codes)], dtype=np.uint8)
         self.remedy = remedy
+        self.remedy_for_ids = remedy_for_ids or remedy
 
     def __call__(self, picture: Image.Image, source: str) -> np.ndarray:
         if picture.mode not in ("RGB", "RGBA", "P"):
-            raise ValueError(f"{source} must be an RGB colour mask, it has mode {picture.mode}; {self.remedy}")
+            raise ValueError(f"{source} must be an RGB colour mask, it has mode {picture.mode}; {self.remedy_for_ids}")
         rgb = np.asarray(picture.convert("RGB")).astype(np.int32)
         values = (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
         position = np.searchsorted(self.codes, values).clip(max=len(self.codes) - 1)
         if (unknown := self.codes[position] != values).any():
             color = tuple(int(channel) for channel in rgb[unknown][0])
-            raise ValueError(f"{source} has the colour {color}, which no class lists; {self.remedy}")
+            raise ValueError(f"{source} has the colour {color}, which no class lists; {self._remedy(picture)}")
         return self.indices[position]
+
+    def _remedy(self, picture: Image.Image) -> str:
+        if picture.mode != "P" or self.remedy_for_ids == self.remedy:
+            return self.remedy
+        return f"{self.remedy}, or if the indices of its palette are the class ids: {self.remedy_for_ids}"
 
 
 class Splits(NamedTuple):

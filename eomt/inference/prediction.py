@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from eomt.data.labels import LabelSet
-from eomt.data.pictures import decode_picture, to_rgb
+from eomt.data.pictures import decode_picture, to_rgb, upright
 from eomt.inference.windows import classify_images
 from eomt.models.eomt import EoMT
 
@@ -63,7 +63,7 @@ def to_image(image: ImageLike) -> Tensor:
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return _to_tensor(ImageOps.exif_transpose(image), "the image")
+        return _to_tensor(upright(image), "the image")
     if isinstance(image, np.ndarray):
         _check(image.dtype, image.shape, channels=-1, wanted="an array uint8 [H, W, 3]")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: views may be read-only or run backwards
@@ -77,11 +77,11 @@ def read_image(path: str | Path) -> Tensor:
     """Image uint8 [3, H, W], RGB, upright as its EXIF tag says, transparency ignored.
 
     Raises:
-        ValueError: the file is broken, no picture, too large, or has floating-point pixels.
+        ValueError: the file is broken, no picture, too large, or has pixels of no known range.
         FileNotFoundError: there is none.
     """
     picture = decode_picture(Path(path).read_bytes(), str(path))
-    return _to_tensor(ImageOps.exif_transpose(picture), str(path))
+    return _to_tensor(upright(picture), str(path))
 
 
 def overlay(image: Tensor, labels: Tensor, classes: LabelSet, opacity: float = 0.5) -> Image.Image:
