@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from eomt.data.identity import file_hashes
+from eomt.data.listing import list_pictures
 from eomt.data.pictures import decode_picture, open_picture, to_rgb, to_rgba
 from eomt.files import parse_json
 from eomt.toys.objects import draw_cutout
@@ -75,7 +76,7 @@ class FolderCutOuts:
 
     def __init__(self, root: str) -> None:
         self.root = Path(root).expanduser()
-        self.files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in (".png", ".webp"))
+        self.files = list_pictures(self.root, (".png", ".webp")).paths if self.root.is_dir() else []
         if not self.files:
             raise FileNotFoundError(f"{self.root} has no PNG or WebP picture to paste; give a folder of RGBA cut-outs")
         for path in self.files:

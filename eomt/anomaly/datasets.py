@@ -9,6 +9,7 @@ from eomt.anomaly.benchmarks import find_benchmark, find_folder
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.identity import fingerprint
 from eomt.data.labels import LabelSet
+from eomt.data.listing import list_pictures
 from eomt.data.sources import IndexDecoder, Sample, Source
 from eomt.files import PICTURES
 
@@ -100,8 +101,8 @@ def by_frame(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     The official archives also hold labels in colours, which say nothing more.
     """
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in suffixes or path.name.startswith(".") or path.stem.endswith("_semantic_color"):
+    for path in list_pictures(folder, suffixes, deep=False).paths:
+        if path.stem.endswith("_semantic_color"):
             continue
         frame = path.stem.removesuffix("_labels_semantic")
         if frame in files:

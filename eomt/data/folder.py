@@ -2,13 +2,15 @@
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
 from eomt.data.labels import LabelSet
+from eomt.data.listing import LONELY, list_pictures
 from eomt.data.sources import ColorDecoder, IndexDecoder, LabelDecoder, LoaderOptions, Sample, Source, Splits
 from eomt.files import PICTURES, read_yaml
 from eomt.indices import IGNORE
@@ -27,7 +29,7 @@ def folder(
     split_seed: int = 0,
     **loader: Unpack[LoaderOptions],
 ) -> "SegmentationDataModule":
-    """Images and masks with the same path below their folders, whatever their extensions.
+    """Images and masks with the same path below their folders, whatever their extensions; links are followed.
 
     Args:
         classes: YAML file of classes; see `read_classes`.
@@ -67,12 +69,13 @@ def splits(
         raise ValueError(
             f"data.val_images and data.val_masks go together, got {val_images} and {val_masks}; set both or neither."
         )
-    train = _pairs(Path(images), Path(masks))
+    left_out: Counter[str] = Counter()
+    train = _pairs(Path(images), Path(masks), left_out)
     if val_images is None:
         train, val = _split(train, val_share, split_seed)
     else:
-        val = _pairs(Path(val_images), Path(val_masks))
-    return Splits(train, val, label_set, decoder)
+        val = _pairs(Path(val_images), Path(val_masks), left_out)
+    return Splits(train, val, label_set, decoder, left_out)
 
 
 def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
@@ -169,23 +172,28 @@ def _is_color(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_byte, value))
 
 
-def _pairs(images: Path, masks: Path) -> list[Sample]:
-    image_of, mask_of = _pictures(images), _pictures(masks)
+def _pairs(images: Path, masks: Path, left_out: Counter[str]) -> list[Sample]:
+    """Every image with its mask; what is left out is added to `left_out`."""
+    image_of, mask_of = _pictures(images, left_out), _pictures(masks, left_out)
+    _add_shared(mask_of, image_of, masks)
     missing = [name for name in image_of if name not in mask_of]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(image_of)} images in {images} have no mask, the first is {missing[0]!r}; "
             f"put a mask of that name into {masks}, or take the image away."
         )
+    left_out.update({LONELY: lonely} if (lonely := len(mask_of.keys() - image_of.keys())) else {})
     return [Sample(name, Source(path), Source(mask_of[name])) for name, path in image_of.items()]
 
 
-def _pictures(root: Path) -> dict[str, str]:
+def _pictures(root: Path, left_out: Counter[str]) -> dict[str, str]:
     """Every picture under root by its path there, without the extension."""
     if not root.is_dir():
         raise FileNotFoundError(f"The folder {root} is not there; check the paths in data.")
+    listing = list_pictures(root)
+    left_out.update(listing.left_out)
     found: dict[str, str] = {}
-    for parts in sorted(_with_extension(root)):
+    for parts in listing.pictures:
         name, path = os.path.splitext("/".join(parts))[0], os.path.join(root, *parts)
         if name in found:
             raise ValueError(f"{found[name]} and {path} differ in their extension only; keep one of them.")
@@ -195,15 +203,12 @@ def _pictures(root: Path) -> dict[str, str]:
     return found
 
 
-def _with_extension(root: Path) -> Iterator[tuple[str, ...]]:
-    """The pictures under root, each as the parts of its path there; raises OSError for a folder that cannot be read."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for folder, _, names in os.walk(root, onerror=fail):
-        parts = Path(folder).relative_to(root).parts
-        yield from ((*parts, name) for name in names if os.path.splitext(name)[1].lower() in PICTURES)
+def _add_shared(mask_of: dict[str, str], image_of: Mapping[str, str], masks: Path) -> None:
+    """Adds the masks in folders that were listed by another name: folders of images may share masks by a link."""
+    for place in sorted({os.path.dirname(name) for name in image_of if name not in mask_of}):
+        if (masks / place).is_dir():
+            shared = list_pictures(masks / place, deep=False).pictures
+            mask_of |= {os.path.splitext(f"{place}/{name}")[0]: f"{masks / place}/{name}" for (name,) in shared}
 
 
 def _split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 from zipfile import ZipFile
 
@@ -209,12 +210,16 @@ class ColorDecoder:
 
 
 class Splits(NamedTuple):
-    """The samples of both splits, their classes, and how their label pictures are decoded."""
+    """The samples of both splits, their classes, how their label pictures are decoded, and what was left out.
+
+    `left_out` counts, by reason, the files of the data set's folders that belong to no sample.
+    """
 
     train: Sequence[Sample]
     val: Sequence[Sample]
     classes: LabelSet
     decode_labels: LabelDecoder
+    left_out: Mapping[str, int] = MappingProxyType({})
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -1,11 +1,11 @@
 """Merges a LoRA adapter into its base, after a comparison of the network's logits before and after."""
 
-import glob
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eomt.data.listing import list_pictures, match_pictures
 from eomt.files import PICTURES, check_place
 from eomt.inference.saved import check_artefact, read_config, run_of
 from eomt.settings.compose import check_data_for, data_of_run
@@ -80,12 +80,8 @@ def check_images(images: Sequence[str] | None, run: Path) -> list[Path]:
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """Returns the pictures that folders hold or patterns name; raises FileNotFoundError if there are none."""
     names = [Path(pattern).expanduser() for pattern in patterns]
-    found = [
-        path
-        for name in names
-        for path in (name.rglob("*") if name.is_dir() else map(Path, glob.iglob(str(name), recursive=True)))
-    ]
-    pictures = sorted({path for path in found if path.suffix.lower() in PICTURES})
+    found = [list_pictures(name) if name.is_dir() else match_pictures(name) for name in names]
+    pictures = sorted({path for listing in found for path in listing.paths})
     if not pictures:
         raise FileNotFoundError(f"--images {' '.join(patterns)}: no pictures there ({', '.join(PICTURES)})")
     return pictures

@@ -2,9 +2,9 @@
 
 import glob
 import re
-from itertools import takewhile
 from pathlib import Path
 
+from eomt.data.listing import Listing, list_pictures, match_pictures
 from eomt.files import PICTURES, check_place
 from eomt.inference.video import VIDEOS, Video
 
@@ -39,17 +39,16 @@ def _find_images(source: Path, output: Path, submission: bool) -> dict[str, Path
     Raises:
         FileNotFoundError: there are none. ValueError: two have one name, or one does not suit the benchmark.
     """
-    root, found = _list_files(source)
+    found = _list_files(source)
     folder = output.resolve()
-    pictures = {path for path in found if path.suffix.lower() in PICTURES and _is_there(path)}
-    paths = sorted(path for path in pictures if folder not in path.resolve().parents)
+    paths = sorted(path for path in set(found.paths) if folder not in path.resolve().parents)
     if not paths:
         raise FileNotFoundError(
             f"{source}: no image ({', '.join(PICTURES)}) outside of OUTPUT {output}, and no video ({', '.join(VIDEOS)})"
         )
     images: dict[str, Path] = {}
     for path in paths:
-        name = _submission_name(path) if submission else str(path.relative_to(root).with_suffix(""))
+        name = _submission_name(path) if submission else str(path.relative_to(found.root).with_suffix(""))
         if name in images:
             raise ValueError(f"{images[name]} and {path} would both be written to {name}.png: take one away")
         images[name] = path
@@ -60,20 +59,14 @@ def _find_images(source: Path, output: Path, submission: bool) -> dict[str, Path
     return images
 
 
-def _is_there(path: Path) -> bool:
-    """Whether it is a file, or a link to nothing, which is told when it is read."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
-
-
-def _list_files(source: Path) -> tuple[Path, list[Path]]:
-    """Returns the files of a folder or a pattern, or the one file, and the folder that their names start from."""
+def _list_files(source: Path) -> Listing:
+    """Returns the pictures of a folder or a pattern, or the one, below the folder that their names start from."""
     if source.is_dir():
-        return source, list(source.rglob("*"))
+        return list_pictures(source)
     if source.is_file():
-        return source.parent, [source]
+        return Listing(source.parent, [(source.name,)] if source.suffix.lower() in PICTURES else [])
     if glob.has_magic(str(source)):
-        root = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
-        return root, [Path(name) for name in glob.iglob(str(source), recursive=True)]
+        return match_pictures(source)
     raise FileNotFoundError(f"{source}: no such file or folder")
 
 
