@@ -336,6 +336,10 @@ def _read(path: Path, language: str, parse: Callable[[str], Any], default: Any) 
         return default
     try:
         content = parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} cannot be read: it is no text in UTF-8 ({one_sentence(error)}); save it in UTF-8 or write it again"
+        ) from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         why = TOO_DEEP if isinstance(error, RecursionError) else one_sentence(error)
         raise ValueError(

@@ -3,7 +3,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from eomt.data.folder import folder
+from eomt.data.folder import folder, read_classes
 from eomt.indices import IGNORE
 
 ROAD, CAR = {"name": "road", "color": [128, 64, 128]}, {"name": "car", "color": [0, 0, 142]}
@@ -137,3 +137,27 @@ def test_missing_files_are_named(read):
 def test_a_wrong_yaml_is_an_error_that_says_what_is_wrong(read, content, message):
     with pytest.raises(ValueError, match=message):
         read(content, [[7]])
+
+
+TEXT = yaml.safe_dump({"classes": [{"name": "straße", "color": [1, 2, 3], "ids": [7]}]}, allow_unicode=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_classes_in_utf_8_are_read_with_and_without_a_mark_at_the_beginning(read, tmp_path, encoding):
+    read(BY_ID, [[7]])
+    (tmp_path / "classes.yaml").write_bytes(TEXT.encode(encoding))
+    assert read_classes(tmp_path / "classes.yaml")[0].names == ("straße",)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-32", "shift-jis"])
+def test_classes_in_another_encoding_are_an_error_that_names_the_file_and_what_to_do(tmp_path, encoding):
+    text = TEXT.replace("ß", "道") if encoding == "shift-jis" else TEXT
+    (tmp_path / "classes.yaml").write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=r"classes\.yaml cannot be read: it is no text in UTF-8 .*save it in UTF-8"):
+        read_classes(tmp_path / "classes.yaml")
+
+
+def test_a_tab_in_the_classes_is_an_error_that_names_file_and_line(tmp_path):
+    (tmp_path / "classes.yaml").write_text("classes:\n\t- {name: a}\n")
+    with pytest.raises(ValueError, match=r"classes\.yaml cannot be read: it is no valid YAML .*line 2"):
+        read_classes(tmp_path / "classes.yaml")
