@@ -216,3 +216,10 @@ def test_other_labels_are_other_data_of_the_same_images(tmp_path, monkeypatch):
         data = AnomalyDataset(tmp_path, "fs_static")
         found.append((data.fingerprint(), data.fingerprint(labels=False)))
     assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+
+
+def test_a_label_map_in_a_lossy_format_is_refused_not_left_out(tmp_path):
+    labels = {"0.png": values((8, 12), 1), "1.jpg": values((8, 12), 1)}
+    write(tmp_path / "RoadAnomaly21", {"0.png": (8, 12), "1.png": (8, 12)}, labels)
+    with pytest.raises(ValueError, match=r"labels_masks/1\.jpg is a JPEG, a lossy format"):
+        AnomalyDataset(tmp_path, "road_anomaly_21").check()

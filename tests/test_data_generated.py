@@ -22,10 +22,10 @@ from eomt.inference.inputs import find_inputs
 from eomt.inference.prediction import read_image
 from eomt.reporting.dataset_report import Readings
 
-QUICK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=4_000, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=2_500, deadline=None, suppress_health_check=list(HealthCheck))
 
-ENDINGS = (".png", ".PNG", ".jpg", ".tif", ".tiff", ".webp", ".bmp", ".jpeg")  # Files are known by their content
+ENDINGS = (".png", ".PNG", ".jpg", ".tif", ".tiff", ".webp", ".bmp", ".jpeg")  # files are known by their content
 PLACES = ("", "a", "a/deep er", "ünder", "linked", "linked/below")
 STEMS = ("im", "b.c", "with space", "é", "-x")
 STRAYS = ("._im0.png", ".hidden.jpg", ".ipynb_checkpoints", "Thumbs.db", "@eaDir", "__MACOSX", ".DS_Store")

@@ -11,7 +11,6 @@ from eomt.data.identity import fingerprint
 from eomt.data.labels import LabelSet
 from eomt.data.listing import list_pictures
 from eomt.data.sources import IndexDecoder, Sample, Source
-from eomt.files import PICTURES
 
 KINDS = LabelSet(("normal", "anomalous"), ((110, 110, 120), (255, 120, 0)))
 
@@ -34,8 +33,8 @@ class AnomalyDataset(Dataset):
     def __init__(self, root: str | Path, name: str) -> None:
         self.name, self.benchmark = name, find_benchmark(name)
         self.folder = find_folder(Path(root).expanduser(), self.benchmark)
-        images = by_frame(self.folder / "images", PICTURES)
-        labels = by_frame(self.folder / "labels_masks", (".png",))
+        images = by_frame(self.folder / "images")
+        labels = by_frame(self.folder / "labels_masks")
         if lonely := sorted(labels.keys() - images.keys()):
             raise FileNotFoundError(f"{labels[lonely[0]]} has no image {self.folder}/images/{lonely[0]}.*")
         if not labels:
@@ -95,13 +94,13 @@ class AnomalyDataset(Dataset):
         )
 
 
-def by_frame(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def by_frame(folder: Path) -> dict[str, Path]:
     """The pictures of a folder by the frame that they show; the official labels end in `_labels_semantic.png`.
 
     The official archives also hold labels in colours, which say nothing more.
     """
     files: dict[str, Path] = {}
-    for path in list_pictures(folder, suffixes, deep=False).paths:
+    for path in list_pictures(folder, deep=False).paths:
         if path.stem.endswith("_semantic_color"):
             continue
         frame = path.stem.removesuffix("_labels_semantic")
