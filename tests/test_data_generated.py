@@ -217,7 +217,7 @@ def data_sets(draw):
         change = draw(st.sampled_from([None] * 6 + ["bytes behind", "cut"]))
         if change == "bytes behind":
             image, mask = (File(file.content + b"\0motion" * 700, file.shown) for file in (image, mask))
-        if change == "cut":
+        if change == "cut" and mask.shown is not None:
             mask = File(mask.content[: len(mask.content) // 2], None)
         place, stem = draw(st.sampled_from(PLACES)), draw(st.sampled_from(STEMS))
         endings = draw(st.tuples(st.sampled_from(ENDINGS), st.sampled_from(ENDINGS)))
