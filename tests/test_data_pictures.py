@@ -252,3 +252,26 @@ def test_a_cut_out_of_sixteen_bits_is_read_as_an_image_is(tmp_path):
     array[0] = 0
     (tmp_path / "a.png").write_bytes(png(array))
     assert np.array_equal(FolderCutOuts(str(tmp_path))[0], array[1:] >> 8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tiff(np.ones((4, 4), np.float32)),
+        tiff(np.ones((4, 4), np.float64)),
+        tiff(DEEP[..., 0], DEEP[..., 1]),
+        tiff(DEEP[..., :3].astype(np.uint8), tags=[(0x0112, 3)]),
+        encoded("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+        encoded("GIF"),
+        encoded("TIFF", Image.new("LAB", (4, 4))),
+    ],
+    ids=["float", "double", "pages", "turned TIFF", "turned JPEG", "GIF", "Lab"],
+)
+def test_what_the_header_says_against_an_image_is_said_before_a_run(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    source = Source(str(tmp_path / "a"))
+    with pytest.raises(ValueError) as early:
+        source.check_image()
+    with pytest.raises(ValueError) as late:
+        list(readers(tmp_path / "a"))
+    assert str(early.value) == str(late.value)

@@ -122,7 +122,7 @@ class SegmentationDataModule(LightningDataModule):
         for dataset in (self.train_set, self.val_set):
             chosen = spread(len(dataset), LOOKED_AT)
             for sample in (dataset.samples[index] for index in chosen):
-                sample.image.check_complete()
+                sample.image.check_image()
                 sample.label.check_mask()
             looked += len(chosen)
         survey = take_survey(self.train_set.with_transform(None), self.val_set, self.augment.largest)

@@ -36,10 +36,11 @@ def check_mask(picture: Image.Image, file: BinaryIO, name: str) -> None:
         )
     if doubtful := _doubtful(picture):
         raise ValueError(f"{name} is a mask with {doubtful}; save it as PNG with 8 bits.")
+    refuse_turned(picture, name, "its image")
 
 
 def refuse_turned(picture: Image.Image, name: str, partner: str) -> None:
-    """Raises ValueError for a decoded picture that is stored turned; `partner` is what belongs to it."""
+    """Raises ValueError for a picture that is known to be stored turned; `partner` is what belongs to it."""
     if (orientation := picture.info["orientation"]) != 1:
         raise ValueError(
             f"{name} is stored turned (EXIF orientation {orientation}), and {partner} may belong to either view; save "

@@ -38,29 +38,29 @@ MOST_SKIPPED = 4096  # bytes
 def decode_picture(content: bytes, name: str) -> Image.Image:
     """Decodes the bytes of a picture file, in any mode; bytes behind its end are left alone.
 
-    Its `info` says under "orientation" how it is stored, 1 for upright (Pillow turns a TIFF as it decodes it), and
-    under "sixteen_bits" whether its channels had 16 bits.
+    Its `info` is that of `open_picture`.
 
     Raises:
         ValueError: it is no picture, damaged, not whole or too large, or of a kind that cannot be read rightly; the
             sentence begins with `name`.
     """
     picture = open_picture(BytesIO(content), name)
-    facts = {"orientation": _orientation(picture) if picture.format == "TIFF" else 1, "sixteen_bits": is_deep(picture)}
     try:
         picture.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise _broken(name, error) from error
     if lack := _lack(content):
         raise ValueError(f"{name} is incomplete ({lack}); copy or download it again.")
-    if picture.format != "TIFF":
-        facts["orientation"] = _orientation(picture)  # which a PNG may hold behind its pixels
-    picture.info |= facts
+    if picture.format == "PNG":
+        picture.info["orientation"] = _orientation(picture)
     return picture
 
 
 def open_picture(file: BinaryIO, name: str) -> Image.Image:
     """Reads the header of a picture file: its size and mode are known, nothing is decoded.
+
+    Its `info` says under "orientation" how it is stored, 1 for upright (Pillow turns a TIFF as it decodes it, and a
+    PNG may tell only behind its pixels), and under "sixteen_bits" whether its channels have 16 bits.
 
     Raises:
         ValueError: it is no picture, has more than `MAX_PIXELS`, or Pillow would misread it; the sentence begins with
@@ -83,6 +83,8 @@ def open_picture(file: BinaryIO, name: str) -> Image.Image:
         raise ValueError(f"{name} holds {pages} pictures, and which one is meant is not known; save that one alone.")
     if misread := _misread(picture, file):
         raise ValueError(f"{name} has {misread}, which is not read rightly; save it as PNG with 8 bits a channel.")
+    turned = 1 if picture.format == "PNG" else _orientation(picture)
+    picture.info |= {"orientation": turned, "sixteen_bits": is_deep(picture)}
     return picture
 
 
@@ -94,15 +96,10 @@ def to_rgb(picture: Image.Image, name: str) -> Image.Image:
     Raises:
         ValueError: pixels that have no known range, or would nearly all be black; the sentence begins with `name`.
     """
-    if picture.mode in ("I", "F"):
-        raise ValueError(
-            f"{name} has 32-bit pixels of an unknown range (mode {picture.mode}): convert it to 8 bits a channel"
-        )
+    check_mode(picture, name)
     deep = picture.info.get("sixteen_bits", False)
     if picture.mode.startswith("I;16"):  # the high byte, which is what Pillow keeps of 16-bit colours, too
         picture, deep = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)), True
-    if picture.mode not in MODES:
-        raise ValueError(f"{name} has pixels of the mode {picture.mode}: convert it to RGB, 8 bits a channel")
     if "transparency" in picture.info:  # of a palette
         picture = picture.convert("RGBA")
     picture = picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy
@@ -112,6 +109,16 @@ def to_rgb(picture: Image.Image, name: str) -> Image.Image:
             "bits, or nothing; stretch its values over 0..65535, or convert it to 8 bits a channel"
         )
     return picture
+
+
+def check_mode(picture: Image.Image, name: str) -> None:
+    """Raises ValueError for a picture, opened or decoded, whose mode is none of an image; it begins with `name`."""
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"{name} has 32-bit pixels of an unknown range (mode {picture.mode}): convert it to 8 bits a channel"
+        )
+    if picture.mode not in MODES and not picture.mode.startswith("I;16"):
+        raise ValueError(f"{name} has pixels of the mode {picture.mode}: convert it to RGB, 8 bits a channel")
 
 
 def to_rgba(picture: Image.Image, name: str) -> Image.Image:

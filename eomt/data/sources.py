@@ -14,8 +14,8 @@ from PIL import Image
 from typing_extensions import Required, TypedDict
 
 from eomt.data.labels import LabelSet
-from eomt.data.masks import check_mask, decode_mask
-from eomt.data.pictures import decode_picture, looks_whole, open_picture
+from eomt.data.masks import check_mask, decode_mask, refuse_turned
+from eomt.data.pictures import check_mode, decode_picture, looks_whole, open_picture
 
 UNKNOWN = 253  # in lookup tables: a value that no class lists, unless there are as many classes
 
@@ -82,12 +82,21 @@ class Source:
         if not whole:
             self.decode()
 
-    def check_mask(self) -> None:
-        """As `check_complete`, of a mask: what its header says against it is an error, too; see `check_mask` there."""
+    def check_image(self) -> None:
+        """As `check_complete`, of an image with a mask: what its header says against it is an error, too."""
+        if self.member is None:
+            with open(self.path, "rb") as file:
+                picture = open_picture(file, str(self))
+                refuse_turned(picture, str(self), "its labels")
+                check_mode(picture, str(self))
         self.check_complete()
+
+    def check_mask(self) -> None:
+        """As `check_complete`, of a mask: what its header says against it is an error, too."""
         if self.member is None:
             with open(self.path, "rb") as file:
                 check_mask(open_picture(file, str(self)), file, str(self))
+        self.check_complete()
 
     def decode(self) -> Image.Image:
         """The picture; raises ValueError as `decode_picture` and `read` do."""
