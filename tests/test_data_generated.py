@@ -191,7 +191,7 @@ def masks(draw, table, size, random):
     array = np.array(values, np.uint8)[chosen]
     labels = np.array(list(table.values()), np.uint8)[chosen]
     good, bad = (ID_MASKS, BAD_ID_MASKS) if of_ids else (COLOR_MASKS, BAD_COLOR_MASKS)
-    fault = draw(st.sampled_from([None] * 9 + ["kind", "value", "size"]))
+    fault = draw(st.sampled_from([None] * 4 + ["kind"] * 2 + ["value", "size"]))
     if fault == "kind":
         return File(bad[draw(st.sampled_from(sorted(bad)))](array), None)
     if fault == "value":

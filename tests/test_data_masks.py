@@ -137,7 +137,12 @@ def test_a_palette_of_gray_whose_order_is_another_is_refused_where_both_readings
 @pytest.mark.parametrize(
     ("array", "decoder", "advice"),
     [
-        (np.dstack([VALUES] * 3), IDS, r"single channel of class ids.* its three channels are equal: save one of them"),
+        (np.dstack([VALUES] * 3), IDS, r"single channel of class ids, it has mode RGB; its colours are all gray: save"),
+        (
+            np.dstack([VALUES] * 4),
+            IDS,
+            r"single channel of class ids, it has mode RGBA; its colours are all gray: save",
+        ),
         (PAINTED, IDS, r"single channel of class ids, it has mode RGB; the classes have ids$"),
         (VALUES, COLORS, r"must be an RGB colour mask, it has mode L; the classes have rgb$"),
         (VALUES.astype(np.uint16), COLORS, r"must be an RGB colour mask, it has mode I;16; the classes have rgb$"),

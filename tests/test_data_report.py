@@ -47,12 +47,16 @@ def test_broken_and_empty_files_are_listed_and_the_exit_code_is_1(tmp_path):
                 (tmp_path / folder).mkdir(exist_ok=True)
                 Image.new(mode, (12, 8), value).save(tmp_path / folder / f"s_{index}.png")
     (tmp_path / "train" / "s_1.png").write_bytes(b"half")
+    (tmp_path / "train" / "._s_1.png").write_bytes(b"")
     run = report(
         "data=camvid", f"data.root={tmp_path}", "data.num_workers=0", "--split", "train", "--out", tmp_path / "o"
     )
     assert run.returncode == 1, run.stderr
     assert "s_1.png cannot be decoded" in run.stdout
-    splits = json.loads((tmp_path / "o" / "counts.json").read_text())["splits"]
+    counts = json.loads((tmp_path / "o" / "counts.json").read_text())
+    assert counts["left_out"] == {"hidden, or left by a system": 1} and "left out: 1 (hidden, or " in run.stdout
+    assert "left out: 1 (hidden, or " in (tmp_path / "o" / "report.md").read_text()
+    splits = counts["splits"]
     assert list(splits) == ["train"]
     assert list(splits["train"]["broken"]) == ["s_1"] and splits["train"]["empty"] == ["s_0"]
     assert next(entry for entry in splits["train"]["classes"] if entry["name"] == "road")["pixels"] == 96

@@ -19,6 +19,8 @@ from eomt.data.pictures import check_mode, decode_picture, looks_whole, open_pic
 
 UNKNOWN = 253  # in lookup tables: a value that no class lists, unless there are as many classes
 
+GRAY = "its colours are all gray: save one channel of it, without transparency"  # of a mask that should have ids
+
 LabelDecoder = Callable[[Image.Image, str], np.ndarray]
 
 
@@ -155,8 +157,8 @@ class IndexDecoder:
     def __call__(self, picture: Image.Image, source: str) -> np.ndarray:
         values = np.asarray(picture)
         if values.ndim != 2:
-            equal = picture.mode == "RGB" and (values == values[..., :1]).all()
-            remedy = "its three channels are equal: save one of them" if equal else self.remedy_for_colors
+            colors = np.asarray(picture.convert("RGB"))
+            remedy = GRAY if (colors == colors[..., :1]).all() else self.remedy_for_colors
             raise ValueError(f"{source} must have a single channel of class ids, it has mode {picture.mode}; {remedy}")
         if values.dtype != np.uint8:  # pictures of 1, 16 or 32 bits, or of fractions
             if (wrong := ~np.isin(values, np.arange(256))).any():

@@ -1,7 +1,7 @@
 """Reports what is in a data set: counts, sizes, class shares, broken files, and pictures."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ def report_dataset(
     datasets = {"train": datamodule.train_set.with_transform(None), "val": datamodule.val_set}
     chosen = {split: dataset for split, dataset in datasets.items() if split in splits}
     reports = {split: examine(split, dataset, datamodule.num_workers) for split, dataset in chosen.items()}
-    print_report(name, reports)
-    write_json(out / "counts.json", {"data": name, "splits": reports})
-    write_text(out / "report.md", markdown(name, reports))
+    print_report(name, reports, datamodule.left_out)
+    write_json(out / "counts.json", {"data": name, "splits": reports, "left_out": dict(datamodule.left_out)})
+    write_text(out / "report.md", markdown(name, reports, datamodule.left_out))
     draw_grid(chosen, reports, out / "grid.png")
     return not any(report["broken"] for report in reports.values())
 
@@ -129,8 +129,13 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-def print_report(name: str, reports: dict[str, Any]) -> None:
-    """Prints a table for each split, and the broken files below it."""
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """Returns how many files belong to no image, by reason."""
+    return "left out: " + (", ".join(f"{count} ({reason})" for reason, count in left_out.items()) or "nothing")
+
+
+def print_report(name: str, reports: dict[str, Any], left_out: Mapping[str, int]) -> None:
+    """Prints a table for each split, the broken files below it, and what was left out."""
     console = Console()
     for split, report in reports.items():
         table = Table(*HEADER, title=f"{name}, {split}", caption=summary(report))
@@ -141,9 +146,10 @@ def print_report(name: str, reports: dict[str, Any]) -> None:
         console.print(table)
         for file, error in report["broken"].items():
             console.print(f"[red]broken[/red] {escape(file)}: {escape(error)}", soft_wrap=True)
+    console.print(escape(left_out_line(left_out)), soft_wrap=True)
 
 
-def markdown(name: str, reports: dict[str, Any]) -> str:
+def markdown(name: str, reports: dict[str, Any], left_out: Mapping[str, int]) -> str:
     """Returns the report as Markdown, with `grid.png` at its end."""
     lines = [f"# Dataset report: {markdown_escape(name)}", ""]
     for split, report in reports.items():
@@ -152,7 +158,9 @@ def markdown(name: str, reports: dict[str, Any]) -> str:
         lines += [f"| {' | '.join(map(markdown_escape, row))} |" for row in rows(report)]
         lines += ["", *(f"- broken: {markdown_escape(f'{file}: {error}')}" for file, error in report["broken"].items())]
         lines += [*(f"- without a labelled pixel: {markdown_escape(file)}" for file in report["empty"]), ""]
-    return "\n".join([*lines, "![images beside their labels](grid.png)", ""])
+    return "\n".join(
+        [*lines, markdown_escape(left_out_line(left_out)), "", "![images beside their labels](grid.png)", ""]
+    )
 
 
 def draw_grid(
