@@ -6,9 +6,10 @@ import torch
 from odd_pictures import bmp, encoded, png, tiff
 from PIL import Image
 
+from eomt.data.datamodule import feed
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
-from eomt.data.sources import ColorDecoder, IndexDecoder, Sample, Source
+from eomt.data.sources import ColorDecoder, IndexDecoder, Sample, Source, Splits
 from eomt.indices import IGNORE
 
 CLASSES = LabelSet(("a", "b"), ((9, 0, 0), (0, 9, 0)))
@@ -16,6 +17,11 @@ IDS = IndexDecoder({0: 0, 1: 1, 255: IGNORE, 254: 0, 17: 0, 85: 0}, "add it to t
 COLORS = ColorDecoder({(9, 0, 0): 0, (0, 9, 0): 1, (0, 0, 0): IGNORE}, "add it to the classes", "the classes have rgb")
 VALUES = np.array([[0, 1], [1, 255]], np.uint8)
 PAINTED = np.array([[(9, 0, 0), (0, 9, 0)]], np.uint8)
+
+
+def named(value):
+    """A parameter in the name of its test: no bytes."""
+    return value if isinstance(value, str) else type(value).__name__
 
 
 def dataset(path, content, decoder=IDS):
@@ -73,6 +79,7 @@ def test_masks_of_formats_that_are_not_read_are_refused_with_their_format(tmp_pa
         (encoded(Image.fromarray(VALUES[:1]).convert("P"), "PNG", bits=1), IDS),
         (encoded(Image.fromarray(VALUES[:1].astype(bool)), "PNG"), IDS),
     ],
+    ids=named,
 )
 def test_masks_of_lossless_formats_are_read_as_they_were_written(tmp_path, content, decoder):
     masks = dataset(tmp_path / "mask", content, decoder)
@@ -94,6 +101,7 @@ def test_masks_of_lossless_formats_are_read_as_they_were_written(tmp_path, conte
         (tiff(VALUES, VALUES), "holds 2 pictures"),
         (bmp(VALUES & 1, [(0, 0, 0), (255, 255, 255)]), "8 bits a pixel for a palette of gray"),
     ],
+    ids=named,
 )
 def test_a_mask_that_programs_read_differently_is_refused_with_the_reason(tmp_path, content, reason):
     path = tmp_path / "mask.tif"
@@ -159,3 +167,16 @@ def test_indices_in_a_palette_where_colours_are_listed_are_told_what_helps(tmp_p
         ValueError, match=r"has the colour \(1, 1, 1\).* of its palette are the class ids: the classes have rgb"
     ):
         dataset(tmp_path / "mask.png", content, COLORS).labels(0)
+
+
+def test_a_lossy_mask_among_many_is_refused_before_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("eomt.data.datamodule.READ", 1)  # the others are looked at, not decoded
+    paths = [tmp_path / f"{k}.png" for k in range(9)]
+    for path in paths:
+        path.write_bytes(encoded(Image.fromarray(VALUES), "PNG"))
+    samples = [Sample(path.stem, Source(str(path)), Source(str(path))) for path in paths]
+    data = feed(Splits(samples, samples[:1], CLASSES, IDS), img_size=(16, 16), batch_size=1, num_workers=0)
+    data.check_files()
+    paths[6].write_bytes(encoded(Image.new("L", (2, 2), 1), "JPEG"))
+    with pytest.raises(ValueError, match=r"6\.png is a JPEG, a lossy format"):
+        data.check_files()

@@ -206,6 +206,7 @@ def test_sixteen_bits_of_which_the_lower_ones_alone_are_used_are_refused_not_bla
         (encoded("GIF"), "format GIF"),
         (encoded("JPEG2000"), "format JPEG2000"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_has_no_known_range_or_place_is_refused_alike_by_every_reader_with_what_to_do(tmp_path, content, found):
     path = tmp_path / "a.png"
@@ -252,6 +253,15 @@ def test_a_cut_out_of_sixteen_bits_is_read_as_an_image_is(tmp_path):
     array[0] = 0
     (tmp_path / "a.png").write_bytes(png(array))
     assert np.array_equal(FolderCutOuts(str(tmp_path))[0], array[1:] >> 8)
+
+
+def test_a_cut_out_that_is_stored_turned_is_pasted_as_it_is_seen(tmp_path):
+    array = np.zeros((4, 4, 4), np.uint8)
+    array[:2, :2] = [[(9, 0, 0, 255), (0, 9, 0, 255)], [(0, 0, 9, 255), (9, 9, 0, 255)]]
+    exif = Image.new("L", (1, 1)).getexif()
+    exif[0x0112] = 3
+    Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(FolderCutOuts(str(tmp_path))[0], array[1::-1, 1::-1])
 
 
 @pytest.mark.parametrize(

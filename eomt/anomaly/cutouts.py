@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from eomt.data.identity import file_hashes
 from eomt.data.listing import list_pictures
-from eomt.data.pictures import decode_picture, open_picture, to_rgb, to_rgba
+from eomt.data.pictures import decode_picture, open_picture, to_rgb, to_rgba, upright
 from eomt.files import parse_json
 from eomt.toys.objects import draw_cutout
 
@@ -94,7 +94,7 @@ class FolderCutOuts:
 
     def __getitem__(self, index: int) -> np.ndarray:
         path = self.files[index]
-        pixels = np.asarray(to_rgba(decode_picture(path.read_bytes(), str(path)), str(path)))
+        pixels = np.asarray(to_rgba(upright(decode_picture(path.read_bytes(), str(path))), str(path)))
         if pixels[..., 3].min() == 255:
             raise ValueError(
                 f"{path} is opaque all over, so nothing in it is cut out; give it a transparent "
