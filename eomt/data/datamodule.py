@@ -131,7 +131,7 @@ class SegmentationDataModule(LightningDataModule):
         images = len(self.train_set) + len(self.val_set)
         if looked < images:
             log.info("looked at the files of %d of %d images; the others are checked as they are read", looked, images)
-        log.info("%s", survey.line(getattr(self, "left_out", {})))
+        log.info("%s", survey.line(self.left_out))
         for warning in survey.warnings:
             log.warning("%s", warning)
 
