@@ -174,10 +174,14 @@ def build_callbacks(cfg, output_dir: Path, interruption: Interruption) -> dict[s
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import EarlyStopping
 
+    from eomt.settings.trainer import left_out
+    from eomt.training.callbacks import first_to_save
     from eomt.training.end_together import EndTogether
     from eomt.training.stop_on_signal import StopOnSignal
 
-    callbacks = {name: instantiate(node, _convert_="all") for name, node in cfg.callbacks.items()}
+    unwanted = left_out(cfg.trainer, cfg.callbacks)
+    chosen = {name: node for name, node in cfg.callbacks.items() if name not in unwanted}
+    callbacks = {name: instantiate(node, _convert_="all") for name, node in chosen.items()}
     if cfg.patience is not None:
         callbacks["early_stopping"] = EarlyStopping("val/miou", mode="max", patience=cfg.patience)
     if cfg.trunk_cache:
@@ -186,7 +190,7 @@ def build_callbacks(cfg, output_dir: Path, interruption: Interruption) -> dict[s
         callbacks["trunk_cache"] = TrunkCache(cfg.views)
     callbacks["end_together"] = EndTogether()
     callbacks["stop_on_signal"] = StopOnSignal(interruption, output_dir / "checkpoints" / "last.ckpt")
-    return callbacks
+    return first_to_save(callbacks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

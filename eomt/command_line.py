@@ -257,8 +257,8 @@ def quiet_libraries() -> None:
     import lightning  # noqa: F401  it sets its logger's level when imported
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|num_workers|logging interval|exists and is not empty).*")
-    warnings.filterwarnings("ignore", message=".*(ended before the epoch ended|It is recommended to use .self.log).*")
+    notes = "LeafSpec|num_workers|logging interval|is not empty|before the epoch ended|use .self.log|WeightAveraging"
+    warnings.filterwarnings("ignore", message=f".*({notes}).*")
 
 
 @contextmanager

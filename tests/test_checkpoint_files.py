@@ -20,6 +20,7 @@ from hydra.utils import instantiate
 from eomt.anomaly.evaluation import LogitCache
 from eomt.diagnosis.inspection import inspect_model
 from eomt.files import read_json
+from eomt.fingerprints import checksums
 from eomt.inference.video import write_video
 from eomt.inference.windows import WindowLogits
 from eomt.settings.compose import data_of_run
@@ -140,22 +141,19 @@ def test_a_run_that_goes_on_elsewhere_takes_the_best_artefact_along(tmp_path):
     assert len(os.listdir(tmp_path / "here" / "model")) == 2
 
 
-def at_step(step, miou=None, ckpt_path=None):
+def at_step(step, ckpt_path=None):
     """The part of a trainer that `SaveBest` looks at."""
-    scores = {} if miou is None else {"val/miou": torch.tensor(miou)}
-    return SimpleNamespace(
-        callback_metrics=scores, sanity_checking=False, global_step=step, is_global_zero=True, ckpt_path=ckpt_path
-    )
+    return SimpleNamespace(sanity_checking=False, global_step=step, is_global_zero=True, ckpt_path=ckpt_path)
 
 
 def test_a_run_without_validation_ships_its_last_step_also_when_it_is_resumed(tmp_path):
     first, second = build(num_q=5), build(num_q=6)
     save = SaveBest(tmp_path)
-    save.on_train_end(at_step(10), first)
+    save.on_fit_end(at_step(10), first)
     resumed = SaveBest(tmp_path)
     resumed.load_state_dict(SaveBest(tmp_path).state_dict())  # of a checkpoint before the end
     resumed.setup(at_step(10, ckpt_path="last.ckpt"), second, "fit")
-    resumed.on_train_end(at_step(20), second)
+    resumed.on_fit_end(at_step(20), second)
     assert MaskClassificationSemantic.from_pretrained(tmp_path).hparams.num_q == 6
     assert resumed.artefact_id == read_json(tmp_path / "model" / "eomt_config.json")["artefact_id"] != save.artefact_id
 
@@ -171,7 +169,7 @@ def test_a_new_run_is_refused_where_an_artefact_of_another_lies(tmp_path):
 
 def test_a_run_that_goes_on_where_another_artefact_lies_is_refused(tmp_path):
     earlier = SaveBest(tmp_path / "earlier")
-    earlier.on_validation_end(at_step(4, 0.5), validated(build()))
+    earlier.on_validation_epoch_end(at_step(4), validated(build(), 0.5))
     SaveBest(tmp_path / "here").save(build(num_q=7))
     with pytest.raises(ValueError, match=r"here/model is no network of the run that is continued"):
         SaveBest(tmp_path / "here").load_state_dict(earlier.state_dict())
@@ -179,18 +177,18 @@ def test_a_run_that_goes_on_where_another_artefact_lies_is_refused(tmp_path):
 
 def test_a_score_is_resumed_only_beside_the_network_that_has_it(tmp_path):
     save = SaveBest(tmp_path)
-    save.on_validation_end(at_step(4, 0.5), validated(build()))
+    save.on_validation_epoch_end(at_step(4), validated(build(), 0.5))
     checkpoint = save.state_dict()
-    save.on_validation_end(at_step(8, 0.6), validated(build(num_q=7)))
+    save.on_validation_epoch_end(at_step(8), validated(build(num_q=7), 0.6))
     resumed = SaveBest(tmp_path)
     resumed.load_state_dict(checkpoint)  # the network of step 8 is there, its checkpoint was never written
-    resumed.on_validation_end(at_step(8, 0.4), validated(build(num_q=8)))
+    resumed.on_validation_epoch_end(at_step(8), validated(build(num_q=8), 0.4))
     assert resumed.best["miou"] == pytest.approx(0.4)
     assert MaskClassificationSemantic.from_pretrained(tmp_path).hparams.num_q == 8
 
 
-def validated(module):
-    module.class_iou = {}
+def validated(module, miou):
+    module.class_iou, module.scored, module.score = {}, checksums(module), lambda: miou
     return module
 
 

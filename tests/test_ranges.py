@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 
 from eomt.settings.model import ModelSettings
-from eomt.settings.run import check_options, check_trainer
+from eomt.settings.run import check_options
+from eomt.settings.trainer import check_trainer
 from lora_config import LoRASettings
 
 NEEDED = {"img_size": [64, 64], "num_classes": 3}

@@ -64,10 +64,12 @@ def test_the_artefact_is_that_of_the_best_or_of_the_last_validation(tmp_path, ke
     callback = SaveBest(tmp_path, keep)
     saved = []
     for miou in (0.2, 0.5, 0.3):
-        module = SimpleNamespace(lora=None, class_iou={}, save_pretrained=lambda folder, miou=miou: write(folder, miou))
-        scores = {"val/miou": torch.tensor(miou)}
-        callback.on_validation_end(
-            SimpleNamespace(callback_metrics=scores, sanity_checking=False, global_step=1, is_global_zero=True), module
+        module = torch.nn.Module()
+        module.lora, module.class_iou, module.scored = None, {}, []
+        module.score = lambda miou=miou: miou
+        module.save_pretrained = lambda folder, miou=miou: write(folder, miou)
+        callback.on_validation_epoch_end(
+            SimpleNamespace(sanity_checking=False, global_step=1, is_global_zero=True), module
         )
         saved.append((tmp_path / "model" / "score").read_text())
     assert saved[-1] == str(kept) and callback.best["miou"] == pytest.approx(kept)

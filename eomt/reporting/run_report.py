@@ -18,7 +18,7 @@ from eomt.command_line import one_sentence
 from eomt.cost.memory_errors import cost_of_run
 from eomt.cost.training_cost import Cost
 from eomt.files import Tolerated, read_json
-from eomt.fingerprints import Identity, identify
+from eomt.fingerprints import Identity, checksums, identify
 from eomt.lora.report import trainable_report
 from eomt.processes import Interrupted
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
@@ -80,14 +80,19 @@ def estimate_cost(trainer: Trainer, module: MaskClassificationSemantic, batch_si
 
 
 def validate_last_step(trainer: Trainer, module: MaskClassificationSemantic, datamodule: LightningDataModule) -> None:
-    """A run whose length is no multiple of the validation interval ends with a validation, too."""
+    """A run ends with a validation of the weights that it ends with.
+
+    They may be others than the last that were validated: its length is no multiple of the interval, or a callback put
+    an average in their place at the end.
+    """
     if trainer.global_step > module.total_steps > 0:
         logger.warning(
             "the checkpoint has %d steps behind it, more than the %d of this run: nothing was trained",
             trainer.global_step,
             module.total_steps,
         )
-    if module.validated_step != trainer.global_step and trainer.limit_val_batches != 0:
+    scored = module.validated_step == trainer.global_step and module.scored == checksums(module)
+    if not scored and trainer.limit_val_batches != 0:
         trainer.validate(module, datamodule, verbose=False)
 
 

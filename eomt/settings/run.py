@@ -4,8 +4,6 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 """
 
 import inspect
-import math
-import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from eomt.lora.methods import METHODS, check_method_name
 from eomt.processes import is_first_process
 from eomt.settings.config_check import argument_types, check_call, check_name, check_type, find_target
 from eomt.settings.model import ModelSettings
+from eomt.settings.trainer import check_callbacks, check_plugins, check_trainer
 
 MODEL = "eomt.training.mask_classification_semantic.MaskClassificationSemantic"
 PARTS = {
@@ -56,6 +55,8 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
         check_type(config[key], hint, key)
     check_options(config)
     check_trainer(config["trainer"])
+    check_plugins(config["trainer"].get("plugins"))
+    check_callbacks(config["callbacks"], config["model"])
     any_target = config["allow_any_target"]
     method = config["model"].get("lora_method", "lora")
     if isinstance(method, str) and method not in METHODS:
@@ -68,11 +69,6 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
         raise ValueError(f"{first} is required: give {first}=VALUE")
     if config["resume"] not in (None, "auto") and not Path(config["resume"]).is_file():
         raise FileNotFoundError(f"resume {config['resume']}: no such checkpoint; resume=auto finds the newest one")
-    strategy = config["trainer"].get("strategy")
-    if any(word in str(strategy) for word in ("fsdp", "deepspeed")):
-        raise ValueError(
-            f"trainer.strategy {strategy}: sharded weights can neither be audited nor saved as an adapter here; use ddp"
-        )
     check_data(config["data"], any_target)
 
 
@@ -83,44 +79,6 @@ def check_options(config: Mapping[str, Any]) -> None:
     for name in ("patience", "views"):
         if config[name] is not None and config[name] < 1:
             raise ValueError(f"{name} {config[name]}: at least 1")
-
-
-def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Raises ValueError where a number for Lightning's trainer is out of its range; their types are checked later."""
-    for name, (rule, holds) in TRAINER.items():
-        value = trainer.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not holds(value):
-            raise ValueError(f"trainer.{name} {value}: {rule}")
-    devices, processors = trainer.get("devices"), max(2, os.cpu_count() or 1)
-    if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > processors:
-        raise ValueError(f"trainer.devices {devices} with accelerator cpu: {processors} processes at most here")
-
-
-def _is_share(value: float) -> bool:
-    """Of batches: a count from 1, or a float up to 1.0."""
-    return 0 < value <= 1 if isinstance(value, float) else value >= 1
-
-
-AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
-NOT_NEGATIVE = ("cannot be negative", lambda value: 0 <= value < math.inf)
-SHARE = ("a whole number from 1 on, or a share up to 1.0", _is_share)
-TRAINER = {  # numbers of Lightning's trainer: their rule, and whether a value holds it
-    "max_epochs": ("at least 1, or -1 with max_steps", lambda value: value >= 1 or value == -1),
-    "max_steps": ("how many, 0 to evaluate alone, or -1 with max_epochs", lambda value: value >= -1),
-    "min_epochs": NOT_NEGATIVE,
-    "min_steps": NOT_NEGATIVE,
-    "accumulate_grad_batches": AT_LEAST_1,
-    "gradient_clip_val": NOT_NEGATIVE,
-    "check_val_every_n_epoch": AT_LEAST_1,
-    "val_check_interval": SHARE,
-    "limit_train_batches": SHARE,
-    "limit_val_batches": (f"0, {SHARE[0]}", lambda value: value == 0 or _is_share(value)),
-    "overfit_batches": (f"0, {SHARE[0]}", lambda value: value == 0 or _is_share(value)),
-    "log_every_n_steps": NOT_NEGATIVE,
-    "num_sanity_val_steps": ("how many, or -1 for all", lambda value: value >= -1),
-    "devices": ("at least 1, or -1 for all", lambda value: value >= 1 or value == -1),
-    "num_nodes": AT_LEAST_1,
-}
 
 
 def check_output_dir(folder: Path, resume: str | None) -> None:

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -14,8 +15,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from eomt.command_line import print_to_nobody
+from eomt.command_line import RunError, print_to_nobody
 from eomt.files import Tolerated, new_folder, replacing_folder, restored
+from eomt.fingerprints import checksums
 from eomt.inference.saved import ARTEFACTS, artefact_id_in
 from eomt.lora.audit import LoRAAudit
 from eomt.training.finite_steps import FiniteSteps
@@ -58,9 +60,9 @@ class AuditLoRA(Callback):
             self.audited_step = step
             self.audit.after_step(step)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.audit:
-            self.audit.at_end()
+            self.audit.at_end()  # after every `on_train_end`, in which callbacks put an average into its place
 
 
 def steps_taken(trainer: Trainer) -> int:
@@ -97,17 +99,23 @@ class SaveBest(Callback):
                     f"{self.directory} holds {name}/ of another run: choose another folder, or give resume=auto"
                 )
 
-    def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
-        miou = trainer.callback_metrics.get("val/miou")
-        if trainer.sanity_checking or miou is None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+        # `first_to_save` lets this run before any callback that swaps an average in puts the trained weights back
+        if trainer.sanity_checking:
             return
+        if checksums(module) != module.scored:
+            raise RunError(
+                "the weights after a validation are not those that were scored: a callback that swaps them puts them "
+                "into their place in on_validation_epoch_start, and back in on_validation_epoch_end or later"
+            )
+        miou = module.score()
         if self.keep == "best" and not miou > self.best["miou"]:
             return
-        self.best = {"miou": miou.item(), "class_iou": module.class_iou, "step": trainer.global_step}
+        self.best = {"miou": miou, "class_iou": module.class_iou, "step": trainer.global_step}
         if trainer.is_global_zero:
             self.save(module)
 
-    def on_train_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
+    def on_fit_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         if trainer.is_global_zero and not math.isfinite(self.best["miou"]):
             self.save(module)
 
@@ -133,6 +141,11 @@ class SaveBest(Callback):
                     shutil.copytree(earlier, draft, dirs_exist_ok=True)
             if here.is_dir() and is_saved(here, state):
                 self.best, self.artefact_id = state["best"], artefact_id_in(here)
+
+
+def first_to_save(callbacks: Mapping[str, Callback]) -> dict[str, Callback]:
+    """Returns the callbacks with `SaveBest` before all others: none has changed the weights since they were scored."""
+    return dict(sorted(callbacks.items(), key=lambda item: not isinstance(item[1], SaveBest)))
 
 
 def is_saved(folder: Path, state: dict[str, Any]) -> bool:
@@ -168,6 +181,7 @@ class RunProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stderr and sys.stderr.isatty() else 50)
         self.tolerated = Tolerated("the progress bar")
+        self.started, self.first_step = 0.0, 0  # of the training, which a validation may precede
 
     def init_sanity_tqdm(self) -> Tqdm:
         with redirect_stdout(MayBeClosed(sys.stdout, self.tolerated)):
@@ -195,7 +209,7 @@ class RunProgressBar(TQDMProgressBar):
         metrics = {name.split("/")[-1]: value for name, value in super().get_metrics(trainer, module).items()}
         metrics.pop("v_num", None)
         done, left = trainer.global_step - self.first_step, module.total_steps - trainer.global_step
-        if done:
+        if done and self.started:
             seconds = int((time.monotonic() - self.started) / done * left)
             metrics["run left"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         return metrics

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from eomt.fingerprints import identify, is_adapter
+from eomt.fingerprints import checksums, identify, is_adapter
 from eomt.indices import IGNORE, OUTLIER
 from eomt.inference.artefacts import (
     Adapter,
@@ -33,6 +33,7 @@ from eomt.lora.methods import find_method
 from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
+from eomt.training.adapter_checkpoints import leave_out_frozen, put_back_frozen
 from eomt.training.build import build_loss, build_network, build_outlier_loss
 from eomt.training.class_scores import check_labelled, iou_per_class, tell_counted
 from eomt.training.finite_steps import check_weights
@@ -104,6 +105,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.cached_blocks = 0
         self.total_steps = 0
         self.validated_step: int | None = None
+        self.scored: list[float] = []  # checksums of the weights that the last validation began with
         self.class_pixels: dict[str, int] = {}  # of the labels that were validated on
         self.counted: set[str] | None = None  # classes that the last mIoU is the mean of
         self.confusion = MulticlassConfusionMatrix(chosen.num_classes, ignore_index=IGNORE, validate_args=False)
@@ -298,28 +300,39 @@ class MaskClassificationSemantic(lightning.LightningModule):
         """Class map uint8 [H, W] of one image, on the CPU, at the image's own resolution; see `prediction.predict`."""
         return predict(self.network, image)
 
-    def validation_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[list[Tensor], list[Tensor]], batch_idx: int) -> dict[str, list[Tensor]]:
         """images uint8 [3, H, W] of any size and their label maps uint8 [H, W], judged at their own resolution.
 
-        Outliers count as little as ignored pixels do.
+        Outliers count as little as ignored pixels do. Returns the predicted class maps uint8 [H, W].
         """
-        for image, labels in zip(*batch, strict=True):
-            labels = labels.masked_fill(labels == OUTLIER, IGNORE)
-            self.confusion.update(classify(self.network, image)[None], labels[None])
+        self.scored = self.scored if batch_idx else checksums(self)
+        predictions = [classify(self.network, image) for image in batch[0]]
+        for prediction, labels in zip(predictions, batch[1], strict=True):
+            self.confusion.update(prediction[None], labels.masked_fill(labels == OUTLIER, IGNORE)[None])
+        return {"predictions": predictions}
 
-    def on_validation_epoch_end(self) -> None:
+    def score(self) -> float:
+        """mIoU of the validation, over all processes; `class_iou` and `class_pixels` say it by class.
+
+        Raises:
+            ValueError: no image had a labelled pixel.
+        """
         confusion = self.confusion.compute().view_as(self.confusion.confmat)  # [target, prediction], also of one class
-        self.confusion.reset()
-        if self.trainer.sanity_checking and not confusion.any():
-            return  # its few images are not those of a validation
         check_labelled(confusion)
         iou = iou_per_class(confusion)
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
         self.class_pixels = dict(zip(self.class_names, confusion.sum(1).tolist(), strict=True))
-        self.validated_step = self.global_step
-        if not self.trainer.sanity_checking:
-            self.counted = tell_counted(self.class_iou, self.counted)
-        self.log("val/miou", iou.nanmean(), prog_bar=True)  # already summed over all processes
+        return iou.nanmean().item()
+
+    def on_validation_epoch_end(self) -> None:
+        looks = self.trainer.sanity_checking  # at a few images, which are not those of a validation
+        miou = None if looks and not self.confusion.compute().any() else self.score()
+        self.confusion.reset()
+        self.validated_step = None if looks else self.global_step
+        if miou is None:
+            return
+        self.counted = self.counted if looks else tell_counted(self.class_iou, self.counted)
+        self.log("val/miou", miou, prog_bar=True)  # already summed over all processes
         self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})
 
     # Checkpoints
@@ -333,21 +346,15 @@ class MaskClassificationSemantic(lightning.LightningModule):
         check_weights(self)
         checkpoint |= {"precision": precision(self), "num_heads": attention_heads(self.network)}
         if self.lora is not None:
-            keys = self.trained_keys()
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
-            checkpoint.update(record_base(self.base))
+            leave_out_frozen(checkpoint, self.trained_keys())
+            checkpoint |= record_base(self.base)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_settings(checkpoint.get("hyper_parameters", {}), self.hparams)
         if self.lora is None:
             return
         check_base(checkpoint, self.base, "this checkpoint")
-        wrong = self.trained_keys() ^ checkpoint["state_dict"].keys()
-        if wrong:
-            raise ValueError(
-                f"this checkpoint does not fit the LoRA configuration: {len(wrong)} weights differ "
-                f"({', '.join(sorted(wrong)[:3])}); resume with the settings it was trained with"
-            )
+        put_back_frozen(checkpoint, self.trained_keys(), self.state_dict())
 
     def save_pretrained(self, directory: str | Path) -> str:
         """Writes an `adapter/` or a `model/` folder, and returns its id; see `eomt.inference.artefacts`."""

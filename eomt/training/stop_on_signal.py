@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 
+from eomt.fingerprints import checksums
 from eomt.processes import Interrupted, Interruption
 
 
 class StopOnSignal(Callback):
     """Finishes the optimiser step in progress, writes a checkpoint and raises `Interrupted`, in all processes at once.
 
-    A validation that was due or in progress is run by the continued run, from its first image.
+    A validation that was due or in progress is run by the continued run, from its first image. One in which a callback
+    of somebody else's has swapped the weights is run to its end before.
 
     Args:
         interruption: that receives the signals of this process.
@@ -43,13 +45,14 @@ class StopOnSignal(Callback):
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.receive_signals()
+        self.trained = checksums(module)
         if self.stopping:
             self.stop_validation(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         batch_idx = args[2]
         everywhere = len(trainer.datamodule.val_set) // trainer.world_size  # some processes have one image more
-        if batch_idx < everywhere and self.asked(trainer):
+        if batch_idx < everywhere and self.asked(trainer) and self.has_trained_weights(trainer, module):
             self.stop_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -69,6 +72,16 @@ class StopOnSignal(Callback):
         """Whether a signal has reached any of the processes."""
         received = self.interruption.signum is not None
         return trainer.strategy.reduce_boolean_decision(received, all=False)
+
+    def has_trained_weights(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Puts trained weights back in whose place is an average; False where another callback has swapped them.
+
+        A checkpoint of such weights would be one of another run: the signal waits for the end of the validation.
+        """
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging):
+                callback.on_validation_epoch_end(trainer, module)
+        return trainer.strategy.reduce_boolean_decision(checksums(module) == self.trained)
 
     def stop_validation(self, trainer: Trainer) -> None:
         """Stops with a checkpoint from which the validation is run again, if training goes on after it."""
