@@ -142,6 +142,54 @@ def test_an_interruption_between_validations_goes_on_bit_for_bit(toy_cache, tmp_
     assert rows(tmp_path) == rows(tmp_path / "whole")
 
 
+class Seen(Callback):
+    """The batches of each step, by its number."""
+
+    def __init__(self):
+        self.names = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        items = trainer.datamodule.batch_items(batch_idx)
+        assert torch.equal(batch[0][0], trainer.datamodule.train_set[items[0]["index"], items[0]["seed"]][0])
+        self.names.setdefault(trainer.current_epoch, []).append([(item["name"], item["seed"]) for item in items])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"limit_train_batches": 3},
+        {"limit_train_batches": 0.8, "accumulate_grad_batches": 2},
+        {"overfit_batches": 3},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"val_check_interval": 2, "workers": 1},
+    ],
+    ids=str,
+)
+def test_whatever_makes_up_an_epoch_a_run_goes_on_within_it_as_if_it_had_never_stopped(toy_cache, tmp_path, settings):
+    whole, first, second = Seen(), Seen(), Seen()
+    wanted = train(tmp_path / "whole", toy_cache, whole, **settings).state_dict()
+    with pytest.raises(Interrupted):
+        train(tmp_path, toy_cache, first, SignalAt(step=2 if "accumulate_grad_batches" in settings else 4), **settings)
+    state = train(tmp_path, toy_cache, second, resume=newest_checkpoint(tmp_path), **settings).state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in wanted.items())
+    assert {epoch: first.names.get(epoch, []) + second.names.get(epoch, []) for epoch in range(3)} == whole.names
+
+
+def test_overfit_batches_are_the_same_images_in_each_epoch_augmented_anew(toy_cache, tmp_path):
+    seen = Seen()
+    train(tmp_path, toy_cache, seen, overfit_batches=2)
+    images = [[name for batch in seen.names[epoch] for name, _ in batch] for epoch in range(3)]
+    assert images[0] == images[1] == images[2] and len(set(images[0])) == 4
+    assert seen.names[0] != seen.names[1]
+
+
+def test_loaders_that_are_made_anew_bring_the_batches_that_they_would_have_brought(toy_cache, tmp_path):
+    once, anew = Seen(), Seen()
+    train(tmp_path / "once", toy_cache, once)
+    train(tmp_path / "anew", toy_cache, anew, reload_dataloaders_every_n_epochs=1)
+    assert once.names == anew.names
+
+
 def test_loader_processes_leave_the_signals_to_the_process_that_trains(toy_cache, tmp_path):
     class ToAll(Callback):
         """As a terminal and a scheduler do."""

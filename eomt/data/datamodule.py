@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import Compose
 from eomt.data import subsets
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
-from eomt.data.sampler import SeededSampler
+from eomt.data.sampler import SameOrderSampler, SeededSampler
 from eomt.data.sources import Splits, spread
 from eomt.data.statistics import class_weights, count_classes
 from eomt.data.survey import take_survey
@@ -170,7 +170,8 @@ class SegmentationDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches: the same for a seed, whatever is trained on them and from wherever resumed."""
         self._check_batch(self._world_size)
-        self.sampler = SeededSampler(self.train_set, torch.initial_seed(), self._world_size, self._rank)
+        sampler = SameOrderSampler if getattr(self.trainer, "overfit_batches", 0) else SeededSampler
+        self.sampler = sampler(self.train_set, self._seed, self._world_size, self._rank)
         return LazyLoader(
             self._batches_done,
             self.train_set,
@@ -204,6 +205,10 @@ class SegmentationDataModule(LightningDataModule):
                 self.val_set, num_replicas=self._world_size, rank=self._rank, shuffle=False
             )
         return DataLoader(self.val_set, batch_size=1, sampler=sampler, collate_fn=collate_lists, **self._workers())
+
+    @cached_property
+    def _seed(self) -> int:
+        return torch.initial_seed()  # before training, which sets it for each batch, also where loaders are made anew
 
     def _batches_done(self) -> int:
         """Batches of this epoch that the run has trained on, also in an earlier part."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 
 class SeededSampler(DistributedSampler):
@@ -26,9 +26,23 @@ class SeededSampler(DistributedSampler):
         self.start = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # Not seed + epoch, as in torch: epoch 1 of seed 0 would be epoch 0 of seed 1.
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.dataset))[self.rank : self.total_size : self.num_replicas]
-        seeds = generator.integers(2**32, size=len(self.dataset))  # torch's generator heeds 32 bits
-        order = order[self.start :]
+        order, seeds = self.draw(self.epoch)
+        order = order[self.rank : self.total_size : self.num_replicas][self.start :]
         return zip(order.tolist(), seeds[order].tolist(), strict=True)
+
+    def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of all images in an epoch, and the seed of each."""
+        # Not seed + epoch, as in torch: epoch 1 of seed 0 would be epoch 0 of seed 1.
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(len(self.dataset))
+        return order, generator.integers(2**32, size=len(self.dataset))  # torch's generator heeds 32 bits
+
+
+class SameOrderSampler(SeededSampler, SequentialSampler):
+    """The order of the first epoch in all of them, for `overfit_batches`: the same images, augmented anew.
+
+    Lightning puts a sampler of its own, without seeds, in the place of any that is no `SequentialSampler`.
+    """
+
+    def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return super().draw(0)[0], super().draw(epoch)[1]
