@@ -26,6 +26,7 @@ from eomt.processes import (
     Interrupted,
     Interruption,
     check_one_folder,
+    check_sweep,
     command_to_continue,
     count_processes,
     is_first_process,
@@ -233,6 +234,8 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
         output_dir = Path(HydraConfig.get().runtime.output_dir)
         begun.append(output_dir)
         try:
+            if sweep:
+                check_sweep(cfg.trainer)
             with memory_explained():
                 train(cfg, output_dir, interruption)
         except Interrupted as stopped:

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -43,6 +43,35 @@ def check_one_folder(words: Sequence[str]) -> None:
     count = count_processes()
     if count > 1 and not any(word.lstrip("+").startswith(("output_dir=", "hydra.run.dir=")) for word in words):
         raise ValueError(f"{count} processes were started for this run: give output_dir=FOLDER, so that they share one")
+
+
+def check_sweep(trainer: Mapping[str, Any]) -> None:
+    """Raises ValueError where a run of a sweep would start processes: each would begin the whole sweep.
+
+    Args:
+        trainer: settings of Lightning's trainer.
+    """
+    count = count_devices(trainer) * (trainer.get("num_nodes") or 1)
+    if max(count, count_processes()) > 1:
+        raise ValueError(
+            f"--multirun with several processes a run (trainer.devices {trainer.get('devices')}, trainer.num_nodes "
+            f"{trainer.get('num_nodes', 1)}): each would begin the whole sweep; give trainer.devices=1, or start each "
+            "run by itself, without --multirun"
+        )
+
+
+def count_devices(trainer: Mapping[str, Any]) -> int:
+    """Counts the devices on each machine that settings of Lightning's trainer ask for."""
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, str) and "," in devices.strip(","):
+        devices = devices.split(",")
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    if str(devices).isdigit():
+        return int(devices)
+    import torch
+
+    return 1 if trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())  # all of them
 
 
 class Interrupted(BaseException):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning
@@ -15,12 +16,14 @@ import torch
 from conftest import ROOT, TINY, TOY_DATA, TOY_MODEL, run_training
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+import train_with_lora
 from eomt.data.toy_streets import toy_streets
 from eomt.processes import (
     PASSED_ON,
     Interrupted,
     Interruption,
     check_one_folder,
+    check_sweep,
     command_to_continue,
     is_first_process,
 )
@@ -270,6 +273,31 @@ def test_processes_that_were_started_from_outside_share_a_folder_and_one_touches
     with pytest.raises(ValueError, match="2 processes were started for this run: give output_dir=FOLDER"):
         check_one_folder(["seed=1"])
     check_one_folder(["output_dir='runs'"])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "refused"),
+    [
+        ({"devices": 2, "strategy": "ddp"}, True),
+        ({"devices": "2"}, True),
+        ({"devices": [0, 1]}, True),
+        ({"devices": "0,1"}, True),
+        ({"devices": 1, "num_nodes": 2}, True),
+        ({"devices": 1}, False),
+        ({"devices": [3]}, False),
+        ({"devices": "auto", "accelerator": "cpu"}, False),
+    ],
+)
+def test_a_sweep_whose_runs_would_start_processes_is_refused(trainer, refused):
+    with pytest.raises(ValueError, match=r"--multirun with several processes a run") if refused else nullcontext():
+        check_sweep(trainer)
+
+
+def test_a_sweep_of_runs_of_two_processes_starts_none(toy_cache, tmp_path, capsys):
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "--multirun", "model.lr=1e-4,2e-4"]
+    assert train_with_lora.main(words(toy_cache, tmp_path, *two)) == 1
+    assert "give trainer.devices=1, or start each run by itself" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/config.yaml"))
 
 
 # Whole processes
