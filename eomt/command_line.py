@@ -390,7 +390,7 @@ def one_sentence(error: BaseException) -> str:
         return f"{name} is not in the configuration{did_you_mean(cause.key, cause.parent_node)}"
     message = message.split("Config search path:")[0]  # a missing group lists the choices before that
     if message.startswith("Caught ") and "Original Traceback" in message:  # in a process that loads data
-        message = re.split(rf"\n[\w.]*{message.split()[1]}: ", message)[-1]
+        message = re.sub(r"(?s:.*Traceback \().*\n(?: .*\n)*[\w.<>]+(: |\s*\Z)", "", message) or message.split()[1]
     return " ".join(message.split()) or type(error).__name__
 
 

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._utils import ExceptionWrapper
 
 from eomt.command_line import one_sentence, quote_path, translate_flags, unquoted
 from eomt.comparison.matrix import parse_matrix
@@ -118,6 +119,32 @@ def test_a_mistake_ends_in_one_sentence_without_a_traceback(tmp_path, arguments,
     (line,) = [line for line in result.stderr.splitlines() if line.strip()]
     assert line.startswith("error: ") and re.search(sentence, line)
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("a.png is cut: fetch it again"), "a.png is cut: fetch it again"),
+        (ValueError("two\nlines, ValueError: both"), "two lines, ValueError: both"),
+        (FileNotFoundError(2, "No such file", "a.png"), "[Errno 2] No such file: 'a.png'"),
+        (ValueError(), "ValueError"),
+        (type("Own", (ValueError,), {"__module__": "somebody", "__qualname__": "f.<locals>.Own"})("own"), "own"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "'utf-8' codec can't decode byte 0x78 in position 0: bad"),
+        (KeyError("a"), "'a'"),
+    ],
+    ids=repr,
+)
+def test_an_error_in_a_process_that_loads_data_is_its_own_sentence(error, sentence):
+    try:
+        try:
+            raise OSError("its cause: ValueError: no")
+        except OSError as cause:
+            raise error from cause
+    except Exception:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(Exception, match="Original Traceback") as raised:
+        wrapped.reraise()
+    assert one_sentence(raised.value) == sentence
 
 
 TOY = [
