@@ -356,8 +356,30 @@ def test_a_wrong_label_is_one_sentence_without_traceback(model, tmp_path):
     Image.fromarray(np.full((64, 128), 2, np.uint8)).save(tmp_path / "fs_static" / "labels_masks" / "0.png")
     result = run_script(SCRIPT, model, f"data.root={tmp_path}", "--output", tmp_path / "out")
     assert result.returncode == 1 and "0.png has the value 2" in result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("fs_static is left out: ") and "error: fs_static: " in result.stderr
+    assert "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("*.safetensors")), "the network had run before labels were looked at"
+
+
+def test_a_benchmark_that_cannot_be_used_ends_no_other_and_all_of_its_faults_are_told(
+    call_script, model, toys, tmp_path
+):
+    shutil.copytree(toys.folder, tmp_path / "toy_anomalies")
+    for name in ("FS_LostFound_full", "fs_static"):
+        shutil.copytree(toys.folder, tmp_path / name)
+        for label in sorted((tmp_path / name / "labels_masks").iterdir())[:2]:
+            Image.fromarray(np.full((80, 200), 7, np.uint8)).save(label)
+    words = [f"data.root={tmp_path}", "--output", tmp_path / "out", "--no_components", "--pictures", "0"]
+    code, error = call_script(SCRIPT, model, *words)
+    assert code == 1 and (tmp_path / "out" / "toy_anomalies.json").is_file()
+    told = error.rpartition("error: ")[2]
+    assert all(f"{name}: " in told for name in ("fs_lost_and_found", "fs_static"))
+    assert told.count("toy_0000") == 2 and told.count("1 more cannot be used: toy_0001") == 2
+
+
+def test_all_benchmarks_that_are_not_there_are_named_at_once(call_script, model, tmp_path):
+    code, error = call_script(SCRIPT, model, "data=[fs_static,road_anomaly]", f"data.root={tmp_path}")
+    assert code == 1 and "FS Static needs" in error and "Road Anomaly needs" in error
 
 
 def test_the_precision_of_a_run_that_no_logits_are_computed_in_is_one_sentence(model, tmp_path):
@@ -381,8 +403,8 @@ def test_several_benchmarks_may_be_named_and_numbers_be_written_in_any_way(toys)
         ]
     )
     assert settings["temperatures"] == [0.1] and parse(["data.root=2024"])["data.root"] == "2024"
-    assert [dataset.folder for dataset in open_datasets(settings)] == [toys.folder]
-    (found,) = open_datasets(parse(["data=null", f"data.root={toys.folder.parent}"]))
+    assert [dataset.folder for dataset in open_datasets(settings)[0]] == [toys.folder]
+    ((found,), _) = open_datasets(parse(["data=null", f"data.root={toys.folder.parent}"]))
     assert found.folder == toys.folder, "toys that lie there are taken, none are drawn"
 
 

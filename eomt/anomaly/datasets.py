@@ -74,11 +74,20 @@ class AnomalyDataset(Dataset):
         """Reads every label map.
 
         Raises:
-            ValueError: labels that are not the data set's, nothing anomalous or nothing normal in all of them.
+            ValueError: labels that are not the data set's, of which the first is explained and the others are named;
+                nothing anomalous or nothing normal in all of them.
         """
-        kinds = set()
-        for index in range(len(self)):
-            kinds |= set(self.labels(index).unique().tolist())
+        kinds: set[int] = set()
+        wrong: dict[str, str] = {}
+        for index, frame in enumerate(self.frames):
+            try:
+                kinds |= set(self.labels(index).unique().tolist())
+            except (ValueError, OSError) as error:
+                wrong[frame] = str(error)
+        if wrong:
+            first, *others = wrong
+            further = f"; {len(others)} more cannot be used: {', '.join(others)}" if others else ""
+            raise ValueError(f"{wrong[first]}{further}")
         for value, kind in enumerate(KINDS.names):
             if value not in kinds:
                 raise ValueError(f"{self.folder}/labels_masks shows nothing {kind}: there is nothing to tell apart")

@@ -54,11 +54,17 @@ def choose_benchmarks(settings: Mapping[str, Any]) -> list[str]:
         raise ValueError(f"give data.root=FOLDER of the benchmarks, or data={TOYS}, which are drawn")
     if not names:
         return benchmarks_below(root)
+    absent = []
     for name in names:
         if name == TOYS:
             check_settings(*toys)
-        else:
+            continue
+        try:
             find_folder(Path(root or "").expanduser(), find_benchmark(name))
+        except FileNotFoundError as error:
+            absent.append(str(error))
+    if absent:
+        raise FileNotFoundError("; ".join(absent))
     return list(dict.fromkeys(names))
 
 

@@ -5,8 +5,10 @@ The network runs once over every image; all scores and temperatures come from it
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,15 @@ from eomt.anomaly.metrics import ANOMALY
 from eomt.anomaly.request import OF_TOYS, TOYS, choose_benchmarks
 from eomt.anomaly.scores import SCORES, Variant, usual_range
 from eomt.anomaly.toy_anomalies import write_toy_anomalies
+from eomt.command_line import out_of_memory
 from eomt.files import replacing, write_json
 from eomt.fingerprints import combine_hashes, hash_tensors
 from eomt.inference.saved import check_shipped, find_artefact
 from eomt.reporting.anomaly_pictures import HeatMap, Row, anomaly_picture
 from eomt.settings import formats
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,49 +73,80 @@ def evaluate_benchmarks(
         options: see `Options`.
         ckpt_path: the base weights of an adapter, if they have moved.
 
+    A benchmark that cannot be used is named, and ends none of the others.
+
     Raises:
-        ValueError, OSError: network, benchmarks or options are not what they should be.
+        ValueError, OSError: network or options are not what they should be, or, after all others, benchmarks.
     """
     found = find_artefact(model)
     if found.is_dir():
         check_shipped(found)
-    datasets = open_datasets(settings)
-    for dataset in datasets:
-        dataset.check()  # before the network has run over all of them
+    datasets, faults = open_datasets(settings)  # before the network has run over all of them
     device = choose_device(options.device)
-    module = MaskClassificationSemantic.from_pretrained(model, ckpt_path)
-    precision = options.precision or known_precision(module.trained_precision)
+    if datasets:
+        module = MaskClassificationSemantic.from_pretrained(model, ckpt_path)
+        options = replace(options, precision=options.precision or known_precision(module.trained_precision))
     for dataset in datasets:
-        folder = (options.cache or options.output / "logits") / identity(module, dataset, precision)
-        cache, title = LogitCache(folder), dataset.benchmark.title
-        wanted = [*dataset.frames, *(dataset.unlabelled if options.export else [])]
-        images = [(frame, partial(dataset.image, i)) for i, frame in enumerate(wanted)]
-        cache.fill(module.network, progress(images, f"{title}: network"), device, precision)
-        results = evaluate(cache, dataset, asked, title_of(dataset), with_components=options.components, device=device)
-        print_results(dataset, results)
-        write_results(options.output, dataset, results, precision, module)
-        if options.pictures > 0:
-            draw(
-                options.output,
-                dataset,
-                cache,
-                results,
-                count=options.pictures,
-                num_classes=module.hparams.num_classes,
-            )
-        if options.export:
-            export_maps(options, dataset, cache, wanted)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"{folder}: the logits, {size / 2**20:,.0f} MiB, for further scores; delete them when done")
+        with collected(faults, dataset.name):
+            evaluate_benchmark(module, dataset, asked, options, device)
+    if faults:
+        raise ValueError("; ".join(f"{name}: {fault}" for name, fault in faults.items()))
 
 
-def open_datasets(settings: Mapping[str, Any]) -> list[AnomalyDataset]:
-    """Opens the benchmarks of `choose_benchmarks`, and raises as it does; draws toy anomalies that are named."""
+def evaluate_benchmark(
+    module: MaskClassificationSemantic,
+    dataset: AnomalyDataset,
+    asked: Sequence[Variant],
+    options: Options,
+    device: str,
+) -> None:
+    """Scores a network on one benchmark; see `evaluate_benchmarks`."""
+    folder = (options.cache or options.output / "logits") / identity(module, dataset, options.precision)
+    cache, title = LogitCache(folder), dataset.benchmark.title
+    wanted = [*dataset.frames, *(dataset.unlabelled if options.export else [])]
+    images = [(frame, partial(dataset.image, i)) for i, frame in enumerate(wanted)]
+    cache.fill(module.network, progress(images, f"{title}: network"), device, options.precision)
+    results = evaluate(cache, dataset, asked, title_of(dataset), with_components=options.components, device=device)
+    print_results(dataset, results)
+    write_results(options.output, dataset, results, options.precision, module)
+    if options.pictures > 0:
+        count, num_classes = options.pictures, module.hparams.num_classes
+        draw(options.output, dataset, cache, results, count=count, num_classes=num_classes)
+    if options.export:
+        export_maps(options, dataset, cache, wanted)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: the logits, {size / 2**20:,.0f} MiB, for further scores; delete them when done")
+
+
+@contextmanager
+def collected(faults: dict[str, str], name: str) -> Iterator[None]:
+    """Keeps what is wrong with a benchmark, of which the screen tells at once, so that others are still scored."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if out_of_memory(error):
+            raise
+        faults[name] = str(error)
+        logger.warning("%s is left out: %s", name, error)
+
+
+def open_datasets(settings: Mapping[str, Any]) -> tuple[list[AnomalyDataset], dict[str, str]]:
+    """Opens and checks the benchmarks of `choose_benchmarks`, and raises as it does; draws toy anomalies.
+
+    Returns:
+        Those that can be used, and what is wrong with the others, by name.
+    """
     names, root = choose_benchmarks(settings), settings["data.root"] or ""
     roots = dict.fromkeys(names, root)
     if TOYS in settings["data"]:
         roots[TOYS] = write_toy_anomalies(root or None, *(settings[key] for key in OF_TOYS))
-    return [AnomalyDataset(roots[name], name) for name in names]
+    datasets, faults = [], {}
+    for name in names:
+        with collected(faults, name):
+            dataset = AnomalyDataset(roots[name], name)
+            dataset.check()
+            datasets.append(dataset)
+    return datasets, faults
 
 
 def choose_device(name: str) -> str:
