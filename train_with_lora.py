@@ -133,10 +133,11 @@ def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001
     from omegaconf import OmegaConf
 
     from eomt.lora.methods import import_method
-    from eomt.settings.compose import absolute_paths
+    from eomt.settings.compose import absolute_paths, read_mappings
     from eomt.settings.config_check import check_config
     from eomt.settings.run import check_output_dir, check_run
 
+    read_mappings(cfg)
     absolute_paths(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True)
     if output_dir:

@@ -81,7 +81,7 @@ FLAGS = {
     "--use_wandb": (0, "logger=wandb"),
 }
 HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
-HYDRA_FLAGS |= {"--experimental-rerun": 1, "--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
+HYDRA_FLAGS |= {"--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
 HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
 SWEEP = "hydra.sweep.dir"
 PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.sweep.dir", "model.ckpt_path")
@@ -113,14 +113,14 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
             values, rest = rest[:count], rest[count:]
             is_path = override.split("=")[0] in PATH_KEYS
             if len(values) < count or any(v.startswith("--") or ("=" in v and not is_path) for v in values):
-                raise ValueError(
-                    f"{word} takes {count} value{'s' * (count > 1)}, got {' '.join(values) or 'none'}; see --help"
-                )
+                got = " ".join(values) or "none"
+                raise ValueError(f"{word} takes {count} value{'s' * (count > 1)}, got {got}; see --help")
             overrides.append(override.format(*values))
+        elif word == "--experimental-rerun":
+            raise ValueError(f"{word} opens a pickle, which may run anything: give the command of summary.json again")
         elif word in HYDRA_FLAGS:
             count = HYDRA_FLAGS[word]
-            options += [word, *rest[:count]]
-            rest = rest[count:]
+            options, rest = [*options, word, *rest[:count]], rest[count:]
         elif word.startswith("--"):
             raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
         else:
@@ -143,10 +143,8 @@ def name_sweep(words: Sequence[str]) -> list[str]:
     if given and unquoted(given[-1]) == given[-1]:  # a list of values, which is left without quotes
         raise ValueError(f"output_dir={given[-1]}: a sweep has one folder, and each run its own in it; give one path")
     kept = [word for word in words if not word.lstrip("+").startswith("output_dir=")]
-    if any(word.startswith(f"{SWEEP}=") for word in kept):
-        return kept
     folder = given[-1] if given else f"outputs/multirun/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
-    return [*kept, f"{SWEEP}={folder}"]
+    return kept if any(word.startswith(f"{SWEEP}=") for word in kept) else [*kept, f"{SWEEP}={folder}"]
 
 
 def find_sweep(words: Sequence[str]) -> Path | None:
@@ -187,8 +185,13 @@ def unquoted(value: str) -> str:
 
 
 def open_mapping(word: str) -> str:
-    """An override of a mapping that is handed to a library, so that it takes keys that no YAML has yet."""
-    return f"++{word}" if word.startswith(LIBRARY_MAPPINGS) else word
+    """An override of a mapping for a library, so that it takes keys that no YAML has yet, or that Hydra cannot read."""
+    if not word.startswith(LIBRARY_MAPPINGS):
+        return word
+    key, _, value = word.partition("=")
+    if value.startswith("{") and re.search("[\"'^]", value):  # YAML, with or without spaces behind its colons
+        value = quoted(re.sub(r"(?<![?]):(?=[^ ])", ": ", value))  # which `read_mappings` reads
+    return f"++{key}={value}"
 
 
 def expand_home(word: str) -> str:
@@ -224,7 +227,6 @@ def help_text(configs: Path) -> str:
         for line in (configs / "model" / "base.yaml").read_text().splitlines()
         if line.startswith(("use_lora", "lora_"))
     )
-    names = ", ".join(sorted(file.stem for file in configs.glob("*.yaml")))
     return f"""Train EoMT for semantic segmentation, as a full fine-tune or with LoRA.
 
 usage: python train_with_lora.py [--config-name NAME] [flags] [group=choice] [key=value ...]
@@ -235,7 +237,7 @@ Examples
   python train_with_lora.py experiment=toy_source        # needs no data, no download and no GPU
 
 Configurations (--config-name)
-  {names}
+  {", ".join(sorted(file.stem for file in configs.glob("*.yaml")))}
 
 Groups (group=choice)
 {groups}
@@ -281,10 +283,8 @@ def own_process_state(argv: Sequence[str]) -> Iterator[bool]:
             handler.close()
         log.handlers[:] = handlers
         log.setLevel(level)
-        if setting is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = setting
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ.update({} if setting is None else {"HYDRA_FULL_ERROR": setting})
 
 
 def reports_errors(code: int = 1) -> Callable:
@@ -382,13 +382,12 @@ def fail(error: BaseException | str, code: int) -> int:
 
 def one_sentence(error: BaseException) -> str:
     """An error without what libraries wrap around it: calls to targets, search paths, names of their own classes."""
-    cause, message = error.__cause__, str(error)
+    cause, message = error.__cause__, str(error).split("Config search path:")[0]  # a missing group lists choices first
     if type(error).__name__ == "InstantiationException" and cause is not None:
         return one_sentence(cause)
     if message.startswith("Could not override") and hasattr(cause, "parent_node"):
         name = getattr(cause, "full_key", None) or message.split(chr(39))[1]
         return f"{name} is not in the configuration{did_you_mean(cause.key, cause.parent_node)}"
-    message = message.split("Config search path:")[0]  # a missing group lists the choices before that
     if message.startswith("Caught ") and "Original Traceback" in message:  # in a process that loads data
         message = re.sub(r"(?s:.*Traceback \().*\n(?: .*\n)*[\w.<>]+(: |\s*\Z)", "", message) or message.split()[1]
     return " ".join(message.split()) or type(error).__name__

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch._utils import ExceptionWrapper
 
 from eomt.command_line import one_sentence, quote_path, translate_flags, unquoted
@@ -119,6 +120,28 @@ def test_a_mistake_ends_in_one_sentence_without_a_traceback(tmp_path, arguments,
     (line,) = [line for line in result.stderr.splitlines() if line.strip()]
     assert line.startswith("error: ") and re.search(sentence, line)
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "options"),
+    [
+        ("={use_dora:true}", {"use_dora": True}),
+        ("={rank_pattern:{blocks.0.attn.qkv:8}}", {"rank_pattern": {"blocks.0.attn.qkv": 8}}),
+        ("={rank_pattern:{^blocks.0:8,^blocks.1:4}}", {"rank_pattern": {"^blocks.0": 8, "^blocks.1": 4}}),
+        (".rank_pattern={^blocks.0:8}", {"rank_pattern": {"^blocks.0": 8}}),
+        ('={"rank_pattern": {"blocks.(?:0|1).attn.qkv$": 8}}', {"rank_pattern": {"blocks.(?:0|1).attn.qkv$": 8}}),
+        (r"={rank_pattern: {'^blocks\.0\.attn': 8}}", {"rank_pattern": {r"^blocks\.0\.attn": 8}}),
+        ("={init_lora_weights:'gaussian'}", {"init_lora_weights": "gaussian"}),
+    ],
+)
+def test_options_of_lora_have_any_key_on_the_command_line(word, options):
+    config = compose_run(translate_flags([f"model.lora_options{word}"]))
+    assert OmegaConf.to_container(config.model.lora_options) == options
+
+
+def test_a_mapping_that_is_no_yaml_is_a_sentence():
+    with pytest.raises(ValueError, match=r"model\.lora_options=\{\^a: \[\} is no YAML: "):
+        compose_run(translate_flags(["model.lora_options={^a:[}"]))
 
 
 @pytest.mark.parametrize(

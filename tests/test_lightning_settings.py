@@ -10,9 +10,11 @@ import lightning.pytorch.callbacks
 import pytest
 from conftest import ROOT, TOY_DATA, TOY_MODEL
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 import train_with_lora
+from eomt.command_line import HYDRA_FLAGS, translate_flags
 from eomt.settings.run import check_run
 from eomt.settings.trainer import CALLBACKS, TAKEN
 
@@ -50,6 +52,17 @@ def test_the_page_names_every_callback_of_lightnings_and_says_which_are_refused(
     table = rows("Callbacks")
     assert set(table) == set(lightning.pytorch.callbacks.__all__)
     assert {name for name, refused in table.items() if refused} == set(CALLBACKS)
+
+
+def test_the_page_names_every_flag_of_hydras_and_says_which_is_refused():
+    options = [action.option_strings for action in get_args_parser()._actions if action.option_strings]
+    flags = {next(name for name in names if name.startswith("--")) for names in options}
+    table = rows("Hydra's flags")
+    assert set(table) == flags
+    assert [name for name, refused in table.items() if refused] == ["--experimental-rerun"]
+    assert flags - {"--help", "--experimental-rerun"} == {name for name in HYDRA_FLAGS if name.startswith("--")}
+    with pytest.raises(ValueError, match="--experimental-rerun opens a pickle"):
+        translate_flags(["--experimental-rerun", "x"])
 
 
 @pytest.mark.parametrize("name", TAKEN)

@@ -77,7 +77,27 @@ def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folde
         config = compose(config_name, overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # which ${hydra:...} reads
     del config.hydra
+    read_mappings(config)
     return config
+
+
+def read_mappings(config: Any) -> None:
+    """Reads mappings for a library that the command line hands on as text, since Hydra cannot read their keys.
+
+    Raises:
+        ValueError: one is no YAML.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    for key in ("model.backbone_kwargs", "model.lora_options"):
+        node = OmegaConf.select(config, key)
+        parts = {f"{key}.{name}": node[name] for name in node} if isinstance(node, DictConfig) else {key: node}
+        for place, text in parts.items():
+            if isinstance(text, str) and text.startswith("{"):
+                try:
+                    OmegaConf.update(config, place, OmegaConf.create(text), force_add=True)
+                except YAMLError as error:
+                    raise ValueError(f"{place}={text} is no YAML: {' '.join(str(error).split())}") from error
 
 
 def absolute_paths(config: Any) -> None:
