@@ -15,7 +15,8 @@ from benchmarks.data import plain_augmentation
 from benchmarks.peer import normalized, our_names, peer_network
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.toy_streets import toy_streets
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
+from eomt.training.class_scores import iou_per_class
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.schedules import mask_probability
 
 STEPS, SEEDS, BATCH, SIDE = 200, (0, 1, 2), 4, 128

@@ -21,7 +21,7 @@ from eomt.comparison.runs import load_runs
 from eomt.comparison.statistics import bootstrap_iou, compare, image_gains, image_weights, resample
 from eomt.comparison.table import NONE, table
 from eomt.comparison.verdicts import headline
-from eomt.training.mask_classification_semantic import iou_per_class
+from eomt.training.class_scores import iou_per_class
 
 CLASSES = ("sky", "road", "traffic_sign")
 COLORS = ((70, 130, 180), (128, 64, 128), (220, 220, 0))

@@ -17,8 +17,8 @@ from eomt.lora.audit import AuditError
 from eomt.lora.methods import update_norms
 from eomt.models.vit import ViT
 from eomt.training.callbacks import AuditLoRA, SaveBest
-from eomt.training.class_scores import over
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic, iou_per_class
+from eomt.training.class_scores import iou_per_class, over
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 
 def build(seed=0, **settings):

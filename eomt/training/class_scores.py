@@ -1,13 +1,25 @@
 """IoU of each class from confusion counts, and which classes a mean is taken over."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+def scores_of(confusion: Tensor, names: Sequence[str]) -> tuple[float, dict[str, float], dict[str, int]]:
+    """mIoU over the classes that have an IoU, and IoU and labelled pixels by class; see `iou_per_class`.
+
+    Raises:
+        ValueError: confusion counts of nothing.
+    """
+    check_labelled(confusion)
+    iou = iou_per_class(confusion)
+    by_class = (dict(zip(names, values.tolist(), strict=True)) for values in (iou, confusion.sum(1)))
+    return iou.nanmean().item(), *by_class
 
 
 def check_labelled(confusion: Tensor) -> None:

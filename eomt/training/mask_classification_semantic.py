@@ -35,7 +35,7 @@ from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
 from eomt.training.adapter_checkpoints import leave_out_frozen, put_back_frozen
 from eomt.training.build import build_loss, build_network, build_outlier_loss
-from eomt.training.class_scores import check_labelled, iou_per_class, tell_counted
+from eomt.training.class_scores import scores_of, tell_counted
 from eomt.training.finite_steps import check_weights
 from eomt.training.index_check import check_start
 from eomt.training.mask_classification_loss import Loss
@@ -318,22 +318,18 @@ class MaskClassificationSemantic(lightning.LightningModule):
             ValueError: no image had a labelled pixel.
         """
         confusion = self.confusion.compute().view_as(self.confusion.confmat)  # [target, prediction], also of one class
-        check_labelled(confusion)
-        iou = iou_per_class(confusion)
-        self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
-        self.class_pixels = dict(zip(self.class_names, confusion.sum(1).tolist(), strict=True))
-        return iou.nanmean().item()
+        miou, self.class_iou, self.class_pixels = scores_of(confusion, self.class_names)
+        return miou
 
     def on_validation_epoch_end(self) -> None:
         looks = self.trainer.sanity_checking  # at a few images, which are not those of a validation
-        miou = None if looks and not self.confusion.compute().any() else self.score()
-        self.confusion.reset()
         self.validated_step = None if looks else self.global_step
-        if miou is None:
-            return
-        self.counted = self.counted if looks else tell_counted(self.class_iou, self.counted)
-        self.log("val/miou", miou, prog_bar=True)  # already summed over all processes
-        self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})
+        miou = self.score() if not looks or self.confusion.compute().any() else None
+        self.confusion.reset()
+        if miou is not None:
+            self.counted = self.counted if looks else tell_counted(self.class_iou, self.counted)
+            self.log("val/miou", miou, prog_bar=True)  # already summed over all processes
+            self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})
 
     # Checkpoints
 
