@@ -170,7 +170,7 @@ def test_indices_in_a_palette_where_colours_are_listed_are_told_what_helps(tmp_p
 
 
 def test_a_lossy_mask_among_many_is_refused_before_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("eomt.data.datamodule.READ", 1)  # the others are looked at, not decoded
+    monkeypatch.setattr("eomt.data.survey.IMAGES", 1)  # the others are looked at, not decoded
     paths = [tmp_path / f"{k}.png" for k in range(9)]
     for path in paths:
         path.write_bytes(encoded(Image.fromarray(VALUES), "PNG"))

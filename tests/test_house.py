@@ -47,6 +47,7 @@ COMPOSES = (  # and nobody else knows Hydra
     "eomt.settings.hydra_section",
     "eomt.comparison.cells",
     "eomt.comparison.matrix",
+    "eomt.comparison.tuning",
 )
 WITHOUT_TORCH = ("eomt.command_line", "eomt.files", "eomt.processes", "eomt.indices", "lora_config", "eomt.settings")
 HEAVY = ("torch", "timm", "lightning", "peft", "torchvision", "torchmetrics", "matplotlib")

@@ -27,8 +27,9 @@ class CheckedLoader(ConfigLoaderImpl):
     """Composes as Hydra does, for a run, for each run of a sweep and for `--cfg`, and checks what came out."""
 
     def _process_config_searchpath(self, config_name: str | None, parsed_overrides: list, repo: Any) -> None:
-        primary = repo.load_config(config_path=config_name) if config_name else None
-        for place in (primary and OmegaConf.select(primary.config, "hydra.searchpath")) or ():
+        primary = getattr(repo.load_config(config_path=config_name) if config_name else None, "config", None)
+        places = OmegaConf.select(primary, "hydra.searchpath") if OmegaConf.is_dict(primary) else None
+        for place in places or ():
             if str(place).startswith("pkg:"):  # which Hydra imports at once; the command line may name one
                 raise ValueError(f"hydra.searchpath {place}: a configuration names folders, file://FOLDER, no package")
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
