@@ -282,6 +282,7 @@ def test_a_matrix_passes_a_signal_on_and_its_run_holds_its_folder_when_the_matri
         (["variants=[head]", "source=data=camvit"], "data=camvit is not a dataset"),
         (["variants=[head]", "anomaly=[toys]"], "anomaly=toys is no benchmark; choose from road_anomaly_21"),
         (["variants=[head]", "anomaly=[fs_static]"], "anomaly=fs_static needs anomaly_root=FOLDER"),
+        (["variants=[head]", "anomaly=[toys,fs_static]"], "; and anomaly=fs_static needs anomaly_root=FOLDER"),
         (["variants=[head]", "anomaly=[fs_static]", "anomaly_root=/nowhere"], "/nowhere"),
         (["variants=[rba]", "model.outlier_loss=mask2anomaly"], "model.outlier_loss=mask2anomaly makes of variant rba"),
         (

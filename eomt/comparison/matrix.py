@@ -196,17 +196,29 @@ def plan(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_benchmarks(names: Sequence[str], root: str | None) -> None:
+    """Raises ValueError with all that is wrong: a benchmark is unknown, not there, or has labels of another."""
+    faults = []
+    for name in names:
+        try:
+            check_benchmark(name, root)
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; and ".join(faults))
+
+
+def check_benchmark(name: str, root: str | None) -> None:
     """Raises ValueError or FileNotFoundError where a benchmark is unknown, not there, or has labels of another."""
     from eomt.anomaly.benchmarks import BENCHMARKS
     from eomt.anomaly.datasets import AnomalyDataset
 
-    for name in names:
-        if name not in BENCHMARKS:
-            raise ValueError(f"anomaly={name} is no benchmark; choose from {', '.join(BENCHMARKS)}")
-        if name != TOYS and root is None:
-            raise ValueError(f"anomaly={name} needs anomaly_root=FOLDER, the folder that holds {name}'s own")
-        if name != TOYS:
-            AnomalyDataset(root, name).check()
+    if name not in BENCHMARKS:
+        raise ValueError(f"anomaly={name} is no benchmark; choose from {', '.join(BENCHMARKS)}")
+    if name == TOYS:
+        return
+    if root is None:
+        raise ValueError(f"anomaly={name} needs anomaly_root=FOLDER, the folder that holds {name}'s own")
+    AnomalyDataset(root, name).check()
 
 
 def check_variant(variant: str, config: Any) -> None:
