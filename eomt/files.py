@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -321,6 +322,23 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"{path} cannot be read as tensors ({one_sentence(error)}): it may be half-written or half-downloaded, "
             "fetch it again"
+        ) from error
+
+
+def read_pickle(path: Path) -> Any:
+    """Returns what `torch.save` wrote, tensors mapped from the disk; pickled code is never run.
+
+    Raises:
+        ValueError: it cannot be read, or holds more than tensors and plain values.
+    """
+    import torch
+
+    try:
+        return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors ({type(error).__name__}): it may be half-downloaded, or hold pickled "
+            "objects, which are never loaded: save its state_dict alone with torch.save"
         ) from error
 
 

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from eomt.files import parse_json, read_tensors
 from eomt.fingerprints import first_misfit, is_adapter
+from eomt.models.backbone_weights import combine
 from eomt.models.resampling import fit_pos_embed, record_resampling
+from eomt.settings.backbone_choice import refuse_backbone
+from eomt.settings.backbone_files import flat
+from eomt.settings.backbone_names import name_tensors
 
 if TYPE_CHECKING:  # reading alone needs no timm
     from eomt.models.eomt import EoMT
@@ -28,16 +32,7 @@ NORM_WEIGHT = re.compile(r"^encoder\.backbone\..*norm\d?\.weight$")
 BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 # State of the published training module that is no weight of the network.
 NOT_WEIGHTS = ("criterion.", "metrics.", "encoder.backbone.rope_embeddings.", "encoder.backbone.patch_embed.mask_token")
-DINOV3_NAMES = {
-    "patch_embed.cls_token": "cls_token",
-    "patch_embed.register_tokens": "reg_token",
-    "patch_embed.patch_embeddings.": "patch_embed.proj.",
-    ".attention.o_proj.": ".attn.proj.",
-    ".layer_scale1.lambda1": ".gamma_1",
-    ".layer_scale2.lambda1": ".gamma_2",
-    ".mlp.up_proj.": ".mlp.fc1.",
-    ".mlp.down_proj.": ".mlp.fc2.",
-}
+DINOV3 = re.compile(r"^encoder\.backbone\.blocks\.\d+\.attention\.[qkv]_proj\.")
 
 
 @dataclass
@@ -104,6 +99,7 @@ def read_checkpoint(path: str | Path) -> Stored:
     content = content.get("state_dict", content)
     if not isinstance(content, Mapping):
         raise ValueError(f"ckpt_path {path} holds a {type(content).__name__} as state_dict: nothing would be loaded")
+    refuse_backbone(path, {key: list(value.shape) for key, value in flat(content) if isinstance(value, Tensor)})
     tensors = {clean_key(str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"ckpt_path {path} holds no tensors: nothing would be loaded")
@@ -168,24 +164,16 @@ def map_dinov3(state: dict[str, Tensor], path: str | Path = "the checkpoint") ->
 
     q, k and v become one fused layer; the keys have no bias there, as in timm.
     """
-    mapped = {}
-    for key, tensor in state.items():
-        if ".attention.q_proj.weight" in key:
-            block = key.removesuffix("attention.q_proj.weight")
-            parts = [state.get(f"{block}attention.{name}_proj.weight") for name in "qkv"]
-            if all(part is not None for part in parts):  # otherwise the fused weight will be reported missing
-                if len({part.shape for part in parts}) > 1 or not parts[0].ndim:
-                    raise ValueError(f"ckpt_path {path}: q, k and v of {block} are of different shapes")
-                mapped[f"{block}attn.qkv.weight"] = torch.cat(parts)
-        elif ".attention.q_proj.bias" in key or ".attention.v_proj.bias" in key:
-            mapped[
-                key.replace("attention.q_proj.bias", "attn.q_bias").replace("attention.v_proj.bias", "attn.v_bias")
-            ] = tensor
-        elif ".attention.k_proj.weight" not in key and ".attention.v_proj.weight" not in key:
-            for theirs, ours in DINOV3_NAMES.items():
-                key = key.replace(theirs, ours)
-            mapped[key] = tensor
-    return mapped
+    if not any(map(DINOV3.match, state)):
+        return state
+    backbone = {key.removeprefix(BACKBONE): tensor for key, tensor in state.items() if key.startswith(BACKBONE)}
+    try:
+        names = name_tensors(backbone)
+        mapped = combine(names.made_of, backbone) | {key: backbone[key] for key in names.left_out}
+    except ValueError as error:
+        raise ValueError(f"ckpt_path {path}: {error}") from None
+    rest = {key: tensor for key, tensor in state.items() if not key.startswith(BACKBONE)}
+    return {BACKBONE + key: tensor for key, tensor in mapped.items()} | rest
 
 
 def describe_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -334,7 +322,7 @@ def check_base(own: Mapping[str, Tensor], path: str | Path) -> None:
     if all((tensor == 1).all() for key, tensor in own.items() if NORM_WEIGHT.search(key)):
         raise ValueError(
             f"ckpt_path {path} holds differences to a pretrained backbone, but this backbone is random: "
-            "set pretrained=true"
+            "set pretrained=true, or give the backbone with backbone_weights"
         )
 
 

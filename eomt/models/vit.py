@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eomt.models.backbone_weights import BackboneReport, load_backbone
 from eomt.models.resampling import create_resized
 from eomt.settings.model import check_img_size
 
@@ -26,11 +28,12 @@ class ViT(nn.Module):
         patch_size: side of a patch; pretrained patch embeddings of another size are resampled by timm.
         backbone_name: any timm ViT, e.g. `vit_large_patch14_reg4_dinov2`.
         pretrained: take timm's weights from the hub.
+        weights: take those of a file in their place, see `load_backbone`.
         backbone_kwargs: passed to `timm.create_model`; `{embed_dim: 64, depth: 6, num_heads: 2}` makes a tiny one.
             DINOv3 has `rope_rescale_coords: 2.0` unless it is given (null: off), see `own_kwargs`.
 
     Raises:
-        ValueError: impossible image size, unknown name, or a model that is no plain ViT.
+        ValueError: impossible image size, unknown name, a model that is no plain ViT, or a file of other weights.
         ConnectionError: the pretrained weights could not be had.
     """
 
@@ -41,11 +44,16 @@ class ViT(nn.Module):
         backbone_name: str = "vit_large_patch14_reg4_dinov2",
         pretrained: bool = True,
         backbone_kwargs: Mapping[str, Any] | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.img_size = check_img_size(img_size, patch_size)
         self.patch_size = patch_size
+        pretrained = pretrained and not weights
         self.backbone = create_backbone(backbone_name, self.img_size, patch_size, pretrained, backbone_kwargs or {})
+        self.report: BackboneReport | None = None
+        if weights:
+            self.report = load_backbone(self.backbone, backbone_name, weights, self.img_size, patch_size)
         config = self.backbone.pretrained_cfg
         self.register_buffer("pixel_mean", torch.tensor(config["mean"]).reshape(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(config["std"]).reshape(1, 3, 1, 1))
@@ -158,8 +166,9 @@ def create_backbone(
         )
     if given := sorted(DECIDED & kwargs.keys()):
         raise ValueError(f"backbone_kwargs {given[0]}: the model's own settings decide it; leave it out")
-    # without a pooling head, whose weights would never train
-    options = {"pretrained": pretrained, "num_classes": 0, "global_pool": "", **own_kwargs(family), **kwargs}
+    # without a pooling head, whose weights would never train; a distilled model has none, and takes "token" alone
+    pool = "token" if "distilled" in family else ""
+    options = {"pretrained": pretrained, "num_classes": 0, "global_pool": pool, **own_kwargs(family), **kwargs}
     create, sizes = partial(timm.create_model, name, **options), {"img_size": img_size, "patch_size": patch_size}
     try:
         if pretrained:
@@ -175,8 +184,8 @@ def create_backbone(
         raise ConnectionError(
             f"pretrained weights of {name!r} could not be loaded ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); "
-            "ways out: connect to the hub, give an EoMT checkpoint with ckpt_path=FILE pretrained=false, "
-            "or train from random weights with pretrained=false"
+            "ways out: connect to the hub, give a backbone with backbone_weights=FILE or an EoMT checkpoint with "
+            "ckpt_path=FILE pretrained=false, or train from random weights with pretrained=false"
         ) from error
     if getattr(backbone, "rope_mixed", False) or not all(hasattr(block, "attn") for block in backbone.blocks):
         raise ValueError(no_plain_vit)
