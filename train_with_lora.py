@@ -133,7 +133,7 @@ def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001
     from omegaconf import OmegaConf
 
     from eomt.lora.methods import import_method
-    from eomt.settings.compose import absolute_paths, read_mappings
+    from eomt.settings.compose import absolute_paths, name_backbone, read_mappings
     from eomt.settings.config_check import check_config
     from eomt.settings.run import check_output_dir, check_run
 
@@ -143,6 +143,7 @@ def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001
     if output_dir:
         check_output_dir(output_dir, cfg.resume)
     check_run(plain, OmegaConf.missing_keys(cfg))
+    name_backbone(cfg)
     if plain["model"].get("num_classes") is None:
         plain["model"]["num_classes"] = 1  # the data set says, later
     import_method(plain["model"].get("lora_method", "lora"))

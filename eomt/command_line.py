@@ -77,6 +77,7 @@ FLAGS = {
     "--num_workers": (1, "data.num_workers={}"),
     "--dataset_root": (1, "data.root={}"),
     "--ckpt_path": (1, "model.ckpt_path={}"),
+    "--backbone_weights": (1, "model.backbone_weights={}"),
     "--output_dir": (1, "output_dir={}"),
     "--use_wandb": (0, "logger=wandb"),
 }
@@ -87,7 +88,7 @@ SWEEP = "hydra.sweep.dir"
 PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.sweep.dir", "model.ckpt_path")
 PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
 PATH_KEYS += tuple(f"data.cut_paste.cutouts.{name}" for name in ("root", "annotations", "images"))
-PATH_KEYS += ("model.backbone_kwargs.pretrained_cfg_overlay.file",)
+PATH_KEYS += ("model.backbone_weights", "model.backbone_kwargs.pretrained_cfg_overlay.file")
 LIBRARY_MAPPINGS = tuple(f"model.{name}{end}" for name in ("backbone_kwargs", "lora_options") for end in "=.")
 
 
@@ -156,8 +157,7 @@ def find_sweep(words: Sequence[str]) -> Path | None:
 def quote_path(word: str, sweeps: bool = False) -> str:
     """Returns an override of a path in quotes, since Hydra reads `=`, commas, brackets and other letters otherwise.
 
-    Left as they are: other overrides, what is quoted already, null, interpolations and, with `sweeps`, a list of
-    values.
+    Left as they are: other overrides, what is quoted already, null, interpolations and, with `sweeps`, lists.
     """
     key, equals, value = word.partition("=")
     if key.lstrip("+") not in PATH_KEYS or not value or value == "null" or "${" in value:

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.toy_streets import write_toy_streets
-from eomt.settings.compose import absolute_paths, saved_yaml
+from eomt.settings.compose import absolute_paths, name_backbone, saved_yaml
 from eomt.settings.config_check import check_config
 from eomt.settings.model import ModelSettings
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -73,6 +73,7 @@ def test_every_experiment_composes_and_passes_the_check(name, experiment):
 
 def test_the_baseline_is_the_published_recipe():
     cfg = composed()
+    name_backbone(cfg)
     assert cfg.model.backbone_name == "vit_large_patch14_reg4_dinov2" and cfg.model.patch_size == 16
     assert list(cfg.model.img_size) == list(cfg.data.img_size) == [1024, 1024]
     assert (cfg.model.num_q, cfg.model.num_blocks, cfg.data.batch_size, cfg.trainer.max_epochs) == (100, 4, 16, 107)
@@ -131,6 +132,7 @@ def test_the_model_yaml_and_the_signature_agree_on_every_default():
 def test_every_model_is_built(model):
     overrides = ["model.img_size=[64,96]", "model.pretrained=false", f"model.backbone_kwargs={TINY}"]
     cfg = composed(overrides=[f"model={model}", *overrides])
+    name_backbone(cfg)
     module = instantiate(cfg.model, num_classes=5, _convert_="all")
     assert module.network.num_classes == 5 and module.hparams.backbone_name == cfg.model.backbone_name
     assert type(module.hparams.backbone_kwargs) is dict  # a DictConfig would make checkpoints unreadable

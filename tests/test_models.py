@@ -383,7 +383,6 @@ def test_an_image_of_another_size_is_refused():
         ("beit_base_patch16_224", "no plain ViT"),
         ("vit_small_patch16_18x2_224", "no plain ViT"),
         ("vit_small_patch16_rope_mixed_224", "no plain ViT"),
-        ("deit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224"),
     ],
 )
 def test_a_backbone_that_cannot_serve_is_refused_by_name(name, message):

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from eomt.cost.flops import flop_counter
 from eomt.lora.merging import cast_base
 from eomt.models.vit import attention_in_two
+from eomt.settings.backbone_choice import choose_backbone
 from eomt.training.build import build_loss
 from eomt.training.mask_classification_loss import MaskClassificationLoss, Matches
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic, total
@@ -151,6 +152,8 @@ def begins_masked(settings: Mapping[str, Any]) -> bool:
 def build_without_weights(settings: Mapping[str, Any]) -> MaskClassificationSemantic:
     """The module on meta tensors; nothing is downloaded or read."""
     no_weights = {"pretrained": False, "ckpt_path": None, "delta_weights": False, "compile": False}
+    name = choose_backbone(settings.get("backbone_name"), settings.get("backbone_weights"))
+    no_weights |= {"backbone_name": name, "backbone_weights": None}
     no_weights["base_dtype"] = "float32"
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # that the backbone is random

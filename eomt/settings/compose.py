@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
 from eomt.files import read_yaml
+from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.config_check import check_config, targets_in
 from eomt.settings.run import check_data
 
@@ -116,6 +117,13 @@ def absolute_paths(config: Any) -> None:
             absolute = os.path.abspath(os.path.expanduser(path))
             if absolute != path:  # what is absolute already keeps its interpolations
                 OmegaConf.update(config, key, absolute)
+
+
+def name_backbone(config: Any) -> None:
+    """Puts the name of timm's model in the place of null, so that a run's records say it; see `choose_backbone`."""
+    if "backbone_name" in config.model:
+        weights = config.model.get("backbone_weights")
+        config.model.backbone_name = choose_backbone(config.model.backbone_name, weights)
 
 
 def saved_yaml(config: Any) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from eomt.indices import IGNORE
 from eomt.lora.methods import check_method_name
+from eomt.settings.backbone_choice import check_backbone_weights, check_no_backbone, choose_backbone
 from lora_config import LoRASettings
 
 Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
@@ -23,6 +24,7 @@ OutlierLossName = Literal["rba", "mask2anomaly"]
 LRSchedule = Literal["poly", "cosine"]
 CHANGEABLE = {
     "ckpt_path",
+    "backbone_weights",
     "delta_weights",
     "compile",
     "checkpoint_predictions",
@@ -214,7 +216,9 @@ class NetworkSettings(Checked):
     """Encoder, queries and class head.
 
     Args:
-        backbone_name, patch_size, pretrained, backbone_kwargs: see `ViT`.
+        backbone_name: see `ViT`; None: what `backbone_weights` tells, or else `DEFAULT_BACKBONE`.
+        patch_size, pretrained, backbone_kwargs: see `ViT`.
+        backbone_weights: a file with a plain backbone, in the place of `pretrained`; see `read_backbone_file`.
         num_q, num_blocks, masked_attn_enabled: see `EoMT`.
         attn_mask_annealing_enabled: fade the attention masks out during training. None: yes, unless training starts
             from an EoMT checkpoint, which has learned to do without: then masks are off.
@@ -225,9 +229,10 @@ class NetworkSettings(Checked):
         arcface_scale, arcface_margin: of that head; the margin in radians.
     """
 
-    backbone_name: str = "vit_large_patch14_reg4_dinov2"
+    backbone_name: str | None = None
     patch_size: int = 16
     pretrained: bool = True
+    backbone_weights: str | None = None
     backbone_kwargs: Mapping[str, Any] | None = None
     num_q: int = 100
     num_blocks: int = 4
@@ -248,6 +253,8 @@ class NetworkSettings(Checked):
         """See `Checked.check`."""
         super().check()
         self.positive("num_q", "num_blocks", "arcface_scale")
+        if self.backbone_weights:
+            check_backbone_weights(self.backbone_weights, self.backbone_name, self.backbone_kwargs)
         self.chosen("head", ("linear", "arcface"))
         for name in ("attn_mask_annealing_start", "attn_mask_annealing_end"):
             for length in getattr(self, name) or ():
@@ -265,7 +272,8 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         num_classes: K of the data set.
         ckpt_path: EoMT weights to start from (see `load_checkpoint`).
         load_ckpt_class_head: False trains a fresh class head, for another set of classes or another `head`.
-        delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints);
+        delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints), which
+            `pretrained` or `backbone_weights` gives;
             None: as the file says.
         freeze: parts that do not train.
         unfreeze_last_n: of the backbone, train only the last N blocks and the final norm. Adapters take its place
@@ -277,7 +285,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         compile: `torch.compile` the blocks and the upscaling.
 
     Raises:
-        ValueError: an impossible value. FileNotFoundError: `ckpt_path` is not there.
+        ValueError: an impossible value. FileNotFoundError: `ckpt_path` or `backbone_weights` is not there.
     """
 
     img_size: Sequence[int]
@@ -299,6 +307,8 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         check_img_size(self.img_size, self.patch_size)
         if self.ckpt_path and not Path(self.ckpt_path).expanduser().exists():
             raise FileNotFoundError(f"ckpt_path {self.ckpt_path}: no such file or folder")
+        if self.ckpt_path:
+            check_no_backbone(self.ckpt_path)
         super().check()
         self.positive("num_classes", "unfreeze_last_n")
         if self.num_classes >= IGNORE:
@@ -313,6 +323,15 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
             if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
                 raise ValueError(f"class_colors {list(color)}: three channels from 0 to 255 are meant")
 
+    @property
+    def random_base(self) -> bool:
+        """Whether the backbone begins with random weights."""
+        return not (self.pretrained or self.backbone_weights or self.ckpt_path)
+
+    def with_backbone(self) -> ModelSettings:
+        """The same settings with the `backbone_name` that they come to; see `choose_backbone`."""
+        return replace(self, backbone_name=choose_backbone(self.backbone_name, self.backbone_weights))
+
     def _check_base_dtype(self) -> None:
         if self.base_dtype == "float32":
             return
@@ -320,7 +339,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
             raise ValueError(
                 f"base_dtype {self.base_dtype} without use_lora: weights that train stay in float32; leave it out"
             )
-        if not (self.pretrained or self.ckpt_path):
+        if self.random_base:
             raise ValueError(
                 f"base_dtype {self.base_dtype} with a random base: the adapter folder would have to hold it"
             )

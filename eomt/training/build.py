@@ -18,16 +18,13 @@ logger = logging.getLogger(__name__)
 def build_network(settings: ModelSettings, encoder: nn.Module | None = None) -> EoMT:
     """Builds EoMT over timm's encoder, or over another one; its attribute `drawn` names the tensors that are random."""
     loaded = encoder is not None  # how another one came to its weights is not known
-    if not loaded:
-        path = settings.ckpt_path  # it replaces every weight, unless it holds differences
-        loaded = settings.pretrained and (not path or needs_pretrained(path, settings.delta_weights))
-        encoder = ViT(
-            settings.img_size,
-            settings.patch_size,
-            settings.backbone_name,
-            pretrained=loaded,
-            backbone_kwargs=settings.backbone_kwargs,
+    if loaded and settings.backbone_weights:
+        raise ValueError(
+            f"backbone_weights {settings.backbone_weights} is for timm's backbones, and model.encoder puts another one "
+            "in their place: leave one out"
         )
+    if not loaded:
+        encoder, loaded = build_encoder(settings)
     network = EoMT(
         encoder,
         settings.num_classes,
@@ -39,6 +36,28 @@ def build_network(settings: ModelSettings, encoder: nn.Module | None = None) -> 
     )
     network.drawn = {name for name in network.state_dict() if not (loaded and name.startswith("encoder."))}
     return network
+
+
+def build_encoder(settings: ModelSettings) -> tuple[ViT, bool]:
+    """timm's encoder, and whether its weights are loaded already; those of an EoMT come later, and replace them all."""
+    path, weights = settings.ckpt_path, settings.backbone_weights
+    wanted = not path or needs_pretrained(path, settings.delta_weights)
+    if weights and not wanted:
+        raise ValueError(
+            f"ckpt_path {path} holds every weight, and backbone_weights {weights} would be loaded for nothing: leave "
+            "one out"
+        )
+    encoder = ViT(
+        settings.img_size,
+        settings.patch_size,
+        settings.backbone_name,
+        pretrained=settings.pretrained and wanted,
+        backbone_kwargs=settings.backbone_kwargs,
+        weights=weights,
+    )
+    if encoder.report:
+        logger.info("%s", encoder.report)
+    return encoder, bool(weights) or (settings.pretrained and wanted)
 
 
 def build_loss(

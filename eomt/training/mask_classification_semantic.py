@@ -82,7 +82,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         super().__init__()
         own_outlier_loss = outlier_loss if callable(outlier_loss) else None
         named_loss = None if own_outlier_loss else outlier_loss
-        self.settings = chosen = ModelSettings(*args, **settings, outlier_loss=named_loss)
+        self.settings = chosen = ModelSettings(*args, **settings, outlier_loss=named_loss).with_backbone()
         self.save_hyperparameters(ignore=["encoder", "loss", "outlier_loss", "optimizer"])  # those of a subclass, too
         self.save_hyperparameters({field.name: getattr(chosen, field.name) for field in fields(chosen)})
         self.outlier_loss = own_outlier_loss or build_outlier_loss(chosen)
@@ -132,8 +132,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
 
     def adapt(self) -> None:
         """Freezes the backbone and puts adapters into it."""
-        if not (self.settings.pretrained or self.settings.ckpt_path):
-            logger.warning("use_lora with pretrained=false and no ckpt_path: the frozen backbone is random")
+        if self.settings.random_base:
+            logger.warning("use_lora without pretrained, backbone_weights or ckpt_path: the frozen backbone is random")
         self.attach(apply_lora(self.backbone, self.lora_settings, find_method(self.settings.lora_method)))
 
     def choose_trainable(self) -> None:
@@ -357,18 +357,20 @@ class MaskClassificationSemantic(lightning.LightningModule):
         return save_pretrained(self, directory)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, ckpt_path: str | None = None) -> MaskClassificationSemantic:
+    def from_pretrained(
+        cls, path: str | Path, ckpt_path: str | Path | None = None, backbone_weights: str | Path | None = None
+    ) -> MaskClassificationSemantic:
         """Restores a trained network, bit for bit, in evaluation mode.
 
         Args:
             path: an `adapter/` or `model/` folder, a run's folder, or its `checkpoints/best.ckpt`.
-            ckpt_path: the base weights of an adapter, if they have moved since.
+            ckpt_path, backbone_weights: the base weights of an adapter, if they have moved since.
 
         Raises:
             FileNotFoundError: nothing of the kind, or its base weights are gone.
             ValueError: the base has other weights than the adapter was trained on, or weights without configuration.
         """
-        return load_pretrained(cls, path, ckpt_path)
+        return load_pretrained(cls, path, {"ckpt_path": ckpt_path, "backbone_weights": backbone_weights})
 
     @property
     def adapter_names(self) -> list[str]:

@@ -61,6 +61,8 @@ def check_resume(checkpoint: str | Path, model: Mapping[str, Any]) -> None:
             "from these weights with model.ckpt_path"
         )
     asked = {key: value for key, value in model.items() if key not in DERIVED}
+    if asked.get("backbone_name") is None:  # what that comes to is compared where the network is built
+        asked.pop("backbone_name", None)
     check_same_settings(content.get("hyper_parameters", {}), asked)
 
 
