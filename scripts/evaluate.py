@@ -24,7 +24,8 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
     args = parse(argv)
-    file = evaluate_artefact(args.model, args.overrides, args.output, args.precision, args.ckpt_path)
+    places = {"ckpt_path": args.ckpt_path, "backbone_weights": args.backbone_weights}
+    file = evaluate_artefact(args.model, args.overrides, args.output, args.precision, **places)
     print(f"{file}, {file.stem}_confusion.csv, {file.stem}_confusion.png")
     return 0
 
@@ -41,6 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--precision", help="default: that of the run")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
+    add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
     add("--output", type=Path, help="folder for the results; default: evaluation/ in the run's folder")
     return parser.parse_intermixed_args(argv)
 

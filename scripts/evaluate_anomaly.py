@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         export=exported,
         method=args.method,
     )
-    evaluate_benchmarks(args.model, settings, asked, options, args.ckpt_path)
+    evaluate_benchmarks(args.model, settings, asked, options, args.ckpt_path, args.backbone_weights)
     return 0
 
 
@@ -74,6 +74,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("settings", nargs="*", default=[], metavar="KEY=VALUE", help="see below")
     add("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: that of the run")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
+    add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
     add("--cache", type=Path, help="folder of the logits; default: anomaly/logits in the run's folder")
     add("--no_components", action="store_true", help="pixel metrics alone, in half the time")

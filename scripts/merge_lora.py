@@ -27,7 +27,7 @@ more than --tolerance means that something is wrong, and nothing is written."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
     args = parse(argv)
-    merge_and_check(args.adapter, args.out, args.images, args.tolerance, args.ckpt_path)
+    merge_and_check(args.adapter, args.out, args.images, args.tolerance, args.ckpt_path, args.backbone_weights)
     print(
         f"Next:   python scripts/evaluate.py {args.out} data=NAME\n"
         f"        python train_with_lora.py variant=none model.ckpt_path={args.out}"
@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("out", metavar="OUT", type=Path, help="folder to write; it must not hold anything yet")
     add("--images", nargs="+", help="images to compare on: a folder, or a pattern (default: the run's validation data)")
     add("--ckpt_path", metavar="BASE", help="the base weights, if they have moved")
+    add("--backbone_weights", metavar="BASE", help="the same for an adapter on a plain backbone from a file")
     add("--tolerance", type=float, default=1e-4, help="largest difference, relative to the largest logit (%(default)s)")
     return parser.parse_args(argv)
 

@@ -60,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
     add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="(default: %(default)s)")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
+    add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
     args = parser.parse_args(argv)
     if args.cityscapes_submission and args.write:
         parser.error("--cityscapes-submission writes label ids and nothing else: leave --write out")
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> "Tally":
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; leave it out to compute on the CPU")
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path).to(device)
+    module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path, args.backbone_weights).to(device)
     classes = classes_of(module)
     predict = FolderPrediction(
         module.network,

@@ -16,7 +16,16 @@ from eomt.comparison.result_files import read_confusion, read_scores
 from eomt.cost.training_cost import build_without_weights
 from eomt.data.sources import spread
 from eomt.diagnosis.checks import Channels
-from eomt.diagnosis.inspection import BACKBONE, by_number, inspect_model, read, resample, stored_by_layer
+from eomt.diagnosis.inspection import (
+    BACKBONE,
+    by_number,
+    inspect_model,
+    name_in_folder,
+    read,
+    read_start_backbone,
+    resample,
+    stored_by_layer,
+)
 from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, training_images
 from eomt.files import read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
@@ -32,6 +41,7 @@ from eomt.models.checkpoint import (
     needs_pretrained,
     read_checkpoint,
 )
+from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.formats import EVALUATION, SUMMARY, read_format
 from eomt.training.index_check import check_indices, indices_of
 
@@ -115,14 +125,14 @@ class RunFacts:
     @property
     def start_path(self) -> Path:
         """Finds the weights that the run started from."""
-        path = self.ckpt_path or self.init.get("ckpt_path")
+        path = self.ckpt_path or self.init.get("ckpt_path") or self.init.get("backbone_weights")
         if not path:
             first = "timm's pretrained" if self.init.get("pretrained") else "random"
             raise NothingToCheck(f"the run started from {first} weights, which are not here")
         if not Path(path).expanduser().exists():
             raise NothingToCheck(f"the weights that the run started from are not there: {path}")
         try:
-            return find_weights(path)
+            return Path(path) if plain_backbone(path) else find_weights(path)
         except FileNotFoundError as error:
             raise NothingToCheck(f"the run started from {path}, which holds no weights") from error
 
@@ -148,19 +158,24 @@ class RunFacts:
     def start(self) -> dict[str, Tensor]:
         """Reads the weights that the run started from, at this network's image size."""
         path = self.start_path
-        state, size, _ = read_checkpoint(path)
-        own = self.module.network.state_dict().get(POS_EMBED)
-        tokens = None if own is None else own.shape[1]
-        resampled = resample(state, size, self.init["img_size"], self.init["patch_size"], tokens)
         recorded = Identity.from_dict(self.summary.get("start_fingerprint"), self.summary.get("start_weights"))
-        found = self.identify_start(state, resampled) if recorded.exact else None
-        if self.misfit or (found and recorded.difference(found)):
+        if plain_backbone(path):
+            state, found = read_start_backbone(path, self.init)
+            changed = recorded.stored not in (None, found.stored)
+        else:
+            state, size, _ = read_checkpoint(path)
+            own = self.module.network.state_dict().get(POS_EMBED)
+            tokens = None if own is None else own.shape[1]
+            resampled = resample(state, size, self.init["img_size"], self.init["patch_size"], tokens)
+            found = self.identify_start(state, resampled) if recorded.exact else None
+            changed = found and recorded.difference(found)
+        if self.misfit or changed:
             raise NothingToCheck(f"the weights at {path} are no longer those that the run started from")
         return state
 
     def started_from_differences(self) -> bool:
         """Whether the start weights are differences to a pretrained backbone."""
-        return needs_pretrained(self.start_path, self.init.get("delta_weights"))
+        return not plain_backbone(self.start_path) and needs_pretrained(self.start_path, self.init.get("delta_weights"))
 
     def identify_start(self, state: Mapping[str, Tensor], resampled: Mapping[str, str]) -> Identity | None:
         """Identifies these weights as the run does before it trains; None if the run began with others, too."""
@@ -174,6 +189,8 @@ class RunFacts:
 
     def fresh(self) -> tuple[str, ...]:
         """Returns prefixes of the keys that the run did not take from its start weights."""
+        if plain_backbone(self.start_path):
+            return tuple(name for name in self.module.network.state_dict() if not name.startswith("encoder."))
         return () if self.init.get("load_ckpt_class_head", True) else (CLASS_HEAD,)
 
     def steps(self) -> int:
@@ -246,7 +263,7 @@ class RunFacts:
 
     def keys(self) -> tuple:
         """Collects shapes by key, stored and loaded, of artefact and start weights, and why a base does not fit."""
-        stored = {_plain(key): tensor.shape for key, tensor in self.state.items()}
+        stored = {name_in_folder(key): tensor.shape for key, tensor in self.state.items()}
         sources = {self.path.name if self.path else "": (stored, self.loaded())}
         try:
             start = self.start
@@ -267,7 +284,7 @@ class RunFacts:
         if self.init["use_lora"]:
             in_folder = (key for key in keys if is_adapter(key) or not clean_key(key).startswith(BACKBONE))
             keys = in_folder if self.path.is_dir() else module.trained_keys()
-        return {_plain(key): wanted[key].shape for key in keys}
+        return {name_in_folder(key): wanted[key].shape for key in keys}
 
     def sizes(self) -> tuple:
         """Collects sizes from weights, configurations, class names and data."""
@@ -376,14 +393,6 @@ class RunFacts:
             raise NothingToCheck("no anomaly/*.json, which scripts/evaluate_anomaly.py writes")
         found = map(read_scores, files)
         return ({facts["title"]: facts["results"] for facts in found},)
-
-
-def _plain(key: str) -> str:
-    """Gives a state-dict key the name that it has in a run's folder: PEFT's files leave the adapter's own name out."""
-    key = clean_key(key).removeprefix("base_model.model.")
-    if not is_adapter(key):
-        return key
-    return key.removeprefix(BACKBONE).replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
 
 
 def _largest(tensor: Tensor) -> float:

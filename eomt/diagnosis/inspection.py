@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eomt.fingerprints import Identity, hash_tensors, identify_tensors, is_adapter
+from eomt.fingerprints import Identity, hash_tensors, identify, identify_tensors, is_adapter
 from eomt.inference.artefacts import read_lightning
 from eomt.inference.bases import recorded_base
 from eomt.inference.saved import (
@@ -36,6 +36,8 @@ from eomt.models.checkpoint import (
     read_safetensors,
 )
 from eomt.models.resampling import find_grid, fit_pos_embed
+from eomt.models.vit import ViT
+from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.model import completed
 
 BASE_RECORD = ("base_fingerprint", "base_weights")
@@ -204,6 +206,14 @@ def describe_network(init: Mapping[str, Any], state: Mapping[str, Tensor]) -> di
     return describe({key: t for key, t in state.items() if not is_adapter(key)}) | configured
 
 
+def name_in_folder(key: str) -> str:
+    """Gives a state-dict key the name that it has in a run's folder: PEFT's files leave the adapter's own name out."""
+    key = clean_key(key).removeprefix("base_model.model.")
+    if not is_adapter(key):
+        return key
+    return key.removeprefix(BACKBONE).replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
+
+
 def part_of(key: str) -> str:
     """Names the part of the network that a cleaned key belongs to."""
     if is_adapter(key):
@@ -229,8 +239,8 @@ def name_base(path: Path, init: Mapping[str, Any]) -> str:
     """Names the place of an adapter's base weights, in its folder or elsewhere."""
     if path.is_dir() and (path / BASE_FILE).is_file():
         return str(path / BASE_FILE)
-    if init.get("ckpt_path"):
-        return str(Path(init["ckpt_path"]).expanduser())
+    if place := init.get("ckpt_path") or init.get("backbone_weights"):
+        return str(Path(place).expanduser())
     if init.get("pretrained"):
         return f"timm's pretrained weights of {init['backbone_name']}"
     return "not named"
@@ -252,8 +262,10 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
     Returns:
         `base`, `fits` (None if it cannot be told) and `why`, a sentence.
     """
-    state, base_size, _ = read_checkpoint(find_weights(base))
     verdict = {"base": str(base)}
+    if plain_backbone(base):
+        return verdict | fit_of_backbone(facts, trained_on, base, init)
+    state, base_size, _ = read_checkpoint(find_weights(base))
     if not any(key.startswith(BACKBONE) for key in state):
         raise ValueError(f"{base} holds no backbone (no key begins with {BACKBONE}): give an EoMT checkpoint")
     if other := other_shape(facts, state):
@@ -272,9 +284,45 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
     grids = f"; position embeddings resampled to {size[0]}x{size[1]}" if resampled else ""
     if difference := trained_on.difference(found):
         return verdict | {"fits": False, "why": difference + grids}
-    for name, update in facts["updates"].items():
-        update["relative"] = update["norm"] / state[f"{BACKBONE}{name}.weight"].double().norm().item()
+    add_relative(facts["updates"], state)
     return verdict | {"fits": True, "why": f"fingerprint {found.exact[:12]}{grids}"}
+
+
+def add_relative(updates: Mapping[str, dict[str, float | None]], state: Mapping[str, Tensor]) -> None:
+    """Says how large each update is beside its base weight."""
+    for name, update in updates.items():
+        update["relative"] = update["norm"] / state[f"{BACKBONE}{name}.weight"].double().norm().item()
+
+
+def fit_of_backbone(
+    facts: Mapping[str, Any], trained_on: Identity, base: str | Path, init: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`fits` and `why` of `check_fit` for a plain backbone in a file."""
+    try:
+        encoder = encoder_from(base, init)
+    except ValueError as error:
+        return {"fits": False, "why": str(error)}
+    found = identify(encoder.backbone)
+    if trained_on.exact is None:
+        return {"fits": None, "why": "the adapter names no fingerprint to compare with"}
+    if difference := trained_on.difference(found):
+        return {"fits": False, "why": difference}
+    add_relative(facts["updates"], {BACKBONE + name: tensor for name, tensor in encoder.backbone.state_dict().items()})
+    return {"fits": True, "why": f"fingerprint {found.exact[:12]}"}
+
+
+def read_start_backbone(weights: str | Path, init: Mapping[str, Any]) -> tuple[dict[str, Tensor], Identity]:
+    """The tensors of an encoder from a file, under the network's names, and their identity."""
+    encoder = encoder_from(weights, init)
+    state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    resampled = {BACKBONE + name: digest for name, digest in encoder.backbone.resampled.items()}
+    return state, identify_tensors(state, resampled)
+
+
+def encoder_from(weights: str | Path, init: Mapping[str, Any]) -> ViT:
+    """The encoder of these settings with a plain backbone from a file; raises ValueError where that does not fit."""
+    kwargs = {"pretrained": False, "backbone_kwargs": init.get("backbone_kwargs"), "weights": weights}
+    return ViT(init["img_size"], init["patch_size"], init["backbone_name"], **kwargs)
 
 
 def other_shape(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | None:

@@ -19,7 +19,12 @@ CROPS = 4
 
 
 def merge_and_check(
-    adapter: Path, out: Path, images: Sequence[str] | None, tolerance: float, ckpt_path: str | None = None
+    adapter: Path,
+    out: Path,
+    images: Sequence[str] | None,
+    tolerance: float,
+    ckpt_path: str | None = None,
+    backbone_weights: str | None = None,
 ) -> None:
     """Merges an adapter, compares the logits with those of the unmerged network, and writes a model/ folder.
 
@@ -28,7 +33,7 @@ def merge_and_check(
         out: the folder to write; nothing may be in it.
         images: folders or patterns of images to compare on; None: the run's validation data.
         tolerance: the largest difference of a logit, relative to the largest logit.
-        ckpt_path: the base weights, if they have moved.
+        ckpt_path, backbone_weights: the base weights, if they have moved.
 
     Raises:
         ValueError, OSError: the adapter, the images or `out` are not what they should be, or the networks disagree.
@@ -46,7 +51,7 @@ def merge_and_check(
     from eomt.lora.methods import update_norms
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-    module = MaskClassificationSemantic.from_pretrained(adapter, ckpt_path).float()
+    module = MaskClassificationSemantic.from_pretrained(adapter, ckpt_path, backbone_weights).float()
     if module.lora is None:
         raise ValueError(nothing)
     crops = read_crops(pictures, run_of(adapter), module.hparams.img_size)

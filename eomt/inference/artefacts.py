@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eomt.files import check_room, read_tensors, replacing_files, write_json
 from eomt.fingerprints import Identity, combine_hashes, first_misfit, hash_tensors, identify, is_adapter
-from eomt.inference.bases import check_base, find_base, moved, record_base, refuse_base
+from eomt.inference.bases import PLACES, Places, check_base, find_base, moved, record_base, refuse_base
 from eomt.inference.saved import (
     BASE_FILE,
     CONFIG_FILE,
@@ -114,7 +114,7 @@ def save_pretrained(module: Module, directory: str | Path) -> str:
         else:
             lora_files.save_adapter(module.lora, draft)
             save_file({k: v for k, v in state.items() if not k.startswith(BACKBONE)}, draft / HEADS_FILE, metadata)
-            if not (module.hparams.pretrained or module.hparams.ckpt_path):
+            if not any(module.hparams[name] for name in ("pretrained", *PLACES)):
                 base = {k.replace(".base_layer.", "."): v for k, v in state.items() if not is_adapter(k)}
                 save_file(base, draft / BASE_FILE, metadata)
         write_json(draft / CONFIG_FILE, stamped(ARTEFACT, config))
@@ -124,8 +124,9 @@ def save_pretrained(module: Module, directory: str | Path) -> str:
 def saved_settings(module: Module) -> dict[str, Any]:
     """The settings as JSON holds them."""
     init = dict(module.hparams)
-    if init["ckpt_path"]:
-        init["ckpt_path"] = str(Path(init["ckpt_path"]).expanduser().resolve())
+    for name in PLACES:
+        if init[name]:
+            init[name] = str(Path(init[name]).expanduser().resolve())
     return json.loads(json.dumps(init))
 
 
@@ -140,7 +141,8 @@ def artefact_tensors(module: Module, state: Mapping[str, Tensor]) -> dict[str, T
 def artefact_id(tensors: Mapping[str, Tensor], init: Mapping[str, Any]) -> str:
     """SHA-256 over tensors and settings of what is saved, but for the places of its base, which may move."""
     settings = json.loads(json.dumps(init))
-    settings.pop("ckpt_path", None)
+    for name in PLACES:
+        settings.pop(name, None)
     overlay = (settings.get("backbone_kwargs") or {}).get("pretrained_cfg_overlay")
     if isinstance(overlay, dict):
         overlay.pop("file", None)
@@ -156,20 +158,20 @@ def precision(module: Module) -> str | None:
 # Opening
 
 
-def load_pretrained(cls: type[Module], path: str | Path, ckpt_path: str | None = None) -> Module:
+def load_pretrained(cls: type[Module], path: str | Path, given: Places) -> Module:
     """Restores a trained network, bit for bit, in evaluation mode; see `MaskClassificationSemantic.from_pretrained`."""
     path = find_artefact(path)
-    return open_checkpoint(cls, path, ckpt_path) if path.is_file() else open_folder(cls, path, ckpt_path)
+    return open_checkpoint(cls, path, given) if path.is_file() else open_folder(cls, path, given)
 
 
-def open_folder(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
+def open_folder(cls: type[Module], path: Path, given: Places) -> Module:
     """A folder that `save_pretrained` wrote."""
     config = read_config(path)
     check_settings(config, path / CONFIG_FILE, cls.setting_names(), cls.settings_type)
     check_peft(config)
     complete = config | {"init": completed(config["init"], cls.settings_type)}
     open_kind = open_adapter if complete["init"]["use_lora"] else open_model
-    module = open_kind(cls, path, complete, ckpt_path)
+    module = open_kind(cls, path, complete, given)
     module.trained_precision = config.get("precision")
     module.artefact_id = check_unchanged(path, config)  # what is wrong in one file alone is said before
     return module.eval()
@@ -191,20 +193,21 @@ def check_unchanged(directory: Path, config: Mapping[str, Any]) -> str:
     return found
 
 
-def open_model(cls: type[Module], directory: Path, config: Mapping[str, Any], ckpt_path: str | None) -> Module:
+def open_model(cls: type[Module], directory: Path, config: Mapping[str, Any], given: Places) -> Module:
     """A `model/` folder: everything is in it."""
-    refuse_base(directory, ckpt_path)
+    refuse_base(directory, given)
     module = build_empty(cls, config["init"])
     load_checkpoint(module.network, directory / WEIGHTS_FILE)
     return module
 
 
-def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], ckpt_path: str | None) -> Module:
+def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], given: Places) -> Module:
     """An `adapter/` folder, on its base."""
-    init = moved(config["init"], ckpt_path)
+    init = moved(config["init"], given)
     own_base = directory / BASE_FILE
-    base = ckpt_path or (str(own_base) if own_base.is_file() else find_base(directory, init))
-    module = cls(**init | ALL_TRAINABLE | {"use_lora": False, "ckpt_path": base})
+    if own_base.is_file() and not any(given.values()):
+        given = {"ckpt_path": str(own_base)}
+    module = cls(**init | ALL_TRAINABLE | {"use_lora": False} | find_base(directory, init, given))
     module.base = identify(module.backbone)
     check_base(config, module.base, f"the adapter {directory}")
     keep_base_heads(module, init)
@@ -222,7 +225,7 @@ def meant_config(module: Module, init: Mapping[str, Any]) -> PeftConfig:
     return find_method(init["lora_method"]).config(settings, find_targets(module.backbone, settings))
 
 
-def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Module:
+def open_checkpoint(cls: type[Module], path: Path, given: Places) -> Module:
     """A Lightning checkpoint of a run: all weights, or those that a LoRA run trains."""
     checkpoint = read_lightning(path)
     init = checkpoint.get("hyper_parameters")
@@ -235,15 +238,15 @@ def open_checkpoint(cls: type[Module], path: Path, ckpt_path: str | None) -> Mod
     check_peft({"init": init})
     init = completed(init, cls.settings_type)
     if not init["use_lora"]:
-        refuse_base(path, ckpt_path)
+        refuse_base(path, given)
         module = build_empty(cls, init)
         load_exactly(module, state, module.state_dict().keys(), path)
         return finish_opening(module, checkpoint)
-    init = moved(init, ckpt_path)
-    base = ckpt_path or find_base(path, init)
-    if not base and set(init["freeze"]) - {"backbone"}:
+    init = moved(init, given)
+    base = find_base(path, init, given)
+    if not any(base.values()) and set(init["freeze"]) - {"backbone"}:
         raise ValueError(f"{path} leaves out the heads that its run froze, {init['freeze']}: open its adapter/ folder")
-    module = cls(**init | {"compile": False, "ckpt_path": base})
+    module = cls(**init | {"compile": False} | base)
     check_base(checkpoint, module.base, f"the checkpoint {path}")
     keep_base_heads(module, init)
     load_exactly(module, state, module.trained_keys(), path)
@@ -280,7 +283,7 @@ def read_lightning(path: Path) -> dict[str, Any]:
 
 def build_empty(cls: type[Module], init: Mapping[str, Any]) -> Module:
     """The full network of these settings, its weights yet to come."""
-    module = cls(**init | ALL_TRAINABLE | {"pretrained": False, "ckpt_path": None})
+    module = cls(**init | ALL_TRAINABLE | {"pretrained": False} | dict.fromkeys(PLACES))
     set_settings(module, init)
     return module
 
@@ -377,4 +380,4 @@ def merge_adapter(module: Module) -> None:
     merge(module.lora)
     module.__dict__["lora"], module.base, module.adapters, module.strict_loading = None, None, {}, True
     module.artefact_id = None
-    set_settings(module, {**module.hparams, "use_lora": False, "ckpt_path": None, "delta_weights": False})
+    set_settings(module, {**module.hparams, "use_lora": False, "delta_weights": False, **dict.fromkeys(PLACES)})

@@ -9,35 +9,44 @@ from typing import Any
 from eomt.fingerprints import Identity
 from eomt.inference.saved import BASE_FILE
 
+PLACES = ("ckpt_path", "backbone_weights")  # settings that name files of weights, which may move
+Places = Mapping[str, str | Path | None]
 
-def refuse_base(path: Path, ckpt_path: str | None) -> None:
+
+def refuse_base(path: Path, given: Places) -> None:
     """Raises ValueError when base weights are given for a network that is complete."""
-    if ckpt_path:
-        raise ValueError(f"ckpt_path {ckpt_path} is for adapters, and {path} holds a whole network: leave it out")
+    for name, place in given.items():
+        if place:
+            raise ValueError(f"{name} {place} is for adapters, and {path} holds a whole network: leave it out")
 
 
-def moved(init: Mapping[str, Any], ckpt_path: str | None) -> dict[str, Any]:
+def moved(init: Mapping[str, Any], given: Places) -> dict[str, Any]:
     """The settings, with the base where it is now: saved again, the adapter names that."""
-    return {**init, "ckpt_path": ckpt_path} if ckpt_path and init["ckpt_path"] else dict(init)
+    return {**init, **{name: str(place) for name, place in given.items() if place and init[name]}}
 
 
-def find_base(path: Path, init: Mapping[str, Any]) -> str | None:
-    """The checkpoint that an adapter names as its base; None for timm's pretrained weights.
+def find_base(path: Path, init: Mapping[str, Any], given: Places) -> dict[str, str | None]:
+    """The settings `PLACES` of an adapter's base: what is given, or else what the adapter names.
+
+    Both are None for timm's pretrained weights.
 
     Raises:
         FileNotFoundError: it is not there. ValueError: it was random, and stands in the adapter folder alone.
     """
-    base = init["ckpt_path"]
-    if not base and not init["pretrained"]:
+    if given.get("ckpt_path") and not init["ckpt_path"]:  # a whole EoMT takes the place of a plain backbone
+        init = {**init, "backbone_weights": None}
+    places = {name: given.get(name) or init[name] for name in PLACES}
+    if not any(places.values()) and not init["pretrained"]:
         raise ValueError(
             f"the base of {path} was random, and only the run's adapter folder holds it: give "
             f"ckpt_path=.../adapter/{BASE_FILE}"
         )
-    if base and not Path(base).expanduser().exists():
-        raise FileNotFoundError(
-            f"{path} was trained from {base}, which is not there: give the place of these weights with ckpt_path"
-        )
-    return base
+    for name, place in places.items():
+        if place and not given.get(name) and not Path(place).expanduser().exists():
+            raise FileNotFoundError(
+                f"{path} was trained from {place}, which is not there: give the place of these weights with {name}"
+            )
+    return {name: place and str(place) for name, place in places.items()}
 
 
 def record_base(base: Identity | None) -> dict[str, Any]:
@@ -59,5 +68,5 @@ def check_base(saved: Mapping[str, Any], here: Identity, what: str) -> None:
     if difference := recorded.difference(here):
         raise ValueError(
             f"{what} was trained on base weights that this backbone does not have ({difference}): its updates would be "
-            "added to others; give the original base with ckpt_path"
+            "added to others; give the original base with ckpt_path or backbone_weights"
         )

@@ -128,7 +128,9 @@ def check_settings(
         if name in hints:
             check_type(value, hints[name], f"{file}: {name}")
     try:
-        kind.of({**init, "ckpt_path": None, "base_dtype": "float32"})  # the base is looked for later
+        kind.of(
+            {**init, "ckpt_path": None, "backbone_weights": None, "base_dtype": "float32"}
+        )  # the base is looked for later
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -62,7 +62,12 @@ class Options:
 
 
 def evaluate_benchmarks(
-    model: Path, settings: Mapping[str, Any], asked: Sequence[Variant], options: Options, ckpt_path: str | None = None
+    model: Path,
+    settings: Mapping[str, Any],
+    asked: Sequence[Variant],
+    options: Options,
+    ckpt_path: str | None = None,
+    backbone_weights: str | None = None,
 ) -> None:
     """Scores a saved network on every benchmark in turn: logits, metrics, table, pictures, export.
 
@@ -71,7 +76,7 @@ def evaluate_benchmarks(
         settings: as `eomt.anomaly.request.parse` returns them.
         asked: scores and their temperatures.
         options: see `Options`.
-        ckpt_path: the base weights of an adapter, if they have moved.
+        ckpt_path, backbone_weights: the base weights of an adapter, if they have moved.
 
     A benchmark that cannot be used is named, and ends none of the others.
 
@@ -84,7 +89,7 @@ def evaluate_benchmarks(
     datasets, faults = open_datasets(settings)  # before the network has run over all of them
     device = choose_device(options.device)
     if datasets:
-        module = MaskClassificationSemantic.from_pretrained(model, ckpt_path)
+        module = MaskClassificationSemantic.from_pretrained(model, ckpt_path, backbone_weights)
         options = replace(options, precision=options.precision or known_precision(module.trained_precision))
     for dataset in datasets:
         with collected(faults, dataset.name):

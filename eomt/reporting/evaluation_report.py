@@ -25,6 +25,7 @@ def evaluate_artefact(
     output: Path | None = None,
     precision: str | None = None,
     ckpt_path: str | None = None,
+    backbone_weights: str | None = None,
 ) -> Path:
     """Scores a saved network at the images' own resolution, prints its IoUs, and writes them.
 
@@ -33,7 +34,7 @@ def evaluate_artefact(
         overrides: `data=NAME data.key=value` or `experiment=NAME data.key=value`; without a name the data of the run.
         output: folder for the results; None: evaluation/ in the run's folder.
         precision: as Lightning takes it; None: that of the run.
-        ckpt_path: the base weights of an adapter, if they have moved.
+        ckpt_path, backbone_weights: the base weights of an adapter, if they have moved.
 
     Returns:
         The file of scores, `NAME.json`; beside it are `NAME.npz`, `NAME_confusion.csv` and `NAME_confusion.png`.
@@ -55,7 +56,7 @@ def evaluate_artefact(
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     quiet_libraries()
-    module = MaskClassificationSemantic.from_pretrained(model, ckpt_path)
+    module = MaskClassificationSemantic.from_pretrained(model, ckpt_path, backbone_weights)
     refuse_contradictions(dict(module.hparams), overrides)
     name, data = data_for(run, words, module.hparams.img_size)
     file = (output or run / "evaluation") / f"{name}.json"
