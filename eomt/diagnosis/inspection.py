@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eomt.fingerprints import Identity, hash_tensors, identify, identify_tensors, is_adapter
 from eomt.inference.artefacts import read_lightning
@@ -36,7 +36,6 @@ from eomt.models.checkpoint import (
     read_safetensors,
 )
 from eomt.models.resampling import find_grid, fit_pos_embed
-from eomt.models.vit import ViT
 from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.model import completed
 
@@ -319,8 +318,10 @@ def read_start_backbone(weights: str | Path, init: Mapping[str, Any]) -> tuple[d
     return state, identify_tensors(state, resampled)
 
 
-def encoder_from(weights: str | Path, init: Mapping[str, Any]) -> ViT:
+def encoder_from(weights: str | Path, init: Mapping[str, Any]) -> nn.Module:
     """The encoder of these settings with a plain backbone from a file; raises ValueError where that does not fit."""
+    from eomt.models.vit import ViT  # nothing else here needs timm
+
     kwargs = {"pretrained": False, "backbone_kwargs": init.get("backbone_kwargs"), "weights": weights}
     return ViT(init["img_size"], init["patch_size"], init["backbone_name"], **kwargs)
 

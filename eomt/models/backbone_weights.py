@@ -32,7 +32,7 @@ class BackboneReport:
     timm_name: str
     num_heads: int
     heads_known: bool
-    stored: int = 0
+    used: int = 0  # tensors of the file that were loaded
     loaded: list[str] = field(default_factory=list)
     resampled: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -42,7 +42,7 @@ class BackboneReport:
         source = "as the config.json beside it says" if self.heads_known else "as timm has it; the file does not say"
         lines = [
             f"BACKBONE {self.path}: {self.content}, loaded as timm's {self.timm_name}",
-            f"  loaded        {len(self.loaded):>5} tensors, of {self.stored} in the file",
+            f"  loaded        {len(self.loaded):>5} tensors, made of {self.used} in the file",
             f"  resampled     {len(self.resampled):>5} tensors",
             *(f"    {line}" for line in self.resampled),
             f"  left out      {len(self.left_out):>5} tensors",
@@ -82,7 +82,7 @@ def load_backbone(
     stored = {key: tensor for part in file.files for key, tensor in read_state(part).items()}
     tensors = combine(file.names.made_of, stored)
     report = BackboneReport(
-        file.path, str(file.backbone), name, backbone.blocks[0].attn.num_heads, file.heads is not None, len(stored)
+        file.path, str(file.backbone), name, backbone.blocks[0].attn.num_heads, file.heads is not None
     )
     report.left_out = [*file.names.left_out, *drop_empty(tensors, file)]
     drop_zero_biases(tensors, stored, backbone, file, report)
@@ -91,11 +91,11 @@ def load_backbone(
 
     grid = stored_grid(tensors, backbone)
     old_size = file.backbone.patch_size
-    rows, columns = grid or (length // patch_size for length in img_size)
-    backbone.set_input_size(img_size=(rows * old_size, columns * old_size), patch_size=old_size)
+    set_sizes(backbone, grid or tuple(length // patch_size for length in img_size), old_size)
     check_tensors(tensors, backbone.state_dict(), file, name)
     backbone.load_state_dict(tensors)
     report.loaded = sorted(tensors)
+    report.used = len({part.key for name, parts in file.names.made_of.items() if name in tensors for part in parts})
     backbone.resampled = resize(backbone, img_size, patch_size)
     new_grid = tuple(length // patch_size for length in img_size)
     sizes = {"pos_embed": (grid, new_grid, "patches"), PATCH_WEIGHT: ((old_size,) * 2, (patch_size,) * 2, "pixels")}
@@ -207,6 +207,16 @@ def stored_grid(tensors: Mapping[str, Tensor], backbone: nn.Module) -> tuple[int
     prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
     patches = positions[0, prefix:]
     return find_grid(patches) or square_grid(len(patches))
+
+
+def set_sizes(backbone: nn.Module, grid: tuple[int, int], patch_size: int) -> None:
+    """Makes room for the position and patch embeddings of a file; what was there is not resampled, but dropped."""
+    positions = backbone.pos_embed
+    prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
+    backbone.pos_embed = None
+    backbone.set_input_size(img_size=tuple(length * patch_size for length in grid), patch_size=patch_size)
+    if positions is not None:
+        backbone.pos_embed = nn.Parameter(positions.new_empty(1, prefix + math.prod(grid), positions.shape[-1]))
 
 
 def check_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: BackboneFile, name: str) -> None:

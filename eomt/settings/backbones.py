@@ -74,7 +74,8 @@ class Backbone:
         plus = "+" if self.rotary and self.gated and self.letter in ("S", "H") else ""
         size = f"-{self.letter}{plus}" if self.letter else f" {self.width} wide, patch"
         registers = f" with {self.registers} registers" if self.registers else ""
-        return f"a {f'{self.family} ViT'.strip()}{size}/{self.patch_size} of {self.depth} blocks{registers}"
+        article = "an" if self.family == MAE else "a"
+        return f"{article} {f'{self.family} ViT'.strip()}{size}/{self.patch_size} of {self.depth} blocks{registers}"
 
     @property
     def timm_name(self) -> str | None:
