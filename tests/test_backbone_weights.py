@@ -414,6 +414,14 @@ def test_another_models_pixel_statistics_are_refused(tmp_path):
     refused(tmp_path, timm_vit(MAE, (64, 64), 16).backbone.state_dict(), rf"set model.backbone_name={MAE}", PLAIN, 16)
 
 
+def test_a_named_set_of_weights_has_its_own_statistics_where_the_file_tells_only_the_model(tmp_path):
+    name = "vit_large_patch16_dinov3_qkvb"
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    path = save(tmp_path, timm_vit(name, (64, 64), 16).backbone.state_dict())
+    encoder = timm_vit(f"{name}.sat493m", (64, 64), 16, weights=path)
+    assert encoder.pixel_mean.flatten().tolist() == pytest.approx([0.43, 0.411, 0.296])
+
+
 # Which timm model
 
 

@@ -120,7 +120,8 @@ def check_agreement(backbone: nn.Module, name: str, file: BackboneFile) -> None:
             f"has {heads}: set backbone_kwargs={{num_heads: {file.heads}}}, or choose another backbone_name"
         )
     known, used = (timm.get_pretrained_cfg(model) for model in (file.timm_name or name, name))
-    if known and (known.mean, known.std) != (used.mean, used.std):
+    only_the_model = file.timm_name == name.split(".")[0]  # of whose sets of weights any may be meant
+    if known and not only_the_model and (known.mean, known.std) != (used.mean, used.std):
         raise ValueError(
             f"backbone_weights {file.path} holds {file.backbone}, trained on pixels of mean {known.mean}, deviation "
             f"{known.std}; backbone_name {name} has {used.mean}, {used.std}: set model.backbone_name={file.timm_name}"
