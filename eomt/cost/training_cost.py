@@ -27,8 +27,8 @@ from eomt.lora.merging import cast_base
 from eomt.models.vit import attention_in_two
 from eomt.settings.backbone_choice import choose_backbone
 from eomt.training.build import build_loss
-from eomt.training.mask_classification_loss import MaskClassificationLoss, Matches
-from eomt.training.mask_classification_semantic import MaskClassificationSemantic, total
+from eomt.training.mask_classification_loss import MaskClassificationLoss, Matches, total
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 AUTOCAST = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 AUTOCAST |= {"32": None, "16": torch.float16, "bf16": torch.bfloat16}  # Lightning's older names

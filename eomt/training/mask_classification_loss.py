@@ -6,7 +6,7 @@ are never built.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -358,3 +358,8 @@ def mean_over_processes(num_masks: int, device: torch.device) -> float:
     total = torch.tensor(float(num_masks), device=device)
     dist.all_reduce(total)
     return max(total.item() / dist.get_world_size(), 1.0)
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The loss: the sum of all terms over all predictions."""
+    return sum(term.sum() for term in terms.values())

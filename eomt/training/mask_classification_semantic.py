@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from eomt.training.build import build_loss, build_network, build_outlier_loss
 from eomt.training.class_scores import scores_of, tell_counted
 from eomt.training.finite_steps import check_weights
 from eomt.training.index_check import check_start
-from eomt.training.mask_classification_loss import Loss
+from eomt.training.mask_classification_loss import Loss, total
 from eomt.training.optimizer import build_scheduler, fused_adamw
 from eomt.training.param_groups import param_groups
 from eomt.training.schedules import mask_probability, resolve_annealing
@@ -395,8 +395,3 @@ class MaskClassificationSemantic(lightning.LightningModule):
             ValueError: no such adapter.
         """
         use_adapter(self, name)
-
-
-def total(terms: Mapping[str, Tensor]) -> Tensor:
-    """The loss: the sum of all terms over all predictions."""
-    return sum(term.sum() for term in terms.values())
