@@ -34,6 +34,10 @@ def test_all_frames_are_read_and_void_is_ignored(root):
     assert data.val_set.labels(0).flatten().tolist() == [*range(11), IGNORE] * 8
 
 
+def test_every_frame_knows_its_sequence(root):
+    assert read(root).train_set.sequences == ["day"] * 10 + ["dusk"] * 5
+
+
 def test_sequences_choose_by_prefix_in_both_splits(root):
     data = read(root, sequences=["day"])
     assert len(data.train_set) == 10

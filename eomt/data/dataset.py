@@ -67,6 +67,11 @@ class SegmentationDataset(Dataset):
     def names(self) -> list[str]:
         return [sample.name for sample in self.samples]
 
+    @property
+    def sequences(self) -> list[str | None]:
+        """The video that each image is a frame of; None where the data set names none."""
+        return [sample.sequence for sample in self.samples]
+
     def image(self, index: int) -> Tensor:
         """The image alone, uint8 [3, H, W], in memory pixel by pixel (channels last) as it was decoded.
 

@@ -129,7 +129,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image and its label map, under a name that is unique in the dataset."""
+    """One image and its label map, under a name that is unique in the dataset.
+
+    `sequence` names the video that a frame is of; samples of one sequence stand in the order of time.
+    """
 
     name: str
     image: Source

@@ -109,6 +109,7 @@ def evaluate(
         "classes": list(classes.names),
         "class_colors": [list(color) for color in classes.colors],
         "images": datamodule.val_set.names,
+        "sequences": datamodule.val_set.sequences,
         "data": datamodule.val_set.fingerprint(),
         "img_size": list(module.hparams.img_size),
         "precision": precision,
