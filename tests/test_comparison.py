@@ -11,14 +11,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from eomt.anomaly.benchmarks import BENCHMARKS
+from eomt.comparison.bootstrap import (
+    bootstrap_iou,
+    image_weights,
+    over_drawn_seeds,
+    resample,
+    times_drawn,
+    units,
+)
 from eomt.comparison.cells import finished, outdated
 from eomt.comparison.counts import hits_and_unions, iou, mean_iou
 from eomt.comparison.differences import differences
 from eomt.comparison.runs import load_runs
-from eomt.comparison.statistics import bootstrap_iou, compare, image_gains, image_weights, resample
+from eomt.comparison.statistics import compare, image_gains
 from eomt.comparison.table import NONE, table
 from eomt.comparison.verdicts import headline
 from eomt.training.class_scores import iou_per_class
@@ -264,7 +274,7 @@ def test_iou_of_many_counts_is_that_of_training_and_classes_in_neither_map_do_no
     assert mean_iou(hits_and_unions(counts)[0]) == pytest.approx(np.nanmean(found[0]))
 
 
-def test_the_bootstrap_is_that_of_a_plain_loop_over_the_same_images(tmp_path):
+def test_the_bootstrap_is_that_of_a_plain_loop_over_the_same_seeds_and_images(tmp_path):
     ours, theirs = ([confusion(accuracy, seed, images=8, pixels=60) for seed in (0, 1)] for accuracy in (0.70, 0.72))
     for seed in (0, 1):
         write_run(tmp_path / f"a{seed}", "lora_r8", seed, ours[seed])
@@ -273,16 +283,16 @@ def test_the_bootstrap_is_that_of_a_plain_loop_over_the_same_images(tmp_path):
     changes = [
         statistics.fmean(
             (
-                iou_per_class(torch.from_numpy(a[row].sum(0))).nanmean()
-                - iou_per_class(torch.from_numpy(b[row].sum(0))).nanmean()
+                iou_per_class(torch.from_numpy(ours[seed][row].sum(0))).nanmean()
+                - iou_per_class(torch.from_numpy(theirs[seed][row].sum(0))).nanmean()
             ).item()
-            for a, b in zip(ours, theirs, strict=True)
+            for seed in seeds
         )
-        for row in indices
+        for row, seeds in zip(indices, resample(2, seed=1), strict=True)
     ]
     delta = compare(load_runs([tmp_path]))["lora_r8"].delta
     assert (delta.low, delta.high) == pytest.approx(tuple(np.percentile(changes, [2.5, 97.5])), abs=1e-12)
-    vectorised = bootstrap_iou(hits_and_unions(ours[0]), image_weights(indices))
+    vectorised = bootstrap_iou(hits_and_unions(ours[0]), times_drawn(indices))
     np.testing.assert_allclose(vectorised[5], iou(hits_and_unions(ours[0])[indices[5]].sum(0)))
 
 
@@ -293,7 +303,7 @@ def test_class_intervals_are_those_of_the_class(tmp_path):
     write_run(tmp_path / "b", "full", 0, theirs)
     deltas = compare(load_runs([tmp_path]))["lora_r8"].class_delta
     assert list(deltas) == ["sky", "road"], "a class that does not occur has no difference"
-    weights = image_weights(resample(12))
+    weights = image_weights(units(12))
     change = bootstrap_iou(hits_and_unions(ours), weights) - bootstrap_iou(hits_and_unions(theirs), weights)
     for k, name in enumerate(deltas):
         low, high = np.percentile(change[:, k], [2.5, 97.5])
@@ -311,6 +321,89 @@ def test_the_interval_covers_a_planted_difference_and_excludes_zero(tmp_path):
     delta = compare(load_runs([tmp_path]))["lora_r8"].delta
     assert delta.low < planted < delta.high < 0
     assert delta.reading == "below"
+
+
+def test_seeds_that_vary_widen_the_interval_however_many_images_there_are(tmp_path):
+    for seed, accuracy in enumerate((0.70, 0.75, 0.80, 0.85)):
+        write_run(tmp_path / f"a{seed}", "lora_r8", seed, confusion(accuracy, seed, images=100))
+        write_run(tmp_path / f"b{seed}", "full", seed, confusion(0.76, seed, images=100))
+    comparison = compare(load_runs([tmp_path]))
+    delta = comparison["lora_r8"].delta
+    assert delta.low < 0 < delta.high and delta.reading == "no measurable difference"
+    assert min(delta.seeds) < delta.low and delta.high < max(delta.seeds)
+    assert comparison["lora_r8"].class_delta["sky"].low < 0 < comparison["lora_r8"].class_delta["sky"].high
+
+
+def test_about_19_of_20_intervals_hold_the_true_difference_with_several_seeds():
+    rng, held = np.random.default_rng(0), []
+    weights = image_weights(units(40))
+    for _ in range(100):  # 5 points, that vary over seeds by 1 and over images by 6
+        points = 5 + rng.normal(0, 1, (8, 1)) + rng.normal(0, 6, 40)
+        hits = np.stack([6000 + 100 * points, np.full_like(points, 6000)])
+        counts = np.stack([hits, np.full_like(hits, 10_000)], -1)[..., None]
+        ours, theirs = ([bootstrap_iou(seed, weights)[:, 0] for seed in variant] for variant in counts)
+        low, high = np.percentile(over_drawn_seeds(np.stack(ours) - np.stack(theirs)), [2.5, 97.5])
+        held.append(low <= 0.05 <= high)
+    assert 0.88 <= np.mean(held) <= 0.99
+
+
+# ---------------------------------------------------------------------------------------------------- sequences
+
+
+def test_images_of_no_sequence_or_of_one_each_are_drawn_one_by_one():
+    for sequences in ((), [None] * 7, [f"city_{k}" for k in range(7)]):
+        assert units(7, sequences).members.tolist() == list(range(7))
+        assert units(7, sequences).kind == "images"
+
+
+def test_many_sequences_are_drawn_whole():
+    found = units(36, [f"s{k % 12}" for k in range(36)])
+    assert found.kind == "sequences" and found.words == "12 sequences"
+    assert found.members.tolist() == [k % 12 for k in range(36)]
+
+
+def test_few_sequences_are_cut_into_blocks_of_neighbouring_frames():
+    found = units(101, ["0016E5"] * 101)
+    assert found.kind == "blocks" and found.words == "10 blocks of up to 11 neighbouring frames"
+    assert (np.diff(found.members) >= 0).all()
+    found = units(500, ["frankfurt"] * 267 + [f"munster_{k}" for k in range(233)])
+    assert found.count == 12 + 233 and found.kind == "blocks", "one sequence that is half of everything is no sequence"
+
+
+@given(st.lists(st.sampled_from([None, "a", "b", "c", "d"]), min_size=1, max_size=60))
+def test_a_unit_holds_neighbouring_frames_of_one_sequence(sequences):
+    found = units(len(sequences), sequences)
+    assert sorted(set(found.members.tolist())) == list(range(found.count))
+    for unit in range(found.count):
+        members = np.flatnonzero(found.members == unit)
+        name = sequences[members[0]]
+        assert len(members) == 1 or name is not None
+        assert [k for k in range(members[0], members[-1] + 1) if sequences[k] == name] == members.tolist()
+        assert found.kind == "sequences" or len(members) <= np.ceil(np.sqrt(len(sequences)))
+
+
+def test_frames_of_a_sequence_make_a_wider_interval_than_as_many_independent_images(tmp_path):
+    accuracies = np.repeat([0.7, 0.9, 0.6, 0.85, 0.75, 0.95, 0.65, 0.8], 8)  # neighbours are alike
+    counts = np.concatenate([confusion(a, k, images=1) for k, a in enumerate(accuracies)])
+    widths = {}
+    for name, sequences in (("known", ["0016E5"] * 64), ("unknown", None)):
+        write_run(tmp_path / name / "a", "lora_r8", 0, counts, evaluation={"sequences": sequences})
+        write_run(tmp_path / name / "b", "full", 0, confusion(0.8, images=64), evaluation={"sequences": sequences})
+        comparison = compare(load_runs([tmp_path / name]))
+        widths[name] = comparison["lora_r8"].delta.high - comparison["lora_r8"].delta.low
+        notes = " ".join(table(comparison).footnotes)
+        assert ("8 blocks of up to 8 neighbouring frames" in notes) == (name == "known")
+        assert ("no sequences are known here" in notes) == (name == "unknown")
+    assert widths["known"] > 1.8 * widths["unknown"]
+
+
+def test_sequences_that_are_not_one_for_each_image_are_named(tmp_path):
+    run = write_run(tmp_path / "run", "full", evaluation={"sequences": ["a"]})
+    with pytest.raises(ValueError, match=r"target\.json has 1 sequences for 20 images: evaluate again"):
+        load_runs([run])
+    write_evaluation(run, confusion(0.8), sequences="a")
+    with pytest.raises(ValueError, match=r"target\.json has sequences 'a': a list of names is meant"):
+        load_runs([run])
 
 
 def test_identical_variants_have_no_measurable_difference(tmp_path):
@@ -541,7 +634,8 @@ def test_few_images_are_warned_of(tmp_path, images, warned):
     write_run(tmp_path / "b", "full", 0, confusion(0.8, images=images))
     notes = " ".join(table(compare(load_runs([tmp_path]))).footnotes)
     assert (f"Only {images} images" in notes) == warned
-    assert "Seeds are fixed in the interval; their spread is the standard deviation" in notes
+    assert "seeds and images are both drawn again" in notes
+    assert "One seed in the difference of lora_r8: its interval is over images alone." in notes
 
 
 # -------------------------------------------------------------------------------------------------------- anomalies

@@ -76,16 +76,21 @@ def two(tmp_path, *ours, theirs=0.8, images=30, **changes):
     return compare(load_runs([tmp_path / "two"]))
 
 
-def test_the_answer_says_worse_better_or_not_measurably_different(tmp_path):
+def test_the_answer_says_worse_better_or_not_measurably_different_by_how_much_and_how_surely(tmp_path):
     for ours, verdict, side in ((0.7, "worse", "below"), (0.9, "better", "above")):
-        first, baseline, sentence = headline(two(tmp_path, ours, ours))
-        assert first == f"LoRA against full is measurably {verdict} with lora_r8."
-        assert re.match(r"full, the baseline, reaches \d\d\.\d\d ± \d\.\d\d % mIoU \(2 seeds\)\.", baseline)
+        comparison = two(tmp_path, ours, ours, ours)
+        first, baseline, sentence = headline(comparison)
+        delta, (low, high) = comparison["lora_r8"].delta, re.findall(r"interval (\S+) to (\S+)\)", first)[0]
+        assert first.startswith(f"LoRA against full is measurably {verdict} with lora_r8 (")
+        assert numbers(f"{low} {high}") == pytest.approx([100 * delta.low, 100 * delta.high], abs=0.0051)
+        assert numbers(first.split("(")[1])[0] == pytest.approx(100 * delta.value, abs=0.0051)
+        assert re.match(r"full, the baseline, reaches \d\d\.\d\d ± \d\.\d\d % mIoU \(3 seeds\)\.", baseline)
         interval = r"\(95 % interval \S+ to \S+; over seeds ± \d\.\d\d\)"
         assert re.match(rf"lora_r8 is \d+\.\d\d points {side} full {interval}, training 12 % of its", sentence)
     first, _, sentence = headline(two(tmp_path, 0.8))
-    assert first == "LoRA against full is not measurably different with lora_r8."
-    assert "shows no measurable difference to full (+0.00 points, 95 % interval 0.00 to 0.00)" in sentence
+    effect = "+0.00 points, 95 % interval over images alone 0.00 to 0.00"
+    assert first == f"LoRA against full is not measurably different with lora_r8 ({effect})."
+    assert f"shows no measurable difference to full ({effect})" in sentence
 
 
 def test_times_are_set_against_each_other_only_on_equal_machines(tmp_path):
@@ -102,23 +107,37 @@ def test_lora_variants_with_another_method_say_nothing_about_lora(tmp_path):
     ):
         write_run(tmp_path / name, name, 0, confusion(0.7), model={"use_lora": True, **model})
     write_run(tmp_path / "baseline", "baseline", 0)
-    assert headline(compare(load_runs([tmp_path])))[0].endswith("in the one seed that was run, with baseline_lora.")
+    assert headline(compare(load_runs([tmp_path])))[0].startswith(
+        "LoRA against baseline is worse on these images, in the one seed that was run, with baseline_lora ("
+    )
     shutil.rmtree(tmp_path / "baseline_lora")
     assert headline(compare(load_runs([tmp_path])))[0].startswith("baseline, the baseline, reaches")
 
 
-def test_one_seed_measures_nothing_but_these_images(tmp_path):
-    assert headline(two(tmp_path, 0.7))[0] == (
-        "LoRA against full is worse on these images, in the one seed that was run, with lora_r8."
-    )
+@pytest.mark.parametrize(("seeds", "those"), [(1, "the one seed that was run"), (2, "the 2 seeds that were run")])
+def test_one_seed_or_two_measure_nothing_but_these_images(tmp_path, seeds, those):
+    comparison = two(tmp_path, *[0.7] * seeds)
+    first = headline(comparison)[0]
+    assert first.startswith(f"LoRA against full is worse on these images, in {those}, with lora_r8 (")
+    assert "measurabl" not in first and ("over images alone" in first) == (seeds == 1)
+    (row,) = (row for row in table(comparison).rows if row[0].text == "lora_r8")
+    assert f"below in {'one seed' if seeds == 1 else '2 seeds'}" in [cell.text for cell in row]
+    notes = " ".join(table(comparison).footnotes)
+    assert ("Few seeds in the difference of lora_r8" in notes) == (seeds == 2)
+
+
+def test_two_seeds_of_which_one_is_above_and_one_below_measure_no_difference(tmp_path):
+    first, _, sentence = headline(two(tmp_path, 0.6, 0.85, images=200))
+    assert first.startswith("LoRA against full is not measurably different with lora_r8 (")
+    assert "), and the seeds disagree, training" in sentence
 
 
 def test_seeds_that_disagree_leave_it_undecided_however_narrow_the_interval(tmp_path):
-    comparison = two(tmp_path, 0.6, 0.85, images=200)
+    comparison = two(tmp_path, 0.6, 0.6, 0.6, 0.6, 0.85, images=200)
     delta = comparison["lora_r8"].delta
     assert delta.high < 0 and delta.reading == "seeds disagree"
     first, _, sentence = headline(comparison)
-    assert first == "LoRA against full is undecided, since seeds disagree, with lora_r8."
+    assert first.startswith("LoRA against full is undecided, since seeds disagree, with lora_r8 (")
     assert f"over seeds ± {100 * delta.seed_sd:.2f}), and the seeds disagree" in sentence
 
 

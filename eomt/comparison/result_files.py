@@ -42,6 +42,20 @@ def read_confusion(file: Path, facts: Mapping[str, Any]) -> np.ndarray:
     return confusion
 
 
+def read_sequences(file: Path, facts: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Returns the video that each image is a frame of, nothing where an earlier version or the data name none.
+
+    Raises:
+        ValueError: they are not one for each image.
+    """
+    found = facts.get("sequences") or []
+    if not isinstance(found, list) or not all(name is None or isinstance(name, str) for name in found):
+        raise ValueError(f"{file} has sequences {found!r}: a list of names is meant; evaluate again")
+    if found and len(found) != len(facts["images"]):
+        raise ValueError(f"{file} has {len(found)} sequences for {len(facts['images'])} images: evaluate again")
+    return tuple(found)
+
+
 def read_scores(file: Path) -> dict[str, Any]:
     """Returns what `scripts/evaluate_anomaly.py` wrote of a benchmark: its title, results and facts.
 

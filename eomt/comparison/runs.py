@@ -11,7 +11,7 @@ import numpy as np
 
 from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.counts import hits_and_unions, mean_iou
-from eomt.comparison.result_files import read_confusion, read_scores, read_summary
+from eomt.comparison.result_files import read_confusion, read_scores, read_sequences, read_summary
 from eomt.comparison.tuning import FOLDER
 from eomt.files import read_yaml
 from eomt.fingerprints import Identity
@@ -34,6 +34,7 @@ class Evaluation:
     description: str = ""
     colors: tuple[tuple[int, int, int], ...] = ()
     images: tuple[str, ...] = ()
+    sequences: tuple[str | None, ...] = ()  # of each image, or nothing where they are not known
     counts: np.ndarray | None = field(default=None, compare=False)
 
     @property
@@ -278,6 +279,7 @@ def _load_evaluation(path: Path) -> Evaluation | None:
         description=facts.get("description") or "",
         colors=tuple(map(tuple, facts.get("class_colors") or ())),
         images=tuple(facts["images"]),
+        sequences=read_sequences(file, facts),
         counts=counts,
     )
 

@@ -9,32 +9,17 @@ from typing import Any
 import numpy as np
 
 from eomt.anomaly.benchmarks import BENCHMARKS
-from eomt.comparison.counts import iou, mean_iou, nanmean
+from eomt.comparison.bootstrap import Units, bootstrap_iou, image_weights, over_drawn_seeds, units
+from eomt.comparison.counts import mean_iou, nanmean
 from eomt.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
 from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run
 
-RESAMPLES = 2000
-
-
-def resample(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Indices [resamples, images] of images drawn with replacement."""
-    return np.random.default_rng(seed).integers(images, size=(resamples, images))
-
-
-def image_weights(indices: np.ndarray) -> np.ndarray:
-    """Indices [B, N] -> how often each image was drawn, float64 [B, N]."""
-    return np.stack([np.bincount(row, minlength=indices.shape[1]) for row in indices]).astype(np.float64)
-
-
-def bootstrap_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """IoU [B, K] of every resample, from counts [N, 2, K] and weights [B, N]."""
-    sums = weights @ counts.reshape(len(counts), -1)
-    return iou(sums.reshape(len(weights), *counts.shape[1:]))
+FEW_SEEDS = 3  # with fewer, nothing is measured but these seeds
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A difference to the baseline in [-1, 1], with its 95 % interval where images could be resampled."""
+    """A difference to the baseline in [-1, 1], with its 95 % interval where images or seeds could be resampled."""
 
     value: float
     low: float | None = None
@@ -48,9 +33,20 @@ class Delta:
             return UNKNOWN
         if self.low <= 0 <= self.high:
             return "no measurable difference"
-        if min(self.seeds, default=0) < 0 < max(self.seeds, default=0):
+        if self.seeds_disagree:
             return "seeds disagree"
         return "above" if self.low > 0 else "below"
+
+    @property
+    def seeds_disagree(self) -> bool:
+        """Whether some seeds are above the baseline and others below."""
+        return min(self.seeds, default=0) < 0 < max(self.seeds, default=0)
+
+    @property
+    def few_seeds(self) -> str:
+        """`one seed` or `2 seeds` where there are too few of them to say how another would turn out; else nothing."""
+        count = len(self.seeds)
+        return "" if count >= FEW_SEEDS else "one seed" if count == 1 else f"{count} seeds"
 
     @property
     def seed_sd(self) -> float | None:
@@ -155,6 +151,12 @@ class Comparison:
         return self[self.baseline].runs[0].target
 
     @cached_property
+    def units(self) -> Units:
+        """How the images of that evaluation are resampled."""
+        base = self[self.baseline]
+        return drawn_together(base).get(self.evaluation.images) or units(len(self.evaluation.images))
+
+    @cached_property
     def benchmarks(self) -> dict[str, AnomalyEvaluation]:
         """The anomaly benchmarks that were run, in the order of tables, each as its first run found it."""
         runs = [run for variant in self.variants for run in variant.runs]
@@ -176,7 +178,8 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
     """Means over seeds, differences to the baseline, and costs.
 
     The difference is the mean over the seeds that both variants have of mIoU(variant) - mIoU(baseline). Its interval
-    comes from 2,000 resamples of the images, the same ones for both variants and all seeds; seeds are fixed in it.
+    comes from 2,000 resamples of these seeds and, independently, of the images, the same ones for both variants and
+    all seeds. Images are drawn as `units` groups them.
 
     Args:
         runs: see `load_runs`.
@@ -200,8 +203,8 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
     reference = _baseline(variants, baseline)
     found = differences(runs)
     marked = {name for difference in found for name in difference.variants(reference.name)}
-    images = {run.target.images for run in reference.runs if run.target.counts is not None}
-    weights = {names: image_weights(resample(len(names))) for names in images}
+    drawn = drawn_together(reference)
+    weights = {names: image_weights(together) for names, together in drawn.items()}
     resampled = {  # IoU [B, K] of every run that can be paired
         id(run): bootstrap_iou(run.target.counts, weights[run.target.images])
         for variant in variants
@@ -265,6 +268,15 @@ def _score(runs: Sequence[Run], name: str | None) -> str | None:
     return name or ("rba" if "rba" in known else next(iter(known), None))
 
 
+def drawn_together(reference: Variant) -> dict[tuple[str, ...], Units]:
+    """How the images are resampled that the baseline's runs were evaluated on; sequences are as one of them tells."""
+    told: dict[tuple[str, ...], tuple[str | None, ...]] = {}
+    for run in reference.runs:
+        if run.target.counts is not None:
+            told[run.target.images] = told.get(run.target.images) or run.target.sequences
+    return {images: units(len(images), sequences) for images, sequences in told.items()}
+
+
 def pairs(variant: Variant, other: Variant) -> list[tuple[Run, Run]]:
     """The runs of both, for each seed that they share."""
     theirs = {run.seed: run for run in other.runs}
@@ -282,9 +294,9 @@ def _set_deltas(variant: Variant, baseline: Variant, resampled: dict[int, np.nda
     paired = alike and all(id(run) in resampled for run in runs)
     resamples = np.stack([np.stack([resampled[id(a)], resampled[id(b)]]) for a, b in both]) if paired else None
     scores = None if resamples is None else nanmean(resamples, -1)  # [seeds, 2, B]
-    changes = None if scores is None else (scores[:, 0] - scores[:, 1]).mean(0)
+    changes = None if scores is None else over_drawn_seeds(scores[:, 0] - scores[:, 1])
     variant.delta = delta_of([a.target.miou - b.target.miou for a, b in both], changes)
-    per_class = None if resamples is None else nanmean(resamples[:, 0] - resamples[:, 1], 0)
+    per_class = None if resamples is None else over_drawn_seeds(resamples[:, 0] - resamples[:, 1])
     for k, name in enumerate(variant.runs[0].target.classes):
         scores = [(a.target.class_iou.get(name), b.target.class_iou.get(name)) for a, b in both]
         known = [a - b for a, b in scores if a is not None and b is not None]

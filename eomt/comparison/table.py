@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from eomt.comparison.anomalies import METRICS, anomaly_notes, difference, measured, spread
+from eomt.comparison.bootstrap import FEW_UNITS, RESAMPLES
 from eomt.comparison.differences import by_value, run_names
 from eomt.comparison.runs import Run
-from eomt.comparison.statistics import RESAMPLES, Comparison, Delta, Spread, Variant
+from eomt.comparison.statistics import FEW_SEEDS, Comparison, Delta, Spread, Variant
 
-FEW_IMAGES = 10  # fewer make an interval that means little
 NONE = "\N{EN DASH}"  # what a table shows where there is nothing to show
 MIOU = "mIoU, %"
 
@@ -98,6 +98,8 @@ def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
     base = comparison[comparison.baseline]
     delta = None if variant is base else variant.delta
     reading = "baseline" if variant is base else delta.reading if delta else NONE
+    if delta and delta.few_seeds and reading in ("above", "below"):
+        reading += f" in {delta.few_seeds}"
     anomaly_score = {"anomaly_score": comparison.score} if comparison.score else {}
     return {
         "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name} | anomaly_score),
@@ -213,10 +215,10 @@ def footnotes(comparison: Comparison) -> list[str]:
     """Returns notes that a reader of the table must know, a sentence or two each."""
     lines = [
         f"mIoU: mean ± sample standard deviation over seeds; {NONE} for one seed.",
-        "Difference: over the seeds that both variants have. Its 95 % interval comes from a paired bootstrap of the "
-        f"images ({RESAMPLES:,} resamples, percentiles). Seeds are fixed in the interval; their spread is the standard "
-        "deviation. Where the interval holds 0, no difference was measurable. Images count as independent: for "
-        "neighbouring frames of a video the interval is only roughly right.",
+        "Difference: over the seeds that both variants have. Its 95 % interval comes from a paired two-way bootstrap: "
+        f"seeds and images are both drawn again with replacement ({RESAMPLES:,} resamples, percentiles). Where the "
+        "interval holds 0, no difference was measurable.",
+        drawn_words(comparison),
         "Learning rates are the experiment's, tuned for no variant in particular.",
     ]
     lines += warnings_of(comparison)
@@ -243,9 +245,8 @@ def footnotes(comparison: Comparison) -> list[str]:
 def warnings_of(comparison: Comparison) -> list[str]:
     """Says why intervals are missing, or mean little."""
     lines = []
-    count = len(comparison.evaluation.images)
-    if 0 < count < FEW_IMAGES:
-        lines.append(f"Only {count} images were evaluated: the intervals mean little.")
+    if 0 < comparison.units.count < FEW_UNITS:
+        lines.append(f"Only {comparison.units.words} were evaluated: the intervals mean little.")
     for v in comparison.others:
         theirs, ours = (classes_scored(comparison[name].runs[0]) for name in (comparison.baseline, v.name))
         if theirs != ours:
@@ -258,13 +259,44 @@ def warnings_of(comparison: Comparison) -> list[str]:
         lines.append(
             f"No interval for {', '.join(unpaired)}: it needs evaluation/target.npz of both, on the same images."
         )
-    single = [v.name for v in comparison.variants if len(v.runs) == 1]
-    if single:
-        lines.append(f"One seed of {', '.join(single)}: how far another would move the score is unknown.")
+    lines += seed_warnings(comparison)
     alone = [v.name for v in comparison.others if v.delta is None]
     if alone:
         lines.append(f"No difference for {', '.join(alone)}: no seed in common with {comparison.baseline}.")
     return lines
+
+
+def seed_warnings(comparison: Comparison) -> list[str]:
+    """Says what few seeds leave unknown."""
+    lines = []
+    single = [v.name for v in comparison.variants if len(v.runs) == 1]
+    if single:
+        lines.append(f"One seed of {', '.join(single)}: how far another would move the score is unknown.")
+    paired = [v for v in comparison.others if v.delta and v.delta.low is not None]
+    if once := [v.name for v in paired if len(v.delta.seeds) == 1]:
+        lines.append(f"One seed in the difference of {', '.join(once)}: its interval is over images alone.")
+    if few := [v.name for v in paired if 1 < len(v.delta.seeds) <= FEW_SEEDS]:
+        lines.append(
+            f"Few seeds in the difference of {', '.join(few)}: two or three tell little of how seeds vary, and the "
+            "interval is too narrow."
+        )
+    return lines
+
+
+def drawn_words(comparison: Comparison) -> str:
+    """Says what was drawn as one piece, since frames of a video are not independent."""
+    together = comparison.units
+    if together.kind == "images":
+        named = "Every image is drawn by itself"
+        if comparison.evaluation.sequences:
+            return f"{named}: no two are known to be of one sequence."
+        return f"{named}: no sequences are known here. For neighbouring frames of a video that is too narrow."
+    if together.kind == "sequences":
+        return f"Images of one sequence are drawn together: {together.words}."
+    return (
+        f"Images are drawn in {together.words} of one sequence, which are more alike than others. They all come from "
+        f"{len(set(comparison.evaluation.sequences))} sequence(s): nothing here says how another would turn out."
+    )
 
 
 def classes_scored(run: Run) -> set[str]:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from eomt.comparison.anomalies import difference, spread
+from eomt.comparison.differences import UNKNOWN
 from eomt.comparison.runs import Run
-from eomt.comparison.statistics import Comparison, Variant
+from eomt.comparison.statistics import Comparison, Delta, Variant
 from eomt.comparison.table import difference_text, mebibytes, percent, percentage
 
 
@@ -32,20 +33,39 @@ def lora_verdict(comparison: Comparison) -> list[str]:
     found: dict[str, list[str]] = {}
     for variant in comparison.others:
         if variant.uses_lora and not base.uses_lora and variant.runs[0].method == base.method:
-            reading = variant.delta.reading if variant.delta else "unknown"
-            once = reading in ("above", "below") and variant.delta_seeds == 1
-            found.setdefault(f"{reading} once" if once else reading, []).append(variant.name + " †" * variant.marked)
-    words = {
-        "above": "measurably better with",
-        "above once": "better on these images, in the one seed that was run, with",
-        "no measurable difference": "not measurably different with",
-        "seeds disagree": "undecided, since seeds disagree, with",
-        "below": "measurably worse with",
-        "below once": "worse on these images, in the one seed that was run, with",
-        "unknown": "undecided, for want of an interval, with",
-    }
-    answers = [f"{text} {', '.join(found[reading])}" for reading, text in words.items() if reading in found]
+            delta = variant.delta
+            effect = "" if delta is None else f" ({_effect(delta)})"
+            found.setdefault(_verdict(delta), []).append(variant.name + " †" * variant.marked + effect)
+    answers = [f"{words} with {', '.join(names)}" for words, names in found.items()]
     return [f"LoRA against {comparison.baseline} is {'; '.join(answers)}."] if answers else []
+
+
+def _verdict(delta: Delta | None) -> str:
+    """How much better or worse may be said: of one seed or two, nothing beyond what was run."""
+    reading = UNKNOWN if delta is None else delta.reading
+    if reading in ("above", "below"):
+        word = {"above": "better", "below": "worse"}[reading]
+        return f"{word} on these images, in {_those_run(delta)}," if delta.few_seeds else f"measurably {word}"
+    return {
+        "no measurable difference": "not measurably different",
+        "seeds disagree": "undecided, since seeds disagree,",
+        UNKNOWN: "undecided, for want of an interval,",
+    }[reading]
+
+
+def _those_run(delta: Delta) -> str:
+    return f"the {delta.few_seeds} that {'was' if len(delta.seeds) == 1 else 'were'} run"
+
+
+def _effect(delta: Delta) -> str:
+    """`−1.60 points, 95 % interval −2.90 to −0.41`; without an interval the points alone."""
+    points = f"{percent(delta.value, signed=True)} points"
+    return points if delta.low is None else f"{points}, {_interval(delta)}"
+
+
+def _interval(delta: Delta) -> str:
+    over = " over images alone" * (len(delta.seeds) == 1)
+    return f"95 % interval{over} {percent(delta.low)} to {percent(delta.high)}"
 
 
 def variant_sentence(variant: Variant, comparison: Comparison) -> str:
@@ -79,17 +99,17 @@ def _difference_words(variant: Variant, base: Variant) -> str:
     share = ", without training" if variant.untrained else ""
     if variant.trainable and variant.share is not None:
         share = f", training {percentage(variant.share)} of its parameters"
-    interval = "" if delta.low is None else f"95 % interval {percent(delta.low)} to {percent(delta.high)}"
+    interval = "" if delta.low is None else _interval(delta)
     if variant.delta_seeds < max(len(variant.runs), len(base.runs)):
         interval += f", over {variant.delta_seeds} seed{'s' * (variant.delta_seeds > 1)}"
+    spread = "" if delta.seed_sd is None else f"; over seeds ± {percent(delta.seed_sd)}"
+    doubt = ", and the seeds disagree" if delta.seeds_disagree else ""
     if delta.reading == "no measurable difference":
-        difference = f"{percent(delta.value, signed=True)} points, {interval}"
-        return f"{variant.name} shows no measurable difference to {base.name} ({difference}){share}"
+        difference = f"{percent(delta.value, signed=True)} points, {interval}{spread}"
+        return f"{variant.name} shows no measurable difference to {base.name} ({difference}){doubt}{share}"
     side = f"{percent(abs(delta.value))} points {'above' if delta.value > 0 else 'below'} {base.name}"
     if delta.low is None:
         return f"{variant.name} is {side}{share}, and no interval tells how sure that is"
-    spread = "" if delta.seed_sd is None else f"; over seeds ± {percent(delta.seed_sd)}"
-    doubt = ", and the seeds disagree" if delta.reading == "seeds disagree" else ""
     return f"{variant.name} is {side} ({interval}{spread}){doubt}{share}"
 
 
