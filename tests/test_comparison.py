@@ -662,9 +662,9 @@ def test_anomaly_columns_follow_miou_in_the_order_of_the_benchmarks_and_only_tho
         for benchmark in benchmarks:
             write_anomalies(run, benchmark)
     content = table(compare(load_runs([tmp_path])))
-    ((caption, columns),) = content.parts(("anomalies",))
-    names = [content.columns[k][0] for k in columns]
-    assert names[:2] == ["variant", "mIoU, %"] and "by the score rba" in caption
+    (part,) = content.parts(("anomalies",))
+    names = part.titles
+    assert names[:2] == ["variant", "mIoU, %"] and "by the score rba" in part.caption
     assert names[2:] == [
         f"{title} {metric}, %"
         for title in ("RoadAnomaly21", BENCHMARKS["fs_static"].title, "Toy anomalies")

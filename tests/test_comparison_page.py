@@ -5,6 +5,7 @@ import csv
 import io
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 from test_comparison import confusion, write_anomalies, write_evaluation, write_failed, write_matrix, write_run
 
 from eomt.comparison import plots
-from eomt.comparison.page import audit_words, kept_network, write_report
+from eomt.comparison.facts import audit_words, kept_network
+from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
 from eomt.comparison.statistics import compare
 from eomt.comparison.table import NONE, table
@@ -172,17 +174,26 @@ def test_the_choice_of_the_network_and_the_audit_are_told(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- formats
 
 
+def tex_tables(report):
+    """Rows of cells of every LaTeX table, titles first; lines of a cell are joined again."""
+    cell = r"\\begin\{tabular\}\[.\]\{@\{\}r@\{\}\}(.*?)\\end\{tabular\}"
+    text = re.sub(cell, r"\1", (report / "report.tex").read_text())
+    bodies = re.findall(r"\\toprule\n(.*?)\\bottomrule", text, re.S)
+    lines = [[line for line in body.splitlines() if line != r"\midrule"] for body in bodies]
+    return [[[cell.replace(r"\\", " ") for cell in line[:-3].split(" & ")] for line in table] for table in lines]
+
+
 def test_all_formats_hold_the_numbers_of_one_table(report, matrix):
     with (report / "report.csv").open(newline="") as file:
         values = {row["variant"]: row for row in csv.DictReader(file)}
     markdown = [line for line in (report / "report.md").read_text().splitlines() if line.startswith("| ")][2:]
-    tex = (report / "report.tex").read_text().split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    tex = [table[1:] for table in tex_tables(report)]
     content = table(compare(load_runs([matrix])))
     titles = [title for title, _ in content.columns]
     html = (report / "report.html").read_text()
-    for md_line, tex_line, row in zip(markdown, tex, content.rows, strict=True):
+    for k, (md_line, row) in enumerate(zip(markdown, content.rows, strict=False)):
         md_cells = [cell.strip() for cell in md_line.strip("|").split(" | ")]
-        tex_cells = tex_line.removesuffix(r" \\").split(" & ")
+        tex_cells = [tex[0][k][0], *(cell for table in tex for cell in table[k][1:])][: len(row)]
         assert md_cells == [markdown_escape(cell.text) for cell in row]
         assert tex_cells == [tex_escape(cell.text) for cell in row]
         for cell in row[1:]:
@@ -200,25 +211,25 @@ def test_all_formats_hold_the_numbers_of_one_table(report, matrix):
 
 def test_all_formats_hold_the_anomalies_beside_miou(anomaly_report, matrix):
     content = table(compare(load_runs([matrix])))
-    (_, columns), (_, differing) = content.parts(("anomalies",), ("differences",))
-    rows = [[row[k].text for k in columns] for row in content.rows]
-    assert [row[-2:] for row in rows] == [
+    shown, differing = content.parts(("anomalies",), ("differences",))
+    assert [row[-2:] for row in shown.rows] == [
         [NONE, NONE],
         ["50.00 ± 7.07", "25.00 ± 7.07"],
         ["45.00 ± 7.07", "25.00 ± 7.07"],
+        ["2.00", "95.00"],
     ]
     markdown = (anomaly_report / "report.md").read_text()
-    tex = (anomaly_report / "report.tex").read_text()
+    tex = tex_tables(anomaly_report)
     html = (anomaly_report / "report.html").read_text()
     assert r"| variant | mIoU, % | FS L\&F AuPRC, % | FS L\&F FPR95, % | Toy anomalies AuPRC, % |" in markdown
-    assert r"variant & mIoU & FS L\&F AuPRC & FS L\&F FPR95 & Toy anomalies AuPRC & Toy anomalies FPR95 \\" in tex
+    titles = [r"FS L\&F AuPRC, \%", r"FS L\&F FPR95, \%", r"Toy anomalies AuPRC, \%", r"Toy anomalies FPR95, \%"]
+    assert ["variant", r"mIoU, \%", *titles] in [table[0] for table in tex]
     assert '<th scope="col">FS L&amp;F AuPRC, %</th>' in html
     assert "<td>50.00 / 25.00</td><td>10.00 / 90.00</td>" in html, "every score, apart"
-    for row in (*rows, *([row[k].text for k in differing] for row in content.rows)):
+    for row in (*shown.rows, *differing.rows):
         assert "| " + " | ".join(map(markdown_escape, row)) + " |" in markdown
-        assert " & ".join(map(tex_escape, row)) + r" \\" in tex
+        assert list(map(tex_escape, row)) in [found for table in tex for found in table]
         assert all(f"<td>{text}</td>" in html for text in row[1:])
-    assert tex.count(r"\begin{table*}") == tex.count(r"\end{table*}") == 3
     with (anomaly_report / "report.csv").open(newline="") as file:
         values = {row["variant"]: row for row in csv.DictReader(file)}
     assert values["lora_r8"]["toy_anomalies_auprc_percent"] == "50.0"
@@ -242,6 +253,26 @@ def test_latex_has_no_bare_special_character(report):
     assert not re.search(r"(?<!\\)[_%#]", body)
     assert body.isascii()
     assert tex_escape("a_b & 5 % \\ {x}") == r"a\_b \& 5 \% \textbackslash{} \{x\}"
+
+
+def test_latex_tables_have_at_most_seven_columns_and_each_column_once(anomaly_report, matrix):
+    tables = tex_tables(anomaly_report)
+    assert max(len(table[0]) for table in tables) <= 7
+    content = table(compare(load_runs([matrix])))
+    titles = [title for part in tables for title in part[0][1:]]
+    assert titles.count(r"mIoU, \%") == 2, "beside the anomalies, too"
+    assert {tex_escape(title) for title, _ in content.columns[1:]} < set(titles)
+    assert {tex_escape(title) for title in content.classes.titles[1:]} < set(titles)
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="there is no LaTeX to set the tables with")
+def test_latex_tables_fit_the_page(anomaly_report):
+    page = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{report.tex}\end{document}"
+    (anomaly_report / "page.tex").write_text(page)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    result = subprocess.run(command, cwd=anomaly_report, capture_output=True, text=True, errors="replace")
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "Overfull" not in result.stdout and "Float too large" not in result.stdout
 
 
 def test_the_console_shows_whole_cells_at_eighty_columns(matrix, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from scipy.special import stdtrit
 
 from eomt.anomaly.benchmarks import BENCHMARKS
 from eomt.comparison.differences import by_value, run_names
-from eomt.comparison.runs import Run
+from eomt.comparison.runs import AnomalyEvaluation, Run
 from eomt.comparison.statistics import Comparison, Delta, Spread, Variant, pairs
 
 METRICS = {"auprc": "AuPRC", "fpr95": "FPR95"}
@@ -18,6 +18,14 @@ def measured(run: Run, benchmark: str, metric: str, score: str | None) -> float 
     """A share in [0, 1]; None where the run has no such result, or it is undefined."""
     evaluation = run.anomalies.get(benchmark)
     return getattr(evaluation, metric).get(score) if evaluation else None
+
+
+def chance(evaluation: AnomalyEvaluation) -> dict[str, float]:
+    """What a score that knows nothing reaches, by metric, in [0, 1].
+
+    Any threshold then keeps the same share of anomalous and of normal pixels.
+    """
+    return {"auprc": evaluation.anomalous / max(evaluation.valid, 1), "fpr95": 0.95}
 
 
 def spread(variant: Variant, benchmark: str, metric: str, score: str | None) -> Spread | None:
@@ -48,17 +56,18 @@ def anomaly_notes(comparison: Comparison) -> list[str]:
     if comparison.score is None:
         return _failed(comparison)
     notes = [
-        f"Anomalies: pixels are ranked by the score {comparison.score} in every column and row; choosing the best for "
-        "each would compare what is not comparable. AuPRC (average precision): higher is better. FPR95, the share of "
-        "normal pixels taken for anomalous where 95 % of the anomalous ones are found: lower is better. Mean ± sample "
-        "standard deviation over seeds.",
+        f"Anomalies: pixels are ranked by the score {comparison.score} in every column and row"
+        + "".join(f" but those by {score}" for score in comparison.scores[1:])
+        + "; choosing the best for each would compare what is not comparable. AuPRC (average precision): higher is "
+        "better. FPR95, the share of normal pixels taken for anomalous where 95 % of the anomalous ones are found: "
+        "lower is better. Mean ± sample standard deviation over seeds.",
         "Differences of AuPRC and FPR95: over the seeds that both variants have. Their 95 % interval is Student's t "
         "over the seeds, wide for few, none for one; the images are fixed in it.",
     ]
     for name, evaluation in comparison.benchmarks.items():
-        share = 100 * evaluation.anomalous / max(evaluation.valid, 1)
+        share = 100 * chance(evaluation)["auprc"]
         text = f"{evaluation.title}: {evaluation.images} images, {share:.2f} % of their pixels anomalous, which is the "
-        text += "AuPRC of a score that knows nothing"
+        text += "AuPRC of a score that knows nothing (chance); its FPR95 is 95 %"
         if error := max(comparison.known(name, lambda found: found.error.get(comparison.score)), default=0):
             text += f"; counted in bins, within {100 * error:.2g} points"
         notes.append(text + ".")

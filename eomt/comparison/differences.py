@@ -187,7 +187,8 @@ def machine_name(machine: dict[str, Any] | None) -> str:
     """GPUs, or threads of a CPU, and the platform."""
     if not machine:
         return UNKNOWN
-    processors = ", ".join(machine.get("gpus") or []) or f"CPU, {machine.get('threads')} threads"
+    processor = machine.get("processor") or "CPU"
+    processors = ", ".join(machine.get("gpus") or []) or f"{processor}, {machine.get('threads')} threads"
     return f"{processors} ({machine.get('platform')})"
 
 

@@ -1,19 +1,28 @@
 """The table on the terminal, and as Markdown, CSV and LaTeX."""
 
 import csv
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 from rich.text import Text
 
+from eomt.comparison.facts import fact_lines
 from eomt.comparison.statistics import Comparison
-from eomt.comparison.table import Table
+from eomt.comparison.table import Part, Table
 from eomt.comparison.verdicts import headline
 from eomt.reporting.markup import markdown_escape, tex_escape
 
 TABLES = (("scores", "costs"), ("anomalies",), ("differences",))  # where there is room for wide ones
+
+
+LATEX_TABLES = (("scores",), ("costs",), ("anomalies",), ("differences",))
+LATEX_COLUMNS, LATEX_CHARACTERS = 7, 90  # of a table that fits the text of an article, in footnotesize
+LATEX_LINE, LATEX_TITLE = 19, 12  # characters of a cell and of a title, from which on they are broken
 
 
 def print_table(content: Table) -> None:
@@ -41,59 +50,103 @@ def print_table(content: Table) -> None:
 
 
 def markdown(comparison: Comparison, content: Table) -> str:
-    """The answer, the table, that of anomalies and their differences apart, and footnotes."""
+    """The answer, the tables, footnotes, and what was compared."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
+        return "| " + " | ".join(map(markdown_escape, cells)) + " |"
 
     lines = ["# Comparison", "", *(f"* {markdown_escape(sentence)}" for sentence in headline(comparison)), ""]
-    for caption, columns in content.parts(*TABLES):
-        titles = [markdown_escape(content.columns[k][0]) for k in columns]
-        lines += [markdown_escape(caption), "", line(titles), line(["---"] * len(titles))]
-        lines += [*(line([markdown_escape(row[k].text) for k in columns]) for row in content.rows), ""]
-    return "\n".join([*lines, *(f"* {markdown_escape(note)}" for note in content.footnotes)]) + "\n"
+    for part in (*content.parts(*TABLES), content.classes):
+        rule = "| " + " | ".join(["---"] * len(part.titles)) + " |"
+        lines += [markdown_escape(part.caption), "", line(part.titles), rule, *map(line, part.rows), ""]
+    lines += [*(f"* {markdown_escape(note)}" for note in content.footnotes), "", "## What was compared", ""]
+    return "\n".join([*lines, *(f"* {markdown_escape(fact)}" for fact in fact_lines(comparison))]) + "\n"
 
 
 def write_csv(path: Path, comparison: Comparison, content: Table) -> None:
-    """The values behind the table, unrounded, and why a variant is not comparable."""
+    """The values behind the table, unrounded, the IoU of every class, and why a variant is not comparable."""
     reasons = {
         variant.name: "; ".join(
             str(d) for d in comparison.differences if variant.name in d.variants(comparison.baseline)
         )
         for variant in comparison.variants
     }
+    names = [row[0] for row in content.classes.rows]
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = [{key: value for cell in row for key, value in cell.values.items()} for row in content.rows]
-        writer = csv.DictWriter(file, [*rows[0], "not_comparable"])
+        classes = [f"iou_percent_{name}" for name in names]
+        writer = csv.DictWriter(file, [*rows[0], *classes, "not_comparable"])
         writer.writeheader()
         for row in rows:
             reason = reasons[row["variant"]]
-            writer.writerow(row | {"not_comparable": f"† {reason}" if reason else ""})
+            scores = [comparison[row["variant"]].class_iou(name) for name in names]
+            known = {key: round(100 * score.mean, 6) for key, score in zip(classes, scores, strict=True) if score}
+            writer.writerow(row | known | {"not_comparable": f"† {reason}" if reason else ""})
 
 
-def latex(content: Table) -> str:
-    """Booktabs tables as wide as the page, the last one with the footnotes."""
-    tables = [_latex_table(content, *part) for part in content.parts(*TABLES)]
-    notes = [r"\par\footnotesize", *(rf"{tex_escape(note)}\par" for note in content.footnotes)]
-    lines = [line for table in tables[:-1] for line in (*table, r"\end{table*}")]
-    lines += [*tables[-1], *notes, r"\end{table*}"]
-    return "\n".join(["% needs \\usepackage{booktabs,graphicx}", *lines, ""])
+def latex(comparison: Comparison, content: Table) -> str:
+    """Booktabs tables of up to seven columns, as many as a page of one text column takes, and their footnotes below."""
+    parts = [piece for part in (*content.parts(*LATEX_TABLES), content.classes) for piece in pieces(part)]
+    lines = ["% needs \\usepackage{booktabs}", *(line for part in parts for line in _latex_table(part))]
+    notes = [*content.footnotes, *fact_lines(comparison)]
+    return "\n".join([*lines, r"{\footnotesize", *(rf"{tex_escape(note)}\par" for note in notes), "}", ""])
 
 
-def _latex_table(content: Table, caption: str, columns: Sequence[int]) -> list[str]:
-    """Without its end; the units of a column stand in a second line."""
-    titles = [content.columns[k][0].partition(", ")[::2] for k in columns]
-    body = [[row[k].text for k in columns] for row in content.rows]
-    lines = [" & ".join(map(tex_escape, cells)) + r" \\" for cells in (*zip(*titles, strict=True), *body)]
+def pieces(part: Part) -> list[Part]:
+    """Cuts a table between columns into as few pieces as fit a page; all begin with the first column."""
+    widths = [
+        max(map(_width, (*_lines(title, LATEX_TITLE), *(line for text in column for line in _lines(text)))))
+        for title, *column in zip(part.titles, *part.rows, strict=True)
+    ]
+
+    def fits(columns: Sequence[int]) -> bool:
+        return len(columns) <= LATEX_COLUMNS and sum(widths[k] + 2 for k in columns) <= LATEX_CHARACTERS
+
+    for count in range(1, len(part.titles)):
+        cut = [[0, *piece] for piece in np.array_split(range(1, len(part.titles)), count)]
+        if count == len(part.titles) - 1 or all(map(fits, cut)):
+            break
+    place = [f" ({k + 1} of {count})" * (count > 1) for k in range(count)]
+    rows = [[[row[k] for k in columns] for row in (part.titles, *part.rows)] for columns in cut]
+    return [Part(part.caption + where, titles, body) for where, (titles, *body) in zip(place, rows, strict=True)]
+
+
+def _lines(text: str, length: int = LATEX_LINE) -> list[str]:
+    """The lines that a long text of a LaTeX cell is broken into."""
+    if len(text) <= length:
+        return [text]
+    return [
+        line
+        for piece in re.split(r" (?=\(|over |±)", text)
+        for line in textwrap.wrap(piece, length, break_long_words=False)
+    ]
+
+
+def _width(line: str) -> float:
+    """About the width in digits; capitals are wider."""
+    return len(line) + 0.4 * sum(map(str.isupper, line))
+
+
+def _latex_table(part: Part) -> list[str]:
+    """A float; lines that were broken stand below each other in their cell."""
+
+    def cell(place: str, lines: list[str]) -> str:
+        broken = r"\\".join(map(tex_escape, lines))
+        return rf"\begin{{tabular}}[{place}]{{@{{}}r@{{}}}}{broken}\end{{tabular}}" if len(lines) > 1 else broken
+
+    def line(texts: Sequence[str], place: str, length: int) -> str:
+        return " & ".join([tex_escape(texts[0]), *(cell(place, _lines(text, length)) for text in texts[1:])]) + r" \\"
+
     return [
         r"\begin{table*}",
-        rf"\caption{{{tex_escape(caption)}}}",
-        r"\resizebox{\textwidth}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+        r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+        rf"\caption{{{tex_escape(part.caption)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(part.titles) - 1)}}}",
         r"\toprule",
-        *lines[:2],
+        line(part.titles, "b", LATEX_TITLE),
         r"\midrule",
-        *lines[2:],
+        *(line(row, "t", LATEX_LINE) for row in part.rows),
         r"\bottomrule",
-        r"\end{tabular}}",
+        r"\end{tabular}",
+        r"\end{table*}",
     ]

@@ -1,6 +1,5 @@
 """The report of a comparison: a page to read, beside its table in other formats."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,14 +7,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from eomt.comparison import plots
 from eomt.comparison.anomalies import METRICS, spread
-from eomt.comparison.differences import by_value, machine_name, run_names, short_hash, versions_name
+from eomt.comparison.facts import audit_words, command, kept_network, shared_facts
 from eomt.comparison.formats import latex, markdown, print_table, write_csv
 from eomt.comparison.galleries import Predictions, galleries, heat_maps
 from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Variant, compare
 from eomt.comparison.table import NONE, Table, percent, table, warnings_of
 from eomt.comparison.verdicts import headline
-from eomt.data.identity import same_files
 from eomt.files import replacing_files
 
 
@@ -52,7 +50,7 @@ def write_report(
     with replacing_files(out_dir) as draft:
         (draft / "report.html").write_text(html(comparison, content, predictions), encoding="utf-8")
         (draft / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
-        (draft / "report.tex").write_text(latex(content), encoding="utf-8")
+        (draft / "report.tex").write_text(latex(comparison, content), encoding="utf-8")
         write_csv(draft / "report.csv", comparison, content)
     print_table(content)
     return comparison
@@ -100,7 +98,7 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
         facts=shared_facts(comparison),
         runs=comparison.runs,
         run_rows=[_run_row(run) for run in comparison.runs],
-        command=lambda run: shlex.join(run.cell.get("command") or run.summary.get("command") or []),
+        command=command,
         baseline=comparison.baseline,
         chosen=any(kept_network(run).startswith("best") for run in comparison.runs if run.error is None),
         tests=sum(v.delta is not None and v.delta.low is not None for v in comparison.others),
@@ -124,88 +122,6 @@ def score_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list
         rows = [[variant.name, *(cell(variant, name, score) for score in scores)] for variant in comparison.variants]
         tables.append((evaluation.title, scores, rows))
     return tables
-
-
-def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Lists the facts of the runs: each with its values, and with the runs of each where there are several."""
-    scored = [run for run in comparison.runs if run.error is None]
-    anomalies = [("Class head", class_head), ("Outlier loss", outlier_loss), ("Pasted objects", pasted_objects)]
-    facts = []
-    for label, value in (
-        ("Evaluated", lambda run: f"{run.target.description or NONE} ({len(run.target.images) or '?'} images)"),
-        ("Evaluated at", lambda run: f"{'x'.join(map(str, run.target.img_size))}, {run.target.precision}"),
-        ("Evaluated network", kept_network),
-        ("Images per step", lambda run: run.images_per_step),
-        ("Learning rates", learning_rates),
-        ("Training data", lambda run: _data(run, "train")),
-        ("Validation data", lambda run: _data(run, "val")),
-        ("Evaluated data", lambda run: short_hash(run.target.data) or NONE),
-        ("Start weights", lambda run: short_hash(run.summary.get("start_fingerprint")) or NONE),
-        ("First batches", lambda run: short_hash(run.summary.get("batches")) or NONE),
-        ("Machine", lambda run: machine_name(run.summary.get("machine"))),
-        ("Libraries", lambda run: versions_name(run.summary.get("versions"))),
-        ("Commit", lambda run: run.summary.get("git_commit") or NONE),
-        *(anomalies if comparison.benchmarks else ()),
-    ):
-        values = by_value(scored, value)
-        facts.append((label, [(v, run_names(runs) if len(values) > 1 else "") for v, runs in values.items()]))
-    return facts
-
-
-def learning_rates(run: Run) -> str:
-    """Words the learning rates, which a reader asks for first when one method loses."""
-    model, trainer = run.config.get("model") or {}, run.config.get("trainer") or {}
-    if not run.steps or "lr" not in model:
-        return NONE
-    adapters = f", adapters {model.get('lora_lr') or model['lr']:g}" if run.uses_lora else ""
-    decay, clip = model.get("weight_decay"), trainer.get("gradient_clip_val")
-    return f"{model['lr']:g}{adapters}, {model.get('lr_schedule')}, weight decay {decay}, gradients clipped at {clip}"
-
-
-def class_head(run: Run) -> str:
-    """Its kind; of a cosine, scale and margin."""
-    model = run.config.get("model") or {}
-    angles = f", scale {model.get('arcface_scale')}, margin {model.get('arcface_margin')}"
-    return run.class_head + angles * (run.class_head == "arcface")
-
-
-def outlier_loss(run: Run) -> str:
-    """Words the loss that teaches a network to reject outliers, with its settings."""
-    model = run.config.get("model") or {}
-    if not run.steps or not model.get("outlier_loss"):
-        return "none"
-    settings = ("outlier_weight", "inlier_margin", "outlier_margin")
-    return ", ".join([model["outlier_loss"], *(f"{name.replace('_', ' ')} {model.get(name)}" for name in settings)])
-
-
-def pasted_objects(run: Run) -> str:
-    """Words the objects that are pasted on training scenes."""
-    return (run.summary.get("data") or {}).get("cut_paste") or ("none" if run.pasted is None else str(run.pasted))
-
-
-def _data(run: Run, split: str) -> str:
-    data = run.summary.get("data") or {}
-    return f"{short_hash(data.get(split)) or NONE} ({data.get(f'{split}_images', '?')} images)"
-
-
-def kept_network(run: Run) -> str:
-    """Words which network of a run was evaluated: choosing it by the evaluated images flatters every variant."""
-    if run.steps == 0:
-        return "as it was before training"
-    if run.kept == "last":
-        return "after the last step, not chosen by validation"
-    same = same_files(run.target.data, (run.summary.get("data") or {}).get("val"))
-    images = {True: "the evaluated images", False: "other images", None: "images that may be the evaluated ones"}[same]
-    return f"best of {len(run.curve) or '?'} validations on {images}"
-
-
-def audit_words(run: Run) -> str:
-    """`10 of 10 passed`, with the names of those that did not."""
-    audit = run.summary.get("lora_audit")
-    if not audit:
-        return NONE
-    broken = [name for name, result in audit.items() if not result["passed"]]
-    return f"{len(audit) - len(broken)} of {len(audit)} passed" + (f"; not {', '.join(broken)}" if broken else "")
 
 
 def _run_row(run: Run) -> list[str]:

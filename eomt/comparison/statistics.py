@@ -106,6 +106,10 @@ class Variant:
         total = len(self.runs) + len(self.failed)
         return f"{len(self.runs)} of {total}" if self.failed else str(total)
 
+    def class_iou(self, name: str) -> "Spread | None":
+        """The IoU of a class over seeds; None where no run has one."""
+        return Spread.of(self.known(lambda run: run.target.class_iou.get(name)))
+
     def known(self, value: Callable[[Run], Any]) -> list[Any]:
         """Collects the values that the runs tell, without the silent ones."""
         return [v for v in map(value, self.runs) if v is not None]
@@ -162,6 +166,13 @@ class Comparison:
         runs = [run for variant in self.variants for run in variant.runs]
         found = {name: run.anomalies[name] for run in reversed(runs) for name in run.anomalies}
         return {name: found[name] for name in BENCHMARKS if name in found}
+
+    @property
+    def scores(self) -> list[str]:
+        """The anomaly scores that the table shows: the one, and beside `rba` or `max_logit` the other."""
+        other = {"rba": "max_logit", "max_logit": "rba"}.get(self.score)
+        told = {score for name in self.benchmarks for scores in self.known(name, lambda e: e.auprc) for score in scores}
+        return [score for score in (self.score, other) if score in told]
 
     def known(self, benchmark: str, value: Callable[[AnomalyEvaluation], Any]) -> list[Any]:
         """Collects the values that the runs tell of a benchmark, without the silent ones."""

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from eomt.comparison.anomalies import METRICS, anomaly_notes, difference, measured, spread
+from eomt.comparison.anomalies import METRICS, anomaly_notes, chance, difference, measured, spread
 from eomt.comparison.bootstrap import FEW_UNITS, RESAMPLES
 from eomt.comparison.differences import by_value, run_names
 from eomt.comparison.runs import Run
@@ -28,6 +29,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some columns of the table, as texts; each row begins with what it is about."""
+
+    caption: str
+    titles: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
 class Table:
     """The one table that every format shows.
 
@@ -37,19 +47,26 @@ class Table:
     captions: dict[str, str]  # by group
     columns: list[tuple[str, str]]  # (title, group)
     rows: list[list[Cell]]
+    chance: dict[str, str]  # what a score that knows nothing reaches, by title
+    classes: Part  # the IoU of every class
     footnotes: list[str]
 
-    def parts(self, *together: tuple[str, ...]) -> list[tuple[str, list[int]]]:
-        """Caption and columns of a table for each of these groups of columns; none where there is nothing to show.
+    def parts(self, *together: tuple[str, ...]) -> list[Part]:
+        """A table for each of these groups of columns; none where there is nothing to show.
 
-        Each begins with the variants, that of anomalies goes on with mIoU.
+        Each begins with the variants; that of anomalies goes on with mIoU, and ends with chance.
         """
         parts = []
         for groups in together:
             columns = [k for k, (_, group) in enumerate(self.columns) if k and group in groups]
             beside = [k for k, (title, _) in enumerate(self.columns) if title == MIOU and "anomalies" in groups]
             if columns:
-                parts.append((self.captions[groups[0]], [0, *beside, *columns]))
+                shown = [0, *beside, *columns]
+                titles = [self.columns[k][0] for k in shown]
+                rows = [[row[k].text for k in shown] for row in self.rows]
+                if "anomalies" in groups:
+                    rows.append(["chance", *(self.chance.get(title, NONE) for title in titles[1:])])
+                parts.append(Part(self.captions[groups[0]], titles, rows))
         return parts
 
 
@@ -123,17 +140,39 @@ def _difference_cell(prefix: str, delta: Delta | None, variant: Variant, base: V
 
 
 def _anomalies(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
-    """AuPRC and FPR95 of every benchmark, by the one score."""
+    """AuPRC and FPR95 of every benchmark, by the one score and by the one that is shown beside it."""
     cells = {}
-    for name, evaluation in comparison.benchmarks.items():
-        for metric, title in METRICS.items():
-            cell = _spread_cell(f"{name}_{metric}", spread(variant, name, metric, comparison.score))
-            known = variant.known(lambda run, name=name, metric=metric: measured(run, name, metric, comparison.score))
-            text = cell.text + _seeds_words(len(known), len(variant.runs))
-            cells[f"{evaluation.title} {title}, %"] = Cell(
-                text, cell.values | {f"{name}_{metric}_seeds": len(known) or None}
-            )
+    for name, score, metric, title in _anomaly_columns(comparison):
+        key = f"{name}_{metric}" if score == comparison.score else f"{name}_{score}_{metric}"
+        cell = _spread_cell(key, spread(variant, name, metric, score))
+        known = len(variant.known(partial(measured, benchmark=name, metric=metric, score=score)))
+        values = cell.values | {f"{key}_seeds": known or None}
+        cells[title] = Cell(cell.text + _seeds_words(known, len(variant.runs)), values)
     return cells
+
+
+def _anomaly_columns(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """Benchmark, score, metric and title of every column."""
+    return [
+        (name, score, metric, f"{found.title} {words}{'' if score == comparison.score else f' by {score}'}, %")
+        for name, found in comparison.benchmarks.items()
+        for score in comparison.scores
+        for metric, words in METRICS.items()
+    ]
+
+
+def _chance(comparison: Comparison) -> dict[str, str]:
+    benchmarks = comparison.benchmarks
+    return {title: percent(chance(benchmarks[name])[metric]) for name, _, metric, title in _anomaly_columns(comparison)}
+
+
+def class_table(comparison: Comparison) -> Part:
+    """A row for each class, a column for each variant."""
+    shown = [variant for variant in comparison.variants if variant.runs]
+    names = dict.fromkeys(name for variant in shown for run in variant.runs for name in run.target.classes)
+    rows = [[name, *(_spread_cell("", variant.class_iou(name)).text for variant in shown)] for name in names]
+    titles = ["class", *(variant.name + " †" * variant.marked for variant in shown)]
+    return Part("IoU of every class, %: mean ± sample standard deviation over seeds.", titles, rows)
 
 
 def _anomaly_differences(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
@@ -196,9 +235,10 @@ def table(comparison: Comparison) -> Table:
     evaluation = comparison.evaluation
     where = f" on {evaluation.description}" if evaluation.description else ""
     images = f", {len(evaluation.images)} images" if evaluation.images else ""
+    by_scores = f"by the score{'s' * (len(comparison.scores) > 1)} {' and '.join(comparison.scores)}"
     captions = {
         "scores": f"Scores{where}{images}, and what they cost. Baseline: {comparison.baseline}.",
-        "anomalies": f"Anomaly segmentation, by the score {comparison.score}.",
+        "anomalies": f"Anomaly segmentation, {by_scores}.",
         "differences": f"Anomaly segmentation, by the score {comparison.score}: differences to {comparison.baseline}, "
         "with 95 % intervals over seeds.",
         "costs": "What the variants cost.",
@@ -207,6 +247,8 @@ def table(comparison: Comparison) -> Table:
         captions,
         columns,
         [[groups[group][k][title] for title, group in columns] for k in range(len(comparison.variants))],
+        _chance(comparison),
+        class_table(comparison),
         footnotes(comparison),
     )
 

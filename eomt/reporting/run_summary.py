@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +213,24 @@ def git_commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Describes what computes here: system, instructions and threads of the processor, GPUs."""
+    """Describes what computes here: system, name, instructions and threads of the processor, GPUs."""
     return {
         "platform": platform.platform(),
+        "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def processor() -> str | None:
+    """The name of the CPU; None where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine() or None
 
 
 def file_sizes(directory: str | Path) -> dict[str, int]:
@@ -234,6 +246,7 @@ def write_summary(path: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
         "git_commit": git_commit(),
         "machine": machine(),
         "command": sys.argv,
+        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_json(path, summary)
     return summary
