@@ -691,6 +691,28 @@ def test_one_score_serves_the_whole_table_rba_unless_another_is_asked_for(scored
         compare(runs, score="energy")
 
 
+def test_max_logit_stands_beside_rba_and_chance_below_them_by_benchmark(tmp_path):
+    for variant in ("lora_r8", "full"):
+        run = write_run(tmp_path / variant, variant)
+        both = {"rba": (0.3, 0.8), "max_logit": (0.4, 0.5), "msp": (0.1, 0.9)}
+        write_anomalies(run, scores=both, anomalous=1560)
+        write_anomalies(run, "fs_static", scores=both, anomalous=700)
+    comparison = compare(load_runs([tmp_path]))
+    (part,) = table(comparison).parts(("anomalies",))
+    assert part.caption == "Anomaly segmentation, by the scores rba and max_logit."
+    shown = dict(zip(part.titles, zip(*part.rows, strict=True), strict=True))
+    assert shown["variant"][-1] == "chance" and shown["mIoU, %"][-1] == NONE
+    assert shown["Toy anomalies AuPRC, %"][1:] == (f"30.00 ± {NONE}", "1.56")
+    assert shown["Toy anomalies AuPRC by max_logit, %"][1:] == (f"40.00 ± {NONE}", "1.56")
+    assert shown["Toy anomalies FPR95 by max_logit, %"][1:] == (f"50.00 ± {NONE}", "95.00")
+    assert shown["FS Static AuPRC by max_logit, %"][-1] == "0.70"
+    notes = " ".join(table(comparison).footnotes)
+    assert "ranked by the score rba in every column and row but those by max_logit" in notes
+    values = {key: value for cell in table(comparison).rows[0] for key, value in cell.values.items()}
+    assert values["toy_anomalies_max_logit_auprc_percent"] == 40 and values["toy_anomalies_auprc_percent"] == 30
+    assert compare(load_runs([tmp_path]), score="msp").scores == ["msp"]
+
+
 def test_temperatures_are_scores_of_their_own_and_the_first_score_stands_in_for_rba(tmp_path):
     run = write_run(tmp_path / "run", "full")
     write_anomalies(run, scores={"msp": (0.1, 0.9), "msp@0.5": (0.2, 0.8)})

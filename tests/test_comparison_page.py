@@ -6,15 +6,18 @@ import io
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from test_comparison import confusion, write_anomalies, write_evaluation, write_failed, write_matrix, write_run
+from test_comparison import confusion, set_up, write_anomalies, write_evaluation, write_failed, write_matrix, write_run
 
 from eomt.comparison import plots
-from eomt.comparison.facts import audit_words, kept_network
+from eomt.comparison.facts import audit_words, kept_network, weights, what_trains
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
 from eomt.comparison.statistics import compare
@@ -169,6 +172,72 @@ def test_the_choice_of_the_network_and_the_audit_are_told(tmp_path):
     run.summary["data"]["val"] = "other"
     assert kept_network(run) == "best of 4 validations on other images"
     assert audit_words(run) == "1 of 2 passed; not b_c"
+
+
+# ---------------------------------------------------------------------------------------------------------- facts
+
+
+def test_every_text_says_what_was_compared(tmp_path):
+    lora = {"lora_alpha": 16, "lora_target_modules": ["attn.qkv"], "lora_blocks": 4, "lora_options": {"use_dora": True}}
+    start = {"backbone_name": "vit_small", "backbone_kwargs": {"depth": 6}, "ckpt_path": "day/model"}
+    machine = {"platform": "Linux", "processor": "Xeon", "threads": 2, "gpus": []}
+    told = {"machine": machine, "finished_at": "2026-03-01T23:59:00+00:00", "command": ["train", "experiment=dusk"]}
+    for name, variant, model in (("a", "lora_r8", lora), ("b", "full", {})):
+        run = write_run(tmp_path / "runs" / name, variant, model=start | model, **told)
+        set_up(run, "data", _target_="eomt.data.camvid.camvid", root="/data/camvid")
+    write_report(load_runs([tmp_path / "runs"]), tmp_path / "out")
+    wanted = (
+        "dusk",
+        "vit_small with depth 6",
+        "day/model",
+        "LoRA of rank 8, alpha 16, use_dora True, in attn.qkv of the last 4 blocks; queries and heads",
+        "camvid in /data/camvid",
+        "2026-03-01",
+        "Xeon, 2 threads (Linux)",
+    )
+    for name in ("report.html", "report.md", "report.tex"):
+        text = re.sub(r"\\(.)", r"\1", (tmp_path / "out" / name).read_text())
+        assert [words for words in wanted if words not in text] == [], name
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"ckpt_path": "a/model", "load_ckpt_class_head": False}, "a/model, with a fresh class head"),
+        ({"backbone_weights": "dino.pth"}, "backbone from dino.pth; queries and heads random"),
+        ({"pretrained": True, "backbone_name": "vit"}, "backbone as timm has it for vit; queries and heads random"),
+        ({"pretrained": False}, "random"),
+        ({}, NONE),
+    ],
+)
+def test_the_weights_at_the_start_are_named(tmp_path, model, words):
+    assert weights(*load_runs([write_run(tmp_path / "run", "full", model=model)])) == words
+
+
+def test_what_trains_is_named_for_variants_without_lora(tmp_path):
+    for name, model, words in (
+        ("none", {}, "nothing"),
+        ("head", {"freeze": ["backbone"]}, "everything but backbone"),
+        ("last", {"unfreeze_last_n": 3}, "the last 3 blocks, queries and heads"),
+        ("full", {}, "everything"),
+    ):
+        assert what_trains(*load_runs([write_run(tmp_path / name, name, model=model)])) == words
+
+
+def test_every_format_holds_the_iou_of_every_class(report, matrix):
+    content = table(compare(load_runs([matrix]))).classes
+    assert content.titles == ["class", "none", "lora_r8", "full"]
+    scores = [run.target.class_iou["road"] for run in load_runs([matrix]) if run.variant == "full"]
+    road = next(row for row in content.rows if row[0] == "road")
+    assert numbers(road[3]) == pytest.approx([100 * np.mean(scores), 100 * np.std(scores, ddof=1)], abs=0.0051)
+    html, markdown = ((report / f"report.{form}").read_text() for form in ("html", "md"))
+    for row in content.rows:
+        assert "| " + " | ".join(map(markdown_escape, row)) + " |" in markdown
+        assert list(map(tex_escape, row)) in [found for table in tex_tables(report) for found in table]
+        assert all(f"<td>{text}</td>" in html for text in row[1:])
+    with (report / "report.csv").open(newline="") as file:
+        values = {row["variant"]: row for row in csv.DictReader(file)}
+    assert float(values["full"]["iou_percent_road"]) == pytest.approx(100 * np.mean(scores))
 
 
 # ---------------------------------------------------------------------------------------------------------- formats
@@ -378,12 +447,13 @@ def test_disagreements_have_the_colours_of_the_legend():
     assert picture[0, :, 3].tolist() == [255] * 5 + [0]
 
 
-def test_pictures_shrink_to_the_width_of_the_page_and_label_maps_mix_no_colours():
-    labels = torch.randint(0, 2, (512, 1024), dtype=torch.uint8)
+@pytest.mark.parametrize(("width", "shown"), [(1024, 1024), (8192, 4096)])
+def test_pictures_keep_their_size_unless_it_is_huge_and_label_maps_mix_no_colours(width, shown):
+    labels = torch.randint(0, 2, (64, width), dtype=torch.uint8)
     classes = LabelSet(("a", "b"), ((10, 20, 30), (200, 100, 0)))
-    for uri in (plots.photo_uri(torch.zeros(3, 512, 1024, dtype=torch.uint8)), plots.labels_uri(labels, classes)):
+    for uri in (plots.photo_uri(torch.zeros(3, 64, width, dtype=torch.uint8)), plots.labels_uri(labels, classes)):
         picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
-        assert picture.size == (480, 240)
+        assert picture.size == (shown, 64 * shown // width)
     assert {color for _, color in picture.getcolors()} == set(classes.colors)
 
 
@@ -396,9 +466,42 @@ def test_curves_are_averaged_over_the_steps_that_all_seeds_have(tmp_path):
     np.testing.assert_allclose(values, [[35, 50], [50, 70]])
 
 
-def test_a_variant_keeps_its_look_and_twelve_are_told_apart():
-    look = plots.styles([f"variant {k}" for k in range(12)])
-    assert len({(style.color, style.marker) for style in look.values()}) == 12
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(max_size=3), min_size=1, max_size=30, unique=True))
+def test_variants_are_told_apart_whatever_their_names(names):
+    look = plots.styles(names)
+    by_color = Counter(style.color for style in look.values())
+    pairs = {(style.color, style.marker) for style in look.values()}
+    assert len(pairs) == len(names) or max(by_color.values()) > len(plots.MARKERS)
+
+
+def test_a_variant_has_one_colour_in_every_report_whoever_it_stands_beside():
+    usual = ["none", "head", "unfreeze_last_n", "lora_r4", "lora_r8", "lora_r16", "lora_r32", "lora_last_k", "full"]
+    anomalies = ["baseline", "baseline_lora", "rba", "rba_lora", "arcface", "arcface_lora", "arcface_rba"]
+    for names in (usual, anomalies):
+        assert len({style.color for style in plots.styles(names).values()}) == len(names)
+    for name in (*usual, *anomalies, "mine", "yours"):
+        assert plots.styles([name])[name].color == plots.styles(["a", *usual, *anomalies, "mine", "yours"])[name].color
+
+
+def test_maps_of_disagreement_have_the_colours_of_the_two_variants():
+    look = plots.styles(["lora_r8", "full"])
+    colors = plots.disagreement_colors(look["lora_r8"], look["full"])
+    assert [f"#{bytes(color).hex()}" for color in colors[:2]] == [plots.COLORS["lora_r8"], plots.COLORS["full"]]
+    assert len(set(plots.disagreement_colors(look["full"], look["full"]))) == len(plots.DISAGREEMENTS)
+
+
+def test_class_panels_have_one_scale_and_one_order_without_what_never_trained(matrix, monkeypatch):
+    write_run(matrix / "head" / "seed_0", "head", 0, confusion(0.6))
+    drawn = []
+    monkeypatch.setattr(plots, "_finish", lambda figure, *_: drawn.append(figure.axes[0]))
+    plots.class_plots(compare(load_runs([matrix])))
+    assert [axes.get_title() for axes in drawn] == ["lora_r8", "head"]
+    assert len({axes.get_xlim() for axes in drawn}) == 1
+    labels = [[tick.get_text() for tick in axes.get_yticklabels()] for axes in drawn]
+    assert labels == [["sky", "road", "traffic_sign"]] * 2
+    assert all(bottom > top for bottom, top in (axes.get_ylim() for axes in drawn)), "the first stands on top"
+    assert [bar.get_y() + bar.get_height() / 2 for bar in drawn[0].patches] == pytest.approx([0, 1, 2])
 
 
 # ------------------------------------------------------------------------------------------------------------- page
@@ -419,7 +522,7 @@ def browser():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize(("kind", "tables"), [("report", 2), ("anomaly_report", 4)])
+@pytest.mark.parametrize(("kind", "tables"), [("report", 3), ("anomaly_report", 5)])
 def test_the_page_is_whole_in_a_browser_and_never_scrolls_sideways(request, kind, tables, browser, width, scheme):
     report = request.getfixturevalue(kind)
     requests, problems = [], []
@@ -446,11 +549,39 @@ def test_the_page_shows_the_anomaly_maps_of_one_seed_of_each_variant_that_has_so
     assert re.findall(r"<h3>(.+?)</h3>", section) == ["Toy anomalies"]
     assert re.findall(r"<summary>(.+?)</summary>", section) == ["lora_r8 seed 0", "full seed 0"]
     for uri in re.findall(r'src="data:image/webp;base64,(.+?)"', section):
-        assert Image.open(io.BytesIO(base64.b64decode(uri))).size == (1600, 400)
+        assert Image.open(io.BytesIO(base64.b64decode(uri))).size == (2000, 500)
 
 
 def test_a_page_without_anomalies_has_no_section_of_them(report):
     assert "Anomaly" not in (report / "report.html").read_text()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pictures_open_in_full_size_and_close_again(anomaly_report, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 700})
+    page.goto((anomaly_report / "report.html").resolve().as_uri())
+    images = "[...document.querySelectorAll('label img')].filter(i => i.checkVisibility())"
+    sizes = f"{images}.map(i => [i.clientWidth, i.naturalWidth, i.currentSrc.startsWith('data:image/svg')])"
+    count = len(page.evaluate(sizes))
+    assert count > 8 and page.locator("figure img").count() == page.locator("label img").count()
+    for k in range(count):
+        small = page.evaluate(sizes)[k]
+        page.evaluate(f"{images}[{k}].click()")
+        shown, natural, drawing = page.evaluate(sizes)[k]
+        assert (shown > 0.9 * width - 40 and shown >= small[0]) if drawing else shown == natural
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.evaluate(f"{images}[{k}].click()")
+        assert page.evaluate(sizes)[k] == small
+    page.close()
+
+
+@pytest.mark.parametrize(("width", "said"), [(400, True), (600, False)])
+def test_a_narrow_page_says_that_tables_scroll(report, browser, width, said):
+    page = browser.new_page(viewport={"width": width, "height": 700})
+    page.goto((report / "report.html").resolve().as_uri())
+    captions = [caption.inner_text() for caption in page.locator("caption").all()]
+    assert captions and all(("scrolls sideways" in caption) == said for caption in captions)
+    page.close()
 
 
 def test_dark_pages_get_dark_drawings(report, browser):

@@ -95,8 +95,10 @@ def _gallery(name: str, plan: _Plan | None, comparison: Comparison, results: dic
     if not plan.gains:
         return Gallery(name, run.seed, reason=f"it scores like {baseline} in every image")
     words = [text.format(variant=name, baseline=baseline) for text in plots.DISAGREEMENTS]
-    colors = ["rgb({}, {}, {})".format(*color) for color in plots.DISAGREEMENTS.values()]
-    gallery = Gallery(name, run.seed, legend=list(zip(words, colors, strict=True)))
+    look = plots.styles([variant.name for variant in comparison.variants])
+    colors = plots.disagreement_colors(look[name], look[baseline])
+    shown = ["rgb({}, {}, {})".format(*color) for color in colors]
+    gallery = Gallery(name, run.seed, legend=list(zip(words, shown, strict=True)))
     classes = LabelSet(run.target.classes, run.target.colors)
     for image, gain in plan.gains.items():
         photo, target, ours = results[run.path][image]
@@ -106,7 +108,7 @@ def _gallery(name: str, plan: _Plan | None, comparison: Comparison, results: dic
         for caption, labels in (("target", target), (baseline, theirs), (name, ours)):
             what = "Target" if caption == "target" else f"Prediction by {caption}"
             panels.append((caption, plots.labels_uri(labels, classes), f"{what} {about}"))
-        map_uri = plots.flat_uri(plots.disagreement_map(target, theirs, ours))
+        map_uri = plots.flat_uri(plots.disagreement_map(target, theirs, ours, colors))
         panels.append(("who is right", map_uri, f"Where {name} and {baseline} differ {about}"))
         gallery.examples.append(Example(image, f"{percent(gain, signed=True)} points mIoU", panels))
     gallery.legend.append(("ignored", "transparent"))

@@ -12,7 +12,7 @@ from eomt.comparison.formats import latex, markdown, print_table, write_csv
 from eomt.comparison.galleries import Predictions, galleries, heat_maps
 from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Variant, compare
-from eomt.comparison.table import NONE, Table, percent, table, warnings_of
+from eomt.comparison.table import NONE, Table, drawn_words, percent, table, warnings_of
 from eomt.comparison.verdicts import headline
 from eomt.files import replacing_files
 
@@ -88,6 +88,8 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
             (v.name for v in comparison.others if v.uses_lora), comparison.others[0].name if comparison.others else ""
         ),
         class_plots=plots.class_plots(comparison),
+        left_out=", ".join(v.name for v in comparison.others if v.untrained and v.class_delta),
+        drawn=drawn_words(comparison),
         galleries=galleries(comparison, predictions) if predictions else None,
         heat_maps=heat_maps(comparison),
         score_tables=score_tables(comparison),
@@ -100,6 +102,7 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
         run_rows=[_run_row(run) for run in comparison.runs],
         command=command,
         baseline=comparison.baseline,
+        colors={name: style.color for name, style in plots.styles([v.name for v in comparison.variants]).items()},
         chosen=any(kept_network(run).startswith("best") for run in comparison.runs if run.error is None),
         tests=sum(v.delta is not None and v.delta.low is not None for v in comparison.others),
     )

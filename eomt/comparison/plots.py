@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import statistics
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +25,37 @@ from eomt.comparison.statistics import Comparison, Variant
 from eomt.data.labels import LabelSet
 from eomt.indices import IGNORE
 
-# Okabe and Ito's colours without those that vanish on white; the marker tells repeated ones apart
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d46", "#808080")
+# Okabe and Ito's and Tol's colours, without those that vanish on white or black; a variant has one in every report
+COLORS = {
+    "full": "#0072b2",
+    "lora_r16": "#d55e00",
+    "lora_r8": "#009e73",
+    "head": "#cc79a7",
+    "lora_last_k": "#e69f00",
+    "lora_r4": "#56b4e9",
+    "unfreeze_last_n": "#8c6d46",
+    "lora_r32": "#882255",
+    "lora_mlp": "#44aa99",
+    "none": "#999933",
+    "dora": "#aa4499",
+    "rslora": "#6a51a3",
+}
+PALETTE = tuple(COLORS.values())
+COLORS |= {  # the methods for anomalies, which are compared among themselves
+    "baseline": "#0072b2",
+    "baseline_lora": "#56b4e9",
+    "rba": "#d55e00",
+    "rba_lora": "#e69f00",
+    "arcface": "#009e73",
+    "arcface_lora": "#44aa99",
+    "arcface_rba": "#882255",
+    "arcface_rba_lora": "#cc79a7",
+    "mask2anomaly": "#8c6d46",
+}
 MARKERS = "osD^vPX*<>hp"
 INK, LIGHT_INK = "#212223", "#d9dadb"  # drawn dark, and replaced for readers of a dark page
 WIDTH = 4.6  # inches: three plots beside each other on a desk, one on a telephone
-PICTURE_WIDTH = 480  # pixels
-FILE_WIDTH = 1600  # of a picture with several columns
+PICTURE_WIDTH = 4096  # pixels; wider ones would make the page too large to open
 
 DISAGREEMENTS = {  # colour-blind safe, see `disagreement_map`
     "only {variant} is right": (0, 114, 178),
@@ -59,11 +84,17 @@ class Style:
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """Gives each variant its colour and marker in every plot."""
-    return {
-        name: Style(COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)], "-" if k < len(COLORS) else "--")
-        for k, name in enumerate(names)
-    }
+    """Gives each variant the colour that its name has in every plot of every report; markers tell equal ones apart."""
+    found: dict[str, Style] = {}
+    for name in names:
+        number = list(COLORS).index(name) if name in COLORS else zlib.crc32(name.encode())
+        color = COLORS.get(name) or PALETTE[number % len(PALETTE)]
+        alike = [style.marker for style in found.values() if style.color == color]
+        marker = number if len(alike) < len(MARKERS) else len(alike)
+        while MARKERS[marker % len(MARKERS)] in alike and len(alike) < len(MARKERS):
+            marker += 1
+        found[name] = Style(color, MARKERS[marker % len(MARKERS)], "--" if alike else "-")
+    return found
 
 
 @contextmanager
@@ -190,14 +221,16 @@ def seed_curves(variant: Variant) -> tuple[list[int], np.ndarray]:
 
 
 def class_plots(comparison: Comparison) -> list[Plot]:
-    """Per variant, the difference of every class IoU to the baseline, sorted, with intervals where there are some.
+    """Per variant, the difference of every class IoU to the baseline, with intervals where there are some.
 
-    LoRA variants share one scale, so that they can be compared; the others, which may be far off, have their own.
+    All have one scale and the order of the data set. What never trained is left out if something else is shown: it is
+    so far off that nothing could be read from the others.
     """
     look = styles([variant.name for variant in comparison.variants])
-    shown = [variant for variant in comparison.others if variant.class_delta]
-    lora = [variant for variant in shown if variant.uses_lora]
-    return [_class_plot(v, comparison.baseline, look[v.name], _limits(lora if v.uses_lora else [v])) for v in shown]
+    known = [variant for variant in comparison.others if variant.class_delta]
+    shown = [variant for variant in known if not variant.untrained] or known
+    names = list(dict.fromkeys(name for variant in shown for name in variant.class_delta))
+    return [_class_plot(v, comparison.baseline, look[v.name], names, _limits(shown)) for v in shown]
 
 
 def _limits(variants: Sequence[Variant]) -> tuple[float, float]:
@@ -208,20 +241,22 @@ def _limits(variants: Sequence[Variant]) -> tuple[float, float]:
     return min(ends) - margin, max(ends) + margin
 
 
-def _class_plot(variant: Variant, baseline: str, style: Style, limits: tuple[float, float]) -> Plot:
+def _class_plot(
+    variant: Variant, baseline: str, style: Style, names: Sequence[str], limits: tuple[float, float]
+) -> Plot:
     ranked = sorted(variant.class_delta.items(), key=lambda item: item[1].value)
-    names, deltas = zip(*ranked, strict=True)
+    rows = [names.index(name) for name in variant.class_delta]
+    deltas = list(variant.class_delta.values())
     with _look():
         figure = Figure(figsize=(WIDTH, 1.0 + 0.23 * len(names)), layout="constrained")
         axes = figure.add_subplot()
-        rows = np.arange(len(names))
         axes.barh(rows, [100 * d.value for d in deltas], color=style.color, alpha=0.75, height=0.65)
         bounded = [(row, 100 * d.low, 100 * d.high) for row, d in zip(rows, deltas, strict=True) if d.low is not None]
         for row, low, high in bounded:
             axes.plot([low, high], [row, row], color=INK, linewidth=1.3)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(rows, names)
-        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
         axes.set_xlim(*limits)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", alpha=0.25)
@@ -240,8 +275,21 @@ def _points(item: tuple) -> str:
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def disagreement_map(target: Tensor, baseline: Tensor, variant: Tensor) -> np.ndarray:
-    """Label maps uint8 [H, W] -> RGBA uint8 [H, W, 4] in the colours of `DISAGREEMENTS`; ignored pixels are clear."""
+def disagreement_colors(variant: Style, baseline: Style) -> list[tuple[int, ...]]:
+    """The colours of `DISAGREEMENTS`; where one of the two alone is right, its own, unless both have the same."""
+    if variant.color == baseline.color:
+        return list(DISAGREEMENTS.values())
+    own = [tuple(bytes.fromhex(style.color[1:])) for style in (variant, baseline)]
+    return [*own, *list(DISAGREEMENTS.values())[2:]]
+
+
+def disagreement_map(
+    target: Tensor, baseline: Tensor, variant: Tensor, colors: Sequence[tuple[int, ...]] = ()
+) -> np.ndarray:
+    """Label maps uint8 [H, W] -> RGBA uint8 [H, W, 4]; ignored pixels are clear.
+
+    `colors` are those of the cases in `DISAGREEMENTS`.
+    """
     ours, theirs = variant == target, baseline == target
     cases = (
         ours & ~theirs,
@@ -250,7 +298,7 @@ def disagreement_map(target: Tensor, baseline: Tensor, variant: Tensor) -> np.nd
         ~ours & ~theirs & (variant == baseline),
     )
     picture = torch.zeros(*target.shape, 4, dtype=torch.uint8)
-    for case, color in zip((*cases, ours & theirs), DISAGREEMENTS.values(), strict=True):
+    for case, color in zip((*cases, ours & theirs), colors or DISAGREEMENTS.values(), strict=True):
         picture[case] = torch.tensor((*color, 255), dtype=torch.uint8)
     picture[target == IGNORE] = 0
     return picture.numpy()
@@ -273,14 +321,12 @@ def flat_uri(picture: np.ndarray) -> str:
 
 def file_uri(path: Path) -> str:
     """A picture with writing in it, from its file, as WebP in a data URI."""
-    return _image_uri(Image.open(path).convert("RGB"), Image.Resampling.LANCZOS, "WEBP", FILE_WIDTH, quality=85)
+    return _image_uri(Image.open(path).convert("RGB"), Image.Resampling.LANCZOS, "WEBP", quality=85)
 
 
-def _image_uri(
-    image: Image.Image, resampling: Image.Resampling, form: str, width: int = PICTURE_WIDTH, **options: int | bool
-) -> str:
-    if image.width > width:
-        image = image.resize((width, round(image.height * width / image.width)), resampling)
+def _image_uri(image: Image.Image, resampling: Image.Resampling, form: str, **options: int | bool) -> str:
+    if image.width > PICTURE_WIDTH:
+        image = image.resize((PICTURE_WIDTH, round(image.height * PICTURE_WIDTH / image.width)), resampling)
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
