@@ -18,6 +18,8 @@ from conftest import TOY_MODEL as TINY
 from filelock import FileLock
 from PIL import Image
 
+from eomt.comparison.cells import cells_of
+from eomt.comparison.matrix import check_matrix, parse_matrix
 from eomt.files import in_use
 from eomt.training.run_folder import newest_checkpoint, steps_in
 
@@ -201,6 +203,26 @@ def test_how_objects_are_pasted_is_nothing_to_a_variant_that_pastes_none(setting
     pasted, plain = (read(tmp_path / variant / "seed_0" / "summary.json")["data"] for variant in ("rba", "baseline"))
     assert "probability=0.3" in pasted["cut_paste"] and "cut_paste" not in plain
     assert "data.cut_paste.probability=0.3" not in read(tmp_path / "baseline" / "seed_0" / "cell.json")["command"]
+
+
+def test_what_depends_on_no_seed_runs_once(settings, tmp_path, monkeypatch):
+    facts, _ = parse_matrix([*settings, "variants=[none,head]", "seeds=[4,5]", f"output_dir={tmp_path}"], "cityscapes")
+    check_matrix(facts, lambda config: None)
+    assert facts["once"] == ["none"] and cells_of(facts) == [("none", 4), ("head", 4), ("head", 5)]
+    for word in ("model.load_ckpt_class_head=false", "data.data_seed=${seed}"):
+        check_matrix(other := facts | {"overrides": [*facts["overrides"], word]}, lambda config: None)
+        assert other["once"] == [], "random weights and data may depend on the seed"
+
+
+def test_a_variant_that_runs_once_is_left_out_with_further_seeds(matrix):
+    folder, arguments, _ = matrix
+    words = [word.replace("[none,lora_r4,full]", "[none]").replace("[3]", "[3,4]") for word in arguments]
+    before = read(folder / "matrix.json")
+    (folder / "matrix.json").write_text(json.dumps(before | {"variants": ["none"]}))
+    result = compare(*words)
+    (folder / "matrix.json").write_text(json.dumps(before))
+    assert "none, seed 4: depends on no seed, runs with seed 3 alone" in result.stdout
+    assert "1 of 1 cells finished" in result.stdout and not (folder / "none" / "seed_4").exists()
 
 
 def test_other_settings_in_the_same_folder_are_refused(matrix):

@@ -461,6 +461,28 @@ def test_the_baseline_is_full_or_else_the_largest_or_the_one_named(matrix):
         compare([run for run in runs if run.error])
 
 
+def test_an_untrained_run_stands_beside_every_seed_that_starts_from_its_weights(tmp_path):
+    for variant, seeds in (("none", (0,)), ("full", (0, 1, 2))):
+        for seed in seeds:
+            counts = confusion(0.5 if variant == "none" else 0.8 + seed / 100, seed)
+            source = confusion(0.9 - (variant == "full") * seed / 10, 7)
+            write_run(
+                tmp_path / f"{variant}{seed}", variant, seed, counts, source, start_fingerprint=digest("one start")
+            )
+    comparison = compare(load_runs([tmp_path]))
+    none = comparison["none"]
+    wanted = [none.miou.mean - run.target.miou for run in comparison["full"].runs]
+    assert list(none.delta.seeds) == wanted and none.delta_seeds == 3
+    changes = [run.evaluations["source"].miou - none.source.mean for run in comparison["full"].runs]
+    assert comparison["full"].source_change == pytest.approx(np.mean(changes))
+    assert compare(load_runs([tmp_path]), "none")["full"].delta.value == pytest.approx(-np.mean(wanted))
+    notes = " ".join(table(comparison).footnotes)
+    assert "none depends on no seed: its one run stands beside every seed." in notes and "One seed" not in notes
+    for start in (digest("another"), None):
+        rewrite(tmp_path / "full2" / "summary.json", start_fingerprint=start)
+        assert compare(load_runs([tmp_path]))["none"].delta_seeds == 2, "that one starts elsewhere, or does not tell"
+
+
 def test_the_same_variant_and_seed_twice_names_both_folders(tmp_path):
     for name in ("first", "second"):
         write_run(tmp_path / name, "full")

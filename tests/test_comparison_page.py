@@ -131,6 +131,18 @@ def test_one_seed_or_two_measure_nothing_but_these_images(tmp_path, seeds, those
     assert ("Few seeds in the difference of lora_r8" in notes) == (seeds == 2)
 
 
+def test_few_images_or_blocks_measure_nothing_beyond_themselves_however_many_seeds(tmp_path):
+    first = headline(two(tmp_path, 0.7, 0.7, 0.7, images=9))[0]
+    assert first.startswith("LoRA against full is worse on these few images with lora_r8 (")
+    comparison = two(tmp_path, 0.7, 0.7, 0.7, images=64, evaluation={"sequences": ["0016E5"] * 64})
+    assert "measurably" in headline(comparison)[0], "the baseline's evaluation is of an earlier version"
+    for run in (tmp_path / "two").glob("b*"):
+        write_evaluation(run, confusion(0.8, 3, 64), sequences=["0016E5"] * 64)
+    comparison = compare(load_runs([tmp_path / "two"]))
+    assert headline(comparison)[0].startswith("LoRA against full is worse on these few images with lora_r8 (")
+    assert "Only 8 blocks of up to 8 neighbouring frames were evaluated" in " ".join(table(comparison).footnotes)
+
+
 def test_two_seeds_of_which_one_is_above_and_one_below_measure_no_difference(tmp_path):
     first, _, sentence = headline(two(tmp_path, 0.6, 0.85, images=200))
     assert first.startswith("LoRA against full is not measurably different with lora_r8 (")
@@ -575,7 +587,7 @@ def test_pictures_open_in_full_size_and_close_again(anomaly_report, browser, wid
     page.close()
 
 
-@pytest.mark.parametrize(("width", "said"), [(400, True), (600, False)])
+@pytest.mark.parametrize(("width", "said"), [(400, True), (1200, False)])
 def test_a_narrow_page_says_that_tables_scroll(report, browser, width, said):
     page = browser.new_page(viewport={"width": width, "height": 700})
     page.goto((report / "report.html").resolve().as_uri())

@@ -176,23 +176,36 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
 def plan(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The cells of a matrix by their folders in it, in the order in which they run: first the trials of `tune=`.
 
-    Seeds come outside, so that a matrix that stops early has whole comparisons. Without training, a seed is another
-    random start at most.
+    Seeds come outside, so that a matrix that stops early has whole comparisons. What depends on no seed runs once.
     """
     words = {variant: overrides_for(variant, facts) for variant in facts["variants"]}
     cells: dict[str, dict[str, Any]] = {}
-    for variant in facts["variants"] if facts["tune"] else ():
-        first = {"variant": variant, "seed": facts["seeds"][0], "images": "all"}
-        config = compose_run([*words[variant], *fixed(first, "run")], facts["config_name"])
+    once = set()
+    for variant in facts["variants"]:
+        first, last = ({"variant": variant, "seed": facts["seeds"][k], "images": "all"} for k in (0, -1))
+        config, other = (
+            compose_run([*words[variant], *fixed(cell, "run")], facts["config_name"]) for cell in (first, last)
+        )
+        once |= {variant} if runs_once(config, other) else set()
         for number, settings in enumerate(grid_for(facts["tune"], config, alone(variant))):
             trial = {"words": [*words[variant], *trial_words(settings, config)], "trial": settings}
             cells[f"{FOLDER}/{variant}/trial_{number}"] = first | trial
     for seed, images, variant in itertools.product(facts["seeds"], facts["images"], facts["variants"]):
+        if variant in once and seed != facts["seeds"][0]:
+            continue
         part = [] if images == "all" else [f"images_{images}"]
         subset = [] if images == "all" else [f"data.train_images={images}"]
         cell = {"variant": variant, "seed": seed, "images": images, "words": [*words[variant], *subset]}
         cells["/".join([variant, *part, f"seed_{seed}"])] = cell
     return cells
+
+
+def runs_once(config: Any, of_another_seed: Any) -> bool:
+    """Whether a run comes out the same whatever its seed: it takes no step, and its weights are all from one file."""
+    model = config.model
+    whole = bool(model.ckpt_path) and model.load_ckpt_class_head
+    alike = all(config[part] == of_another_seed[part] for part in ("model", "data"))
+    return config.trainer.max_steps == 0 and whole and alike
 
 
 def check_benchmarks(names: Sequence[str], root: str | None) -> None:

@@ -97,6 +97,11 @@ class Variant:
         return bool(self.runs) and all(run.steps == 0 for run in self.runs)
 
     @property
+    def once(self) -> bool:
+        """Whether one run without training is all there is of it."""
+        return self.untrained and len(self.runs) == 1
+
+    @property
     def uses_lora(self) -> bool:
         return any(run.uses_lora for run in self.runs)
 
@@ -144,6 +149,16 @@ class Comparison:
 
     def __getitem__(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)
+
+    @property
+    def seedless(self) -> list[str]:
+        """The variants without training whose one run stands for every seed of the others."""
+        seeds = {run.seed for variant in self.variants for run in variant.runs}
+        return [
+            v.name
+            for v in self.variants
+            if v.once and len(seeds) > 1 and all(stands_for(v.runs[0], run) for o in self.variants for run in o.runs)
+        ]
 
     @property
     def failed(self) -> list[Run]:
@@ -289,9 +304,19 @@ def drawn_together(reference: Variant) -> dict[tuple[str, ...], Units]:
 
 
 def pairs(variant: Variant, other: Variant) -> list[tuple[Run, Run]]:
-    """The runs of both, for each seed that they share."""
+    """The runs of both, for each seed that they share; a single untrained run stands for all that start from it."""
+    if variant.once:
+        return [(variant.runs[0], run) for run in other.runs if stands_for(variant.runs[0], run)]
+    if other.once:
+        return [(run, other.runs[0]) for run in variant.runs if stands_for(other.runs[0], run)]
     theirs = {run.seed: run for run in other.runs}
     return [(run, theirs[run.seed]) for run in variant.runs if run.seed in theirs]
+
+
+def stands_for(untrained: Run, run: Run) -> bool:
+    """Whether an untrained run is what a run started from: of its seed, or known to have the same weights."""
+    known = untrained.start.exact and run.start.exact
+    return untrained.seed == run.seed or bool(known and untrained.start.difference(run.start) is None)
 
 
 def _set_deltas(variant: Variant, baseline: Variant, resampled: dict[int, np.ndarray]) -> None:

@@ -115,8 +115,9 @@ def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
     base = comparison[comparison.baseline]
     delta = None if variant is base else variant.delta
     reading = "baseline" if variant is base else delta.reading if delta else NONE
-    if delta and delta.few_seeds and reading in ("above", "below"):
-        reading += f" in {delta.few_seeds}"
+    if delta and reading in ("above", "below"):
+        few_images = comparison.units.count < FEW_UNITS
+        reading += f" in {delta.few_seeds}" * bool(delta.few_seeds) + " on few images" * few_images
     anomaly_score = {"anomaly_score": comparison.score} if comparison.score else {}
     return {
         "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name} | anomaly_score),
@@ -264,6 +265,8 @@ def footnotes(comparison: Comparison) -> list[str]:
         "Learning rates are the experiment's, tuned for no variant in particular.",
     ]
     lines += warnings_of(comparison)
+    if comparison.seedless:
+        lines.append(f"{', '.join(comparison.seedless)} depends on no seed: its one run stands beside every seed.")
     if any(variant.source_change is not None for variant in comparison.variants):
         lines.append(
             "Change on source: mIoU on the source domain minus that of the network before training, over the common "
@@ -311,7 +314,7 @@ def warnings_of(comparison: Comparison) -> list[str]:
 def seed_warnings(comparison: Comparison) -> list[str]:
     """Says what few seeds leave unknown."""
     lines = []
-    single = [v.name for v in comparison.variants if len(v.runs) == 1]
+    single = [v.name for v in comparison.variants if len(v.runs) == 1 and v.name not in comparison.seedless]
     if single:
         lines.append(f"One seed of {', '.join(single)}: how far another would move the score is unknown.")
     paired = [v for v in comparison.others if v.delta and v.delta.low is not None]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from eomt.comparison.anomalies import difference, spread
+from eomt.comparison.bootstrap import FEW_UNITS
 from eomt.comparison.differences import UNKNOWN
 from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Delta, Variant
@@ -35,17 +36,19 @@ def lora_verdict(comparison: Comparison) -> list[str]:
         if variant.uses_lora and not base.uses_lora and variant.runs[0].method == base.method:
             delta = variant.delta
             effect = "" if delta is None else f" ({_effect(delta)})"
-            found.setdefault(_verdict(delta), []).append(variant.name + " †" * variant.marked + effect)
+            found.setdefault(_verdict(delta, comparison), []).append(variant.name + " †" * variant.marked + effect)
     answers = [f"{words} with {', '.join(names)}" for words, names in found.items()]
     return [f"LoRA against {comparison.baseline} is {'; '.join(answers)}."] if answers else []
 
 
-def _verdict(delta: Delta | None) -> str:
-    """How much better or worse may be said: of one seed or two, nothing beyond what was run."""
+def _verdict(delta: Delta | None, comparison: Comparison) -> str:
+    """How much better or worse may be said: of few seeds or images, nothing beyond what was run."""
     reading = UNKNOWN if delta is None else delta.reading
     if reading in ("above", "below"):
         word = {"above": "better", "below": "worse"}[reading]
-        return f"{word} on these images, in {_those_run(delta)}," if delta.few_seeds else f"measurably {word}"
+        if delta.few_seeds:
+            return f"{word} on these images, in {_those_run(delta)},"
+        return f"{word} on these few images" if comparison.units.count < FEW_UNITS else f"measurably {word}"
     return {
         "no measurable difference": "not measurably different",
         "seeds disagree": "undecided, since seeds disagree,",
