@@ -22,6 +22,7 @@ from eomt.comparison.cells import cells_of
 from eomt.comparison.matrix import check_matrix, parse_matrix
 from eomt.files import in_use
 from eomt.training.run_folder import newest_checkpoint, steps_in
+from train_with_lora import check_composed
 
 ROOT = Path(__file__).parent.parent
 DATA = TOY_DATA[1:]  # the experiment names the data set
@@ -205,12 +206,14 @@ def test_how_objects_are_pasted_is_nothing_to_a_variant_that_pastes_none(setting
     assert "data.cut_paste.probability=0.3" not in read(tmp_path / "baseline" / "seed_0" / "cell.json")["command"]
 
 
-def test_what_depends_on_no_seed_runs_once(settings, tmp_path, monkeypatch):
-    facts, _ = parse_matrix([*settings, "variants=[none,head]", "seeds=[4,5]", f"output_dir={tmp_path}"], "cityscapes")
-    check_matrix(facts, lambda config: None)
+def test_what_depends_on_no_seed_runs_once(settings, toy_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(toy_run[0])
+    words = [*settings, "model.ckpt_path=model", "variants=[none,head]", "seeds=[4,5]", f"output_dir={tmp_path}"]
+    facts, _ = parse_matrix(words, "cityscapes")
+    check_matrix(facts, check_composed)
     assert facts["once"] == ["none"] and cells_of(facts) == [("none", 4), ("head", 4), ("head", 5)]
     for word in ("model.load_ckpt_class_head=false", "data.data_seed=${seed}"):
-        check_matrix(other := facts | {"overrides": [*facts["overrides"], word]}, lambda config: None)
+        check_matrix(other := facts | {"overrides": [*facts["overrides"], word]}, check_composed)
         assert other["once"] == [], "random weights and data may depend on the seed"
 
 
