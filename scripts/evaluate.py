@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", help="default: that of the run")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
-    add("--output", type=Path, help="folder for the results; default: evaluation/ in the run's folder")
+    add("--output", type=Path, help="folder for the results; default: evaluation/ in the run's folder, or one in there")
     return parser.parse_intermixed_args(argv)
 
 

@@ -14,7 +14,7 @@ from eomt.anomaly.request import choose_benchmarks, parse, variant_to_export
 from eomt.anomaly.scores import variants
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.files import check_place
-from eomt.inference.saved import check_artefact, run_of
+from eomt.inference.saved import check_artefact, results_of
 
 EXAMPLES = """examples:
   python scripts/evaluate_anomaly.py outputs/rba/adapter data=toy_anomalies       # draws its images
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     quiet_libraries()
     options = Options(
-        output=args.output or run_of(args.model) / "anomaly",
+        output=args.output or results_of(args.model, "anomaly"),
         cache=args.cache,
         precision=args.precision,
         device=args.device,
@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pictures", type=int, default=4, metavar="N", help="images to draw (default: %(default)s; 0: none)")
     add("--export", metavar="SCORE", help="also write this score's maps as the SegmentMeIfYouCan benchmark reads them")
     add("--method", default="EoMT-LoRA", help="the method's name in that export (default: %(default)s)")
-    add("--output", type=Path, help="folder for the results; default: anomaly/ in the run's folder")
+    add("--output", type=Path, help="folder for the results; default: anomaly/ in the run's folder, or one in there")
     return parser.parse_intermixed_args(argv)
 
 

@@ -1,6 +1,7 @@
 """scripts/merge_lora.py: a full network that predicts as its adapter did, checked before it is written."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from safetensors.torch import load_file
 from test_pretrained import build, open_, outputs, save_lightning, trained
 
 from eomt.inference.artefacts import merge_adapter
+from eomt.reporting.evaluation_report import evaluate_artefact
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
+SAVED = Path(__file__).parent / "saved"
 run = partial(run_script, "merge_lora.py")
 
 
@@ -99,6 +103,28 @@ def test_networks_that_disagree_are_not_written(call, adapter, images, tmp_path)
     code, error = call(adapter, tmp_path / "merged", "--images", images, "--tolerance", "0")
     assert code == 1 and not (tmp_path / "merged").exists()
     assert "logits differ by" in error and "more than --tolerance 0: nothing was written" in error
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["", "of an earlier version"])
+def test_a_merged_network_in_the_folder_of_its_run_leaves_the_scores_of_the_adapter(toy_cache, tmp_path, known):
+    run, data = tmp_path / "run", [f"data.root={toy_cache}"]
+    shutil.copytree(SAVED / "run", run)
+    if known:
+        summary = json.loads((run / "summary.json").read_text()) | {"artefact_id": "a" * 64}
+        (run / "summary.json").write_text(json.dumps(summary))
+    scores = evaluate_artefact(run / "adapter", data)
+    before = scores.read_bytes()
+    module = MaskClassificationSemantic.from_pretrained(run)
+    merge_adapter(module)
+    module.save_pretrained(run / "merged")
+    merged = evaluate_artefact(run / "merged", data)
+    assert (scores.parent, merged.parent) == (run / "evaluation", run / "evaluation" / "merged")
+    assert scores.read_bytes() == before
+    facts, merged_facts = json.loads(before), json.loads(merged.read_text())
+    assert merged_facts["miou"] == pytest.approx(facts["miou"], abs=1e-3)
+    evaluate_artefact(run, data)
+    with pytest.raises(ValueError, match=r"toy_streets\.json holds scores of another network: give another folder"):
+        evaluate_artefact(run / "merged", data, output=run / "evaluation")
 
 
 def test_what_cannot_be_merged_is_refused_in_a_sentence(call, adapter, base, images, tmp_path):

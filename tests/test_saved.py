@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from eomt.comparison.evaluations import evaluate_run
 from eomt.comparison.runs import load_runs
 from eomt.diagnosis.doctor import diagnose
+from eomt.inference.saved import results_of
 from eomt.reporting.evaluation_report import evaluate_artefact
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -62,6 +63,25 @@ def test_settings_that_an_earlier_version_did_not_have_take_their_defaults(tmp_p
     old, new = (MaskClassificationSemantic.from_pretrained(path, base) for path in (SAVED / "adapter", file.parent))
     for one, other in zip(old.network.parameters(), new.network.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_results_of_what_a_run_did_not_ship_have_a_folder_of_their_own(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(SAVED / "run", run)
+    for name in ("merged", "model", "alone"):
+        shutil.copytree(SAVED / "model", (tmp_path if name == "alone" else run) / name)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    for path, place in (
+        (run / "adapter", run / "anomaly"),
+        (run / "merged", run / "anomaly" / "merged"),
+        (run / "model", run / "anomaly" / "model"),
+        (run / "checkpoints" / "last.ckpt", run / "anomaly" / "last"),
+        (tmp_path / "alone", tmp_path / "alone" / "anomaly"),
+    ):
+        assert results_of(path, "anomaly") == place
+    shutil.rmtree(run / "model")
+    assert results_of(run, "evaluation") == run / "evaluation"
 
 
 def test_a_run_that_holds_another_network_than_its_summary_tells_of_is_not_scored(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from eomt import __version__
 from eomt.command_line import did_you_mean
-from eomt.files import restored
+from eomt.files import read_json, restored
 from eomt.settings.config_check import argument_types, check_type
 from eomt.settings.formats import ARTEFACT, SUMMARY, read_format
 from eomt.settings.model import ModelSettings
@@ -80,6 +80,31 @@ def run_of(path: Path) -> Path:
     """Returns the run's folder that an artefact or checkpoint lies in, or the folder itself."""
     folder = path if path.is_dir() else path.parent
     return next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder)
+
+
+def results_of(path: str | Path, kind: str) -> Path:
+    """Returns the folder for a network's results, to which no other network of its run writes.
+
+    It is `kind` in the run's folder for what the run ships, and in there a folder of its own for a merged network, a
+    checkpoint or the like. Raises as `find_artefact` does.
+    """
+    path = Path(path).expanduser()
+    run, found = run_of(path), find_artefact(path)
+    if is_shipped(found, run):
+        return run / kind
+    return run / kind / (found.stem if found.is_file() else found.name)
+
+
+def is_shipped(found: Path, run: Path) -> bool:
+    """Whether a folder is the network that a run ended with, or belongs to no run."""
+    name = read_format(run / "summary.json", SUMMARY, {}).get("artefact")
+    return found == run or (found.parent == run and found.name in ((name,) if name else ARTEFACTS))
+
+
+def keep_other_network(file: Path, artefact_id: str | None) -> None:
+    """Raises ValueError where a file holds scores of another network; one of an earlier version does not tell."""
+    if file.is_file() and read_json(file).get("artefact_id") != artefact_id:
+        raise ValueError(f"{file} holds scores of another network: give another folder with --output")
 
 
 def bare_weights(path: Path) -> str:
@@ -158,8 +183,11 @@ def shipped(run: Path) -> Path:
 def check_shipped(directory: Path) -> None:
     """Raises ValueError where the run that a folder lies in tells of another network than the folder holds.
 
-    A run of an earlier version names no id, and nothing can be compared.
+    A run of an earlier version names no id, and nothing can be compared. Of other networks in a run's folder, as merged
+    ones, it tells nothing.
     """
+    if not is_shipped(directory, directory.parent):
+        return
     file = directory.parent / "summary.json"
     found, wanted = artefact_id_in(directory), read_format(file, SUMMARY, {}).get("artefact_id")
     if wanted and found and found != wanted:

@@ -28,7 +28,7 @@ from eomt.anomaly.toy_anomalies import write_toy_anomalies
 from eomt.command_line import out_of_memory
 from eomt.files import replacing, write_json
 from eomt.fingerprints import combine_hashes, hash_tensors
-from eomt.inference.saved import check_shipped, find_artefact
+from eomt.inference.saved import check_shipped, find_artefact, keep_other_network, results_of
 from eomt.reporting.anomaly_pictures import HeatMap, Row, anomaly_picture
 from eomt.settings import formats
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -91,6 +91,9 @@ def evaluate_benchmarks(
     if datasets:
         module = MaskClassificationSemantic.from_pretrained(model, ckpt_path, backbone_weights)
         options = replace(options, precision=options.precision or known_precision(module.trained_precision))
+    if options.output != results_of(model, "anomaly"):
+        for dataset in datasets:
+            keep_other_network(options.output / f"{dataset.name}.json", module.artefact_id)
     for dataset in datasets:
         with collected(faults, dataset.name):
             evaluate_benchmark(module, dataset, asked, options, device)

@@ -11,7 +11,7 @@ import yaml
 from eomt.command_line import quiet_libraries
 from eomt.data.identity import same_files
 from eomt.files import check_place, replacing
-from eomt.inference.saved import check_artefact, check_shipped, read_config, run_of
+from eomt.inference.saved import check_artefact, check_shipped, keep_other_network, read_config, results_of, run_of
 from eomt.settings.compose import check_data_for, data_for
 from eomt.settings.formats import EVALUATION, read_format
 
@@ -32,7 +32,8 @@ def evaluate_artefact(
     Args:
         model: an adapter/ or model/ folder, a run's folder, or a checkpoint.
         overrides: `data=NAME data.key=value` or `experiment=NAME data.key=value`; without a name the data of the run.
-        output: folder for the results; None: evaluation/ in the run's folder.
+        output: folder for the results; None: evaluation/ in the run's folder, and in there a folder of its own for
+            what the run did not ship.
         precision: as Lightning takes it; None: that of the run.
         ckpt_path, backbone_weights: the base weights of an adapter, if they have moved.
 
@@ -41,12 +42,13 @@ def evaluate_artefact(
 
     Raises:
         ValueError, OSError: model or data are not what they should be, contradict each other, or the file holds scores
-            on other images.
+            on other images, or in a given folder of another network.
     """
     found = check_artefact(model)
-    run, words = run_of(model), [word for word in overrides if not word.startswith("model.")]
+    place, run = output or results_of(model, "evaluation"), run_of(model)
+    words = [word for word in overrides if not word.startswith("model.")]
     refuse_other_groups(overrides)
-    check_place(output or run / "evaluation")
+    check_place(place)
     check_data_for(run, words)
     if found.is_dir():  # a checkpoint is read with torch
         check_shipped(found)
@@ -59,8 +61,10 @@ def evaluate_artefact(
     module = MaskClassificationSemantic.from_pretrained(model, ckpt_path, backbone_weights)
     refuse_contradictions(dict(module.hparams), overrides)
     name, data = data_for(run, words, module.hparams.img_size)
-    file = (output or run / "evaluation") / f"{name}.json"
+    file = place / f"{name}.json"
     keep_other_scores(file, data.val_set.fingerprint())
+    if output:
+        keep_other_network(file, module.artefact_id)
     precision = precision or module.trained_precision or "bf16-mixed"
     evaluation = evaluate(module, data, precision, progress=sys.stderr.isatty(), description=name)
     evaluation.save(file.parent, name)
