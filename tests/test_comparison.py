@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from eomt.comparison.table import NONE, table
 from eomt.comparison.verdicts import headline
 from eomt.training.class_scores import iou_per_class
 
+ROOT = Path(__file__).parent.parent
 CLASSES = ("sky", "road", "traffic_sign")
 COLORS = ((70, 130, 180), (128, 64, 128), (220, 220, 0))
 PARAMETERS = {"none": 4000, "head": 300, "lora_r8": 500, "lora_r16": 600, "full": 4000}
@@ -345,6 +347,18 @@ def test_about_19_of_20_intervals_hold_the_true_difference_with_several_seeds():
         low, high = np.percentile(over_drawn_seeds(np.stack(ours) - np.stack(theirs)), [2.5, 97.5])
         held.append(low <= 0.05 <= high)
     assert 0.88 <= np.mean(held) <= 0.99
+
+
+def test_the_coverage_in_the_docs_is_that_of_the_simulation():
+    facts = json.loads((ROOT / "benchmarks" / "coverage.json").read_text())
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "comparing.md").read_text().splitlines()]
+    for drawn in ("images alone", "seeds and images"):
+        for ratio in (0.3, 1, 3):
+            found = [r[drawn] for r in facts["by_seeds"] if r["seed_sd_in_standard_errors_of_images"] == ratio]
+            assert [f"{ratio:g}", drawn, *(f"{100 * share:.1f} %" for share in found)] in rows
+    for rho in (0, 0.5, 0.8):
+        found = [r["seeds and images"] for r in facts["by_correlation"] if r["correlation_of_neighbours"] == rho]
+        assert [f"{rho:g}", *(f"{100 * share:.1f} %" for share in found)] in rows
 
 
 # ---------------------------------------------------------------------------------------------------- sequences
