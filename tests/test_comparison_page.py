@@ -507,7 +507,10 @@ def test_class_panels_have_one_scale_and_one_order_without_what_never_trained(ma
     write_run(matrix / "head" / "seed_0", "head", 0, confusion(0.6))
     drawn = []
     monkeypatch.setattr(plots, "_finish", lambda figure, *_: drawn.append(figure.axes[0]))
-    plots.class_plots(compare(load_runs([matrix])))
+    comparison = compare(load_runs([matrix]))
+    plots.class_plots(comparison)
+    alone = compare([run for run in load_runs([matrix]) if run.variant in ("none", "full")])
+    assert [v.name for v in plots.in_panels(alone)] == ["none"], "nothing else is there to be read"
     assert [axes.get_title() for axes in drawn] == ["lora_r8", "head"]
     assert len({axes.get_xlim() for axes in drawn}) == 1
     labels = [[tick.get_text() for tick in axes.get_yticklabels()] for axes in drawn]

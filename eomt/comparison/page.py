@@ -88,7 +88,7 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
             (v.name for v in comparison.others if v.uses_lora), comparison.others[0].name if comparison.others else ""
         ),
         class_plots=plots.class_plots(comparison),
-        left_out=", ".join(v.name for v in comparison.others if v.untrained and v.class_delta),
+        left_out=", ".join(v.name for v in comparison.others if v not in plots.in_panels(comparison)),
         drawn=drawn_words(comparison),
         galleries=galleries(comparison, predictions) if predictions else None,
         heat_maps=heat_maps(comparison),

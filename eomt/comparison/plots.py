@@ -227,10 +227,15 @@ def class_plots(comparison: Comparison) -> list[Plot]:
     so far off that nothing could be read from the others.
     """
     look = styles([variant.name for variant in comparison.variants])
-    known = [variant for variant in comparison.others if variant.class_delta]
-    shown = [variant for variant in known if not variant.untrained] or known
+    shown = in_panels(comparison)
     names = list(dict.fromkeys(name for variant in shown for name in variant.class_delta))
     return [_class_plot(v, comparison.baseline, look[v.name], names, _limits(shown)) for v in shown]
+
+
+def in_panels(comparison: Comparison) -> list[Variant]:
+    """The variants that `class_plots` shows."""
+    known = [variant for variant in comparison.others if variant.class_delta]
+    return [variant for variant in known if not variant.untrained] or known
 
 
 def _limits(variants: Sequence[Variant]) -> tuple[float, float]:
