@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -63,7 +64,9 @@ def test_every_cell_is_a_whole_run_in_one_folder_with_its_evaluation(matrix):
     for variant in ("none", "lora_r4", "full"):
         run = folder / variant / "seed_3"
         assert read(run / "cell.json")["status"] == "finished"
-        assert read(run / "summary.json")["seed"] == 3
+        summary = read(run / "summary.json")
+        assert summary["seed"] == 3 and summary["machine"]["processor"]
+        assert datetime.fromisoformat(summary["finished_at"]).tzinfo is not None
         counts = np.load(run / "evaluation" / "target.npz")["confusion"]
         assert counts.shape == (3, 19, 19) and counts.sum() > 0
         sequences = read(run / "evaluation" / "target.json")["sequences"]
