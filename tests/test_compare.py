@@ -19,7 +19,6 @@ from conftest import TOY_MODEL as TINY
 from filelock import FileLock
 from PIL import Image
 
-from eomt.comparison.cells import cells_of
 from eomt.comparison.matrix import check_matrix, parse_matrix
 from eomt.files import in_use
 from eomt.training.run_folder import newest_checkpoint, steps_in
@@ -214,10 +213,10 @@ def test_what_depends_on_no_seed_runs_once(settings, toy_run, tmp_path, monkeypa
     words = [*settings, "model.ckpt_path=model", "variants=[none,head]", "seeds=[4,5]", f"output_dir={tmp_path}"]
     facts, _ = parse_matrix(words, "cityscapes")
     check_matrix(facts, check_composed)
-    assert facts["once"] == ["none"] and cells_of(facts) == [("none", 4), ("head", 4), ("head", 5)]
+    assert list(facts["cells"]) == ["none/seed_4", "head/seed_4", "head/seed_5"]
     for word in ("model.load_ckpt_class_head=false", "data.data_seed=${seed}"):
         check_matrix(other := facts | {"overrides": [*facts["overrides"], word]}, check_composed)
-        assert other["once"] == [], "random weights and data may depend on the seed"
+        assert "none/seed_5" in other["cells"], "random weights and data may depend on the seed"
 
 
 def test_a_variant_that_runs_once_is_left_out_with_further_seeds(matrix):
@@ -227,7 +226,7 @@ def test_a_variant_that_runs_once_is_left_out_with_further_seeds(matrix):
     (folder / "matrix.json").write_text(json.dumps(before | {"variants": ["none"]}))
     result = compare(*words)
     (folder / "matrix.json").write_text(json.dumps(before))
-    assert "none, seed 4: depends on no seed, runs with seed 3 alone" in result.stdout
+    assert "none depends on no seed, runs with seed 3 alone" in result.stdout
     assert "1 of 1 cells finished" in result.stdout and not (folder / "none" / "seed_4").exists()
 
 

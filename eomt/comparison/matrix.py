@@ -41,6 +41,7 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
     check_matrix(facts, check)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "matrix.json", stamped(MATRIX, facts))
+    tell_once(facts)
     trials = {name: cell for name, cell in facts["cells"].items() if "trial" in cell}
     unsettled: dict[str, str] = {}  # variants without a choice, and why
     if trials:
@@ -198,6 +199,14 @@ def plan(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         cell = {"variant": variant, "seed": seed, "images": images, "words": [*words[variant], *subset]}
         cells["/".join([variant, *part, f"seed_{seed}"])] = cell
     return cells
+
+
+def tell_once(facts: dict[str, Any]) -> None:
+    """Says which variants run with the first seed alone."""
+    first, *others = facts["seeds"]
+    for variant in facts["variants"] if others else ():
+        if {cell["seed"] for cell in facts["cells"].values() if cell["variant"] == variant} == {first}:
+            print(f"== {variant} depends on no seed, runs with seed {first} alone", flush=True)
 
 
 def runs_once(config: Any, of_another_seed: Any) -> bool:
