@@ -506,7 +506,7 @@ def test_maps_of_disagreement_have_the_colours_of_the_two_variants():
 def test_class_panels_have_one_scale_and_one_order_without_what_never_trained(matrix, monkeypatch):
     write_run(matrix / "head" / "seed_0", "head", 0, confusion(0.6))
     drawn = []
-    monkeypatch.setattr(plots, "_finish", lambda figure, *_: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(plots, "finish", lambda figure, *_: drawn.append(figure.axes[0]))
     comparison = compare(load_runs([matrix]))
     plots.class_plots(comparison)
     alone = compare([run for run in load_runs([matrix]) if run.variant in ("none", "full")])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eomt.command_line import quiet_libraries
 from eomt.comparison.cells import outdated, score_anomalies
 from eomt.comparison.result_files import read_summary
+from eomt.comparison.tuning import read_tuning
 from eomt.files import check_place, read_yaml, write_json
 from eomt.inference.saved import check_shipped, shipped
 from eomt.settings.compose import data_of_run, open_data
@@ -94,7 +95,9 @@ def report_runs(
     from eomt.comparison.page import write_report
 
     runs = load_runs(folders)
-    write_report(runs, output, baseline, allow_different=allow_different, predictions=predictions, score=score)
+    matrices = dict.fromkeys(folder for run in runs if (folder := matrix_of(run.path)))
+    tunings = [tuning for matrix in matrices for tuning in read_tuning(matrix)]
+    write_report(runs, output, baseline, allow_different, predictions, score, tunings)
     print(f"{output}/report.html, report.md, report.csv, report.tex")
 
 

@@ -56,7 +56,7 @@ def markdown(comparison: Comparison, content: Table) -> str:
         return "| " + " | ".join(map(markdown_escape, cells)) + " |"
 
     lines = ["# Comparison", "", *(f"* {markdown_escape(sentence)}" for sentence in headline(comparison)), ""]
-    for part in (*content.parts(*TABLES), content.classes):
+    for part in (*content.parts(*TABLES), *content.beside, content.classes):
         rule = "| " + " | ".join(["---"] * len(part.titles)) + " |"
         lines += [markdown_escape(part.caption), "", line(part.titles), rule, *map(line, part.rows), ""]
     lines += [*(f"* {markdown_escape(note)}" for note in content.footnotes), "", "## What was compared", ""]
@@ -86,7 +86,8 @@ def write_csv(path: Path, comparison: Comparison, content: Table) -> None:
 
 def latex(comparison: Comparison, content: Table) -> str:
     """Booktabs tables of up to seven columns, as many as a page of one text column takes, and their footnotes below."""
-    parts = [piece for part in (*content.parts(*LATEX_TABLES), content.classes) for piece in pieces(part)]
+    tables = (*content.parts(*LATEX_TABLES), *content.beside, content.classes)
+    parts = [piece for part in tables for piece in pieces(part)]
     lines = ["% needs \\usepackage{booktabs}", *(line for part in parts for line in _latex_table(part))]
     notes = [*content.footnotes, *fact_lines(comparison)]
     return "\n".join([*lines, r"{\footnotesize", *(rf"{tex_escape(note)}\par" for note in notes), "}", ""])

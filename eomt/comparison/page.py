@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from eomt.comparison import plots
+from eomt.comparison import axes, plots
 from eomt.comparison.anomalies import METRICS, spread
 from eomt.comparison.facts import audit_words, command, kept_network, shared_facts
 from eomt.comparison.formats import latex, markdown, print_table, write_csv
@@ -24,6 +24,7 @@ def write_report(
     allow_different: bool = False,
     predictions: Predictions | None = None,
     score: str | None = None,
+    tunings: Sequence[axes.Tuning] = (),
 ) -> Comparison:
     """Writes report.html, report.md, report.csv and report.tex, and prints the table.
 
@@ -35,20 +36,35 @@ def write_report(
         predictions: from a run folder and image names to (image uint8 [3, H, W], target uint8 [H, W], prediction
             uint8 [H, W]) by name; None, an OSError or a ValueError leave the page without those pictures.
         score: of anomalies, see `compare`.
+        tunings: what was chosen for each variant.
+
+    Runs on fewer training images than others stand in a table and a plot of their own.
 
     Raises:
         ValueError: what `compare` raises, or the runs differ in a condition that they must share.
     """
-    comparison = compare(runs, baseline, score)
-    if comparison.differences and not allow_different:
+    comparison = compare(list(axes.by_images(runs).values())[-1] if runs else runs, baseline, score)
+    fewer = axes.compare_fewer(runs, comparison.baseline, comparison.score)
+    found = [difference for each in (comparison, *fewer.values()) for difference in each.differences]
+    if found and not allow_different:
         raise ValueError(
             "These runs do not belong in one table: "
-            + "; ".join(map(str, comparison.differences))
+            + "; ".join(map(str, found))
             + ". Leave runs out, or allow differences to have them marked."
         )
+    comparison.tuned = bool(tunings)
     content = table(comparison)
+    content.footnotes.extend(
+        f"{run} on {size} images failed and counts in no mean: {run.error}"
+        for size, each in fewer.items()
+        for run in each.failed
+    )
+    content.beside.extend(p for p in (axes.images_table(fewer, comparison), axes.tuning_table(tunings)) if p)
+    names = [variant.name for variant in comparison.variants]
+    beside = [axes.images_plot(fewer, comparison), *axes.tuning_plots(tunings, names)]
     with replacing_files(out_dir) as draft:
-        (draft / "report.html").write_text(html(comparison, content, predictions), encoding="utf-8")
+        page = html(comparison, content, predictions, [plot for plot in beside if plot])
+        (draft / "report.html").write_text(page, encoding="utf-8")
         (draft / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
         (draft / "report.tex").write_text(latex(comparison, content), encoding="utf-8")
         write_csv(draft / "report.csv", comparison, content)
@@ -56,8 +72,13 @@ def write_report(
     return comparison
 
 
-def html(comparison: Comparison, content: Table, predictions: Predictions | None = None) -> str:
-    """The page, with everything in it."""
+def html(
+    comparison: Comparison,
+    content: Table,
+    predictions: Predictions | None = None,
+    beside: Sequence[plots.Plot] = (),
+) -> str:
+    """The page, with everything in it; `beside` are drawings of what varies beside variants and seeds."""
     lead, *sentences = headline(comparison)
     same = comparison.same_machinery
     trained = "" if same else "; times of different machines or versions, not comparable"
@@ -84,6 +105,7 @@ def html(comparison: Comparison, content: Table, predictions: Predictions | None
         tables=content.parts(("scores",), ("anomalies",), ("differences",), ("costs",)),
         failed=comparison.failed,
         drawings=[plot for plot in drawings if plot],
+        beside=beside,
         opened=next(
             (v.name for v in comparison.others if v.uses_lora), comparison.others[0].name if comparison.others else ""
         ),

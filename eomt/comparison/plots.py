@@ -98,7 +98,7 @@ def styles(names: Sequence[str]) -> dict[str, Style]:
 
 
 @contextmanager
-def _look() -> Iterator[None]:
+def page_style() -> Iterator[None]:
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "eomt", "legend.frameon": False}
     spines = {"axes.spines.top": False, "axes.spines.right": False}
@@ -106,7 +106,7 @@ def _look() -> Iterator[None]:
         yield
 
 
-def _finish(figure: Figure, alt: str, caption: str) -> Plot:
+def finish(figure: Figure, alt: str, caption: str) -> Plot:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
@@ -117,7 +117,7 @@ def _svg_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _axes(names: Sequence[str]) -> tuple[Figure, Axes, int]:
+def new_axes(names: Sequence[str]) -> tuple[Figure, Axes, int]:
     """A figure with room for a legend below, and the columns of that legend."""
     columns = max(1, min(len(names), 44 // (max(map(len, names)) + 5)))
     figure = Figure(figsize=(WIDTH, 3.3 + 0.22 * math.ceil(len(names) / columns)), layout="constrained")
@@ -138,8 +138,8 @@ def score_plot(
     if all(variant.untrained for variant in shown):
         return None
     look = styles([variant.name for variant in comparison.variants])
-    with _look():
-        figure, axes, columns = _axes([_title(v, comparison) for v in shown])
+    with page_style():
+        figure, axes, columns = new_axes([legend_title(v, comparison) for v in shown])
         handles = []
         for variant in shown:
             style = look[variant.name]
@@ -154,19 +154,20 @@ def score_plot(
             handles += axes.plot(*center, style.marker, color=style.color, markersize=11, alpha=0.55)
             axes.plot(x, y, style.marker, color=style.color, markerfacecolor="none", markersize=4.5)
         if log:
-            _log_axis(axes)
+            log_axis(axes)
         axes.set_xlabel(label)
         axes.margins(0.08, 0.12)
-        titles = [_title(v, comparison) for v in shown]
+        titles = [legend_title(v, comparison) for v in shown]
         figure.legend(handles, titles, loc="outside lower center", ncols=columns, fontsize=9)
     means = ", ".join(f"{v.name} {100 * v.miou.mean:.1f}" for v in shown)
     caption = f"mIoU against {label}{about}. Small and hollow: a seed; large: the mean."
     if any(variant.untrained for variant in shown):
         caption += " Dotted: without training."
-    return _finish(figure, f"Scatter plot of mIoU against {label}. Mean mIoU in percent: {means}.", caption)
+    return finish(figure, f"Scatter plot of mIoU against {label}. Mean mIoU in percent: {means}.", caption)
 
 
-def _log_axis(axes: Axes) -> None:
+def log_axis(axes: Axes) -> None:
+    """Makes the horizontal axis logarithmic, with round numbers in short."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     steps = (1, 2, 5) if high / low < 300 else (1,)
@@ -175,7 +176,7 @@ def _log_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _title(variant: Variant, comparison: Comparison) -> str:
+def legend_title(variant: Variant, comparison: Comparison) -> str:
     return f"{variant.name} (baseline)" if variant.name == comparison.baseline else variant.name
 
 
@@ -185,8 +186,8 @@ def curve_plot(comparison: Comparison) -> Plot | None:
     if not shown:
         return None
     look = styles([variant.name for variant in comparison.variants])
-    with _look():
-        figure, axes, columns = _axes([_title(v, comparison) for v in shown])
+    with page_style():
+        figure, axes, columns = new_axes([legend_title(v, comparison) for v in shown])
         for variant in shown:
             style = look[variant.name]
             steps, values = seed_curves(variant)
@@ -199,14 +200,14 @@ def curve_plot(comparison: Comparison) -> Plot | None:
                 markersize=4,
                 markevery=max(1, len(steps) // 8),
                 color=style.color,
-                label=_title(variant, comparison),
+                label=legend_title(variant, comparison),
             )
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("training steps")
         figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
     names = ", ".join(variant.name for variant in shown)
-    return _finish(
+    return finish(
         figure,
         f"Validation mIoU over training steps of {names}.",
         "Validation mIoU while training: the mean over seeds, and a band from the lowest seed to the highest.",
@@ -252,7 +253,7 @@ def _class_plot(
     ranked = sorted(variant.class_delta.items(), key=lambda item: item[1].value)
     rows = [names.index(name) for name in variant.class_delta]
     deltas = list(variant.class_delta.values())
-    with _look():
+    with page_style():
         figure = Figure(figsize=(WIDTH, 1.0 + 0.23 * len(names)), layout="constrained")
         axes = figure.add_subplot()
         axes.barh(rows, [100 * d.value for d in deltas], color=style.color, alpha=0.75, height=0.65)
@@ -270,7 +271,7 @@ def _class_plot(
     best, worst = ranked[-1], ranked[0]
     alt = f"Bars of class IoU, {variant.name} minus {baseline}: most {_points(best)}, least {_points(worst)} points."
     caption = f"{variant.name} minus {baseline}" + (", with 95 % intervals" if bounded else "")
-    return _finish(figure, alt, caption + ".")
+    return finish(figure, alt, caption + ".")
 
 
 def _points(item: tuple) -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,9 @@ from eomt.comparison.statistics import FEW_SEEDS, Comparison, Delta, Spread, Var
 
 NONE = "\N{EN DASH}"  # what a table shows where there is nothing to show
 MIOU = "mIoU, %"
+TUNED = (
+    "Settings were chosen for each variant on training images that were held out; the validation images chose nothing."
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Table:
     chance: dict[str, str]  # what a score that knows nothing reaches, by title
     classes: Part  # the IoU of every class
     footnotes: list[str]
+    beside: list[Part] = field(default_factory=list)  # by the number of training images, and what was chosen
 
     def parts(self, *together: tuple[str, ...]) -> list[Part]:
         """A table for each of these groups of columns; none where there is nothing to show.
@@ -262,7 +266,7 @@ def footnotes(comparison: Comparison) -> list[str]:
         f"seeds and images are both drawn again with replacement ({RESAMPLES:,} resamples, percentiles). Where the "
         "interval holds 0, no difference was measurable.",
         drawn_words(comparison),
-        "Learning rates are the experiment's, tuned for no variant in particular.",
+        TUNED if comparison.tuned else "Learning rates are the experiment's, tuned for no variant in particular.",
     ]
     lines += warnings_of(comparison)
     if comparison.seedless:

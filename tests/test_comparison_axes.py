@@ -1,0 +1,78 @@
+"""The report of a matrix with several numbers of training images, and with settings that it chose."""
+
+import json
+
+import pytest
+import yaml
+from test_comparison import confusion, digest, write_run
+
+from eomt.comparison.axes import by_images
+from eomt.comparison.page import write_report
+from eomt.comparison.runs import load_runs
+from eomt.comparison.tuning import read_tuning
+from eomt.settings.formats import TUNING, stamped
+
+SIZES = {16: 0.2, 64: 0.1, None: 0.0}  # training images, and what they lack in accuracy
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    """Two variants, two seeds, three numbers of images; a choice of the learning rate for each."""
+    root = tmp_path / "matrix"
+    (root / "tuning").mkdir(parents=True)
+    (root / "matrix.json").write_text(json.dumps({"variants": ["lora_r8", "full"], "seeds": [0, 1]}))
+    for variant, quality in (("lora_r8", 0.85), ("full", 0.8)):
+        for size, lack in SIZES.items():
+            for seed in (0, 1):
+                folder = root / variant / ("" if size is None else f"images_{size}") / f"seed_{seed}"
+                data = {"train": digest(f"train {size}"), "val": digest("target"), "train_images": size or 367}
+                write_run(folder, variant, seed, confusion(round(quality - lack, 2), seed), data=data)
+                config = yaml.safe_load((folder / "config.yaml").read_text()) | {"data": {"train_images": size}}
+                (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        scores = {1e-4: 0.5, 1e-3: 0.7, 1e-2: None} if variant == "full" else {1e-4: 0.4, 1e-3: 0.5, 1e-2: 0.6}
+        trials = [{"settings": {"model.lr": lr}, "miou": miou, "steps": 50} for lr, miou in scores.items()]
+        chosen, edges = (1e-3, {}) if variant == "full" else (1e-2, {"model.lr": "highest"})
+        facts = {"variant": variant, "chosen": {"model.lr": chosen}, "edges": edges, "trials": trials, "hold_out": 0.2}
+        facts |= {"seed": 0, "data": {"val_images": 73, "train_images": 294}}
+        (root / "tuning" / f"{variant}.json").write_text(json.dumps(stamped(TUNING, facts)))
+    (root / "tuning" / "full" / "trial_0").mkdir(parents=True)
+    (root / "tuning" / "full" / "trial_0" / "summary.json").write_text('{"status": "finished"}')
+    return root
+
+
+@pytest.fixture
+def report(matrix, tmp_path):
+    write_report(load_runs([matrix]), tmp_path / "report", tunings=read_tuning(matrix))
+    return {path.suffix: path.read_text() for path in (tmp_path / "report").iterdir()}
+
+
+def test_trials_are_no_runs_and_runs_are_grouped_by_their_images(matrix):
+    assert {size: len(runs) for size, runs in by_images(load_runs([matrix])).items()} == {16: 4, 64: 4, None: 4}
+
+
+def test_the_headline_is_of_all_images_and_a_table_tells_of_fewer(report):
+    for kind in (".md", ".html"):
+        for row in ("16, lora", "64, full", "367, lora"):
+            assert row in report[kind].replace("\\_", "_"), kind
+    assert report[".csv"].count("\nlora_r8,") == 1, "the table of all images"
+
+
+def test_what_was_chosen_is_told_with_its_trials_and_a_value_at_the_edge_is_marked(report):
+    text = report[".md"].replace("\\", "")
+    assert "| full | model.lr 0.001 | 3, 1 failed | 50 | 73 of 367 | 70.00 |" in text
+    assert "| lora_r8 | model.lr 0.01 (the highest that was tried) | 3 | 50 | 73 of 367 | 60.00 |" in text
+    assert "the validation images chose nothing" in text and "tuned for no variant" not in text
+
+
+def test_the_page_draws_choices_and_scores_by_images(report):
+    page = report[".html"]
+    assert 'alt="mIoU against 16, 64, 367 training images. Means in percent: lora_r8 ' in page
+    alt = "mIoU on held-out training images against model.lr. Taken: lora_r8 0.01 (the highest that was tried); full"
+    assert f'alt="{alt}' in page
+
+
+def test_without_them_nothing_of_it_stands_in_a_report(matrix, tmp_path):
+    runs = [run for run in load_runs([matrix]) if run.subset is None]
+    write_report(runs, tmp_path / "plain")
+    assert "Images and settings" not in (tmp_path / "plain" / "report.html").read_text()
+    assert "tuned for no variant" in (tmp_path / "plain" / "report.md").read_text()
