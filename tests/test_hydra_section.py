@@ -33,24 +33,30 @@ def config(**hydra):
     return {"defaults": ["cityscapes", "_self_"], "hydra": hydra, "theirs": {"_target_": "trap.Data"}}
 
 
+LATER = "${oc.select:hydra.job_logging.pick.${hydra.runtime.output_dir},trap.Data}"
 SPRUNG = [
     ({"callbacks": {"theirs": {"_target_": "trap.Data"}}}, "hydra.callbacks.theirs._target_ 'trap.Data'"),
     ({"callbacks": {"theirs": [{"_target_": "os.system", "command": "true"}]}}, "_target_ 'os.system'"),
     ({"launcher": {"_target_": "trap.Data"}}, "hydra.launcher._target_ 'trap.Data'"),
     ({"sweeper": {"_target_": "hydra.utils.Path"}}, "hydra.sweeper._target_ 'hydra.utils.Path'"),
-    ({"callbacks": {"theirs": "${theirs}"}}, "hydra.callbacks.theirs._target_ 'trap.Data'"),
-    ({"job_logging": {"handlers": {"file": {"filename": "ext://trap.${hydra.job.num}"}}}}, "'ext://trap.0'"),
-    (
-        {"job_logging": {"handlers": {"file": {"filename": "${hydra:sweep.dir}"}}}},
-        "hydra.job_logging cannot be checked",
-    ),
+    ({"callbacks": {"theirs": "${theirs}"}}, "hydra.callbacks.theirs ${theirs}"),
+    ({"callbacks": {"x": {"_target_": "${....output_subdir}"}}}, "hydra.callbacks.x._target_ '${....output_subdir}'"),
+    ({"job_logging": {"handlers": {"x": {"class": LATER}}}}, "hydra.job_logging.handlers.x.class"),
+    ({"job_logging": {"handlers": {"file": {"filename": "ext://trap.${hydra.job.num}"}}}}, "'ext://trap"),
+    ({"job_logging": {"handlers": {"file": {"filename": "${hydra.sweep.dir}"}}}}, "'${hydra.sweep.dir}'"),
+    ({"hydra_logging": {"x": "${hydra.runtime.output_dir}"}}, "'${hydra.runtime.output_dir}'"),
     ({"job_logging": {"handlers": {"file": {"class": "trap.Data"}}}}, "job_logging.handlers.file.class 'trap.Data'"),
     ({"job_logging": {"formatters": {"simple": {"()": "trap.Data"}}}}, "job_logging.formatters.simple.() 'trap.Data'"),
     ({"job_logging": {"formatters": {"simple": {"()": "logging.config.listen"}}}}, "'logging.config.listen'"),
     ({"hydra_logging": {"handlers": {"console": {"stream": "ext://trap.Data"}}}}, "'ext://trap.Data'"),
     ({"hydra_logging": {"filters": [{"x": {"()": ["trap.Data"]}}]}}, "hydra_logging.filters.0.x.()"),
     ({"job": {"env_set": {"LD_PRELOAD": "theirs.so"}}}, "hydra.job.env_set.LD_PRELOAD"),
+    ({"job": {"env_set": {"GIT_CONFIG_COUNT": "1"}}}, "hydra.job.env_set.GIT_CONFIG_COUNT"),
+    ({"job": {"env_set": {"CXX": "theirs.sh"}}}, "hydra.job.env_set.CXX"),
+    ({"launcher": {"_target_": "hydra_plugins.x.Y", "setup": ["touch theirs"]}}, "hydra.launcher.setup"),
     ({"searchpath": ["pkg://trap"]}, "hydra.searchpath pkg://trap"),
+    ({"searchpath": ["pk${name}"]}, "hydra.searchpath pk${name}"),
+    ({"searchpath": "${theirs}"}, "hydra.searchpath ${theirs}"),
 ]
 
 
