@@ -26,6 +26,7 @@ STRAYS = (
     "__MACOSX/im0.png",
     ".Trash-1000/im0.png",
     "$RECYCLE.BIN/im0.png",
+    "thumbnails/im0.png",
     "Thumbs.db",
     ".DS_Store",
     "desktop.ini",
@@ -165,3 +166,16 @@ def test_the_start_of_a_run_can_say_what_was_left_out(data):
     assert fed.left_out == found.left_out
     both = splits(data, val_images=str(data / "images"), val_masks=str(data / "masks"))
     assert both.left_out == {reason: 2 * count for reason, count in found.left_out.items()}
+
+
+def test_a_name_is_one_whether_its_dots_are_letters_of_their_own_or_not(tmp_path):
+    put(tmp_path, "images/e\u0301.png", "masks/\u00e9.png", "images/b.png", "masks/b.png")
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
+    assert names(splits(tmp_path)) == ["b", "\u00e9"]
+
+
+def test_a_mask_of_nearly_the_name_is_told(tmp_path):
+    put(tmp_path, "images/im0.png", "masks/im0_mask.png")
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
+    with pytest.raises(FileNotFoundError, match=r"the first is 'im0'.*did you mean im0_mask\?"):
+        splits(tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
+from eomt.command_line import did_you_mean
 from eomt.data.labels import LabelSet
 from eomt.data.listing import LONELY, list_pictures
 from eomt.data.sources import ColorDecoder, IndexDecoder, LabelDecoder, LoaderOptions, Sample, Source, Splits
@@ -180,7 +182,7 @@ def _pairs(images: Path, masks: Path, left_out: Counter[str]) -> list[Sample]:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(image_of)} images in {images} have no mask, the first is {missing[0]!r}; "
-            f"put a mask of that name into {masks}, or take the image away."
+            f"put a mask of that name into {masks}, or take the image away{did_you_mean(missing[0], mask_of)}"
         )
     left_out.update({LONELY: lonely} if (lonely := len(mask_of.keys() - image_of.keys())) else {})
     return [Sample(name, Source(path), Source(mask_of[name])) for name, path in image_of.items()]
@@ -194,7 +196,9 @@ def _pictures(root: Path, left_out: Counter[str]) -> dict[str, str]:
     left_out.update(listing.left_out)
     found: dict[str, str] = {}
     for parts in listing.pictures:
-        name, path = os.path.splitext("/".join(parts))[0], os.path.join(root, *parts)
+        # macOS takes the dots off letters, so that one name would be two
+        name = unicodedata.normalize("NFC", os.path.splitext("/".join(parts))[0])
+        path = os.path.join(root, *parts)
         if name in found:
             raise ValueError(f"{found[name]} and {path} differ in their extension only; keep one of them.")
         found[name] = path
@@ -208,7 +212,10 @@ def _add_shared(mask_of: dict[str, str], image_of: Mapping[str, str], masks: Pat
     for place in sorted({os.path.dirname(name) for name in image_of if name not in mask_of}):
         if (masks / place).is_dir():
             shared = list_pictures(masks / place, deep=False).pictures
-            mask_of |= {os.path.splitext(f"{place}/{name}")[0]: f"{masks / place}/{name}" for (name,) in shared}
+            for (name,) in shared:
+                mask_of[unicodedata.normalize("NFC", os.path.splitext(f"{place}/{name}")[0])] = (
+                    f"{masks / place}/{name}"
+                )
 
 
 def _split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

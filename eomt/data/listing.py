@@ -14,7 +14,7 @@ from eomt.files import PICTURES
 # letters: macOS in archives, Synology, QNAP, Windows, Linux, Jupyter.
 OF_SYSTEMS = {"__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler"}
 OF_SYSTEMS |= {"system volume information", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
-OF_SYSTEMS |= {"lost+found", "__pycache__"}
+OF_SYSTEMS |= {"lost+found", "__pycache__", "thumbnails", "thumbs"}
 
 # Reasons for which files are left out; each counts files, or folders that are not looked into.
 LEFT_BY_SYSTEMS = "hidden, or left by a system"

@@ -15,7 +15,8 @@ MAX_PIXELS = 500_000_000  # of a picture; 1.5 GB in RGB
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound, which 200 megapixels exceed; `open_picture` holds to ours
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits a channel, or fewer
-DARK = 4096  # a 16-bit picture below it uses 12 bits or fewer, whose high byte is nearly nothing
+DARK = 4096  # 16-bit values below it use 12 bits or fewer, so that their high byte is nearly nothing
+FEW = 0.01  # share of values, from hot or saturated pixels, that do not make a picture of 12 bits one of 16
 ORIENTATION = 0x0112  # EXIF tag
 TURNED = range(2, 9)  # its values for a picture that is not stored as it is to be seen
 REDUCED, MASK = 1, 4  # bits of a TIFF's NewSubfileType: a page that is a smaller copy, or says what is transparent
@@ -103,12 +104,19 @@ def to_rgb(picture: Image.Image, name: str) -> Image.Image:
     if "transparency" in picture.info:  # of a palette
         picture = picture.convert("RGBA")
     picture = picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy
-    if deep and max(high for _, high in picture.getextrema()) < DARK >> 8:
+    if deep and (bright := share_of_bright(picture)) < FEW:
         raise ValueError(
-            f"{name} has 16 bits a channel and no value of {DARK} or more, so that it would be black: it holds fewer "
-            "bits, or nothing; stretch its values over 0..65535, or convert it to 8 bits a channel"
+            f"{name} has 16 bits a channel and {100 * bright:.2g} % of its values are {DARK} or more, so that it would "
+            "be black: it holds fewer bits, or nothing; stretch its values over 0..65535, or convert it to 8 bits a "
+            "channel"
         )
     return picture
+
+
+def share_of_bright(picture: Image.Image) -> float:
+    """The share of values of `DARK` or more in what was a picture of 16 bits."""
+    counts = np.reshape(picture.histogram(), (-1, 256)).sum(0)
+    return counts[DARK >> 8 :].sum() / counts.sum()
 
 
 def check_mode(picture: Image.Image, name: str) -> None:
