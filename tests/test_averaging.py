@@ -16,6 +16,7 @@ from eomt.data.toy_streets import toy_streets
 from eomt.processes import Interrupted
 from eomt.reporting.sample_pictures import SamplePictures
 from eomt.training.callbacks import SaveBest
+from eomt.training.checkpoint_files import BestCheckpoint
 from eomt.training.evaluation import evaluate
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.run_folder import newest_checkpoint
@@ -98,6 +99,15 @@ def test_weights_that_somebody_elses_callback_swaps_in_are_scored_saved_and_draw
     dataset = toys(toy_cache).val_set
     assert len(drawn[-1]) == 3
     assert all(torch.equal(saved.predict(dataset[i][0]), prediction) for i, prediction in enumerate(drawn[-1]))
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+def test_best_ckpt_has_the_weights_that_were_scored_or_is_not_written(toy_cache, tmp_path, recwarn, swaps):
+    best = BestCheckpoint(tmp_path / "checkpoints", "best", monitor="val/miou", mode="max")
+    swap = [Zeros("on_validation_epoch_start", "on_validation_epoch_end")] if swaps else []
+    train(tmp_path, toy_cache, SaveBest(tmp_path, "last"), best, *swap)
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists() != swaps
+    assert any("best.ckpt is not written" in str(warning.message) for warning in recwarn) == swaps
 
 
 def test_weights_that_change_between_scoring_and_saving_are_an_error(toy_cache, tmp_path):

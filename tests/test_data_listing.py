@@ -175,7 +175,7 @@ def test_a_name_is_one_whether_its_dots_are_letters_of_their_own_or_not(tmp_path
 
 
 def test_a_mask_of_nearly_the_name_is_told(tmp_path):
-    put(tmp_path, "images/im0.png", "masks/im0_mask.png")
+    put(tmp_path, "images/street_0.png", "masks/street_0_mask.png")
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
-    with pytest.raises(FileNotFoundError, match=r"the first is 'im0'.*did you mean im0_mask\?"):
+    with pytest.raises(FileNotFoundError, match=r"the first is 'street_0'.*did you mean street_0_mask\?"):
         splits(tmp_path)

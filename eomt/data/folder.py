@@ -196,9 +196,7 @@ def _pictures(root: Path, left_out: Counter[str]) -> dict[str, str]:
     left_out.update(listing.left_out)
     found: dict[str, str] = {}
     for parts in listing.pictures:
-        # macOS takes the dots off letters, so that one name would be two
-        name = unicodedata.normalize("NFC", os.path.splitext("/".join(parts))[0])
-        path = os.path.join(root, *parts)
+        name, path = _name("/".join(parts)), os.path.join(root, *parts)
         if name in found:
             raise ValueError(f"{found[name]} and {path} differ in their extension only; keep one of them.")
         found[name] = path
@@ -212,10 +210,12 @@ def _add_shared(mask_of: dict[str, str], image_of: Mapping[str, str], masks: Pat
     for place in sorted({os.path.dirname(name) for name in image_of if name not in mask_of}):
         if (masks / place).is_dir():
             shared = list_pictures(masks / place, deep=False).pictures
-            for (name,) in shared:
-                mask_of[unicodedata.normalize("NFC", os.path.splitext(f"{place}/{name}")[0])] = (
-                    f"{masks / place}/{name}"
-                )
+            mask_of |= {_name(f"{place}/{name}"): f"{masks / place}/{name}" for (name,) in shared}
+
+
+def _name(path: str) -> str:
+    """A picture's path without its ending; macOS writes letters and their dots apart, which are one name."""
+    return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 
 
 def _split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -160,5 +160,6 @@ def check_callbacks(callbacks: Mapping[str, Mapping[str, Any]], model: Mapping[s
 def left_out(trainer: Mapping[str, Any], callbacks: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Names the callbacks that switches of the trainer leave out: its progress bar, and checkpoints to go on from."""
     unwanted = () if trainer.get("enable_progress_bar", True) in (True, None) else BARS
-    unwanted += () if trainer.get("enable_checkpointing", True) in (True, None) else ("ModelCheckpoint",)
+    if trainer.get("enable_checkpointing", True) not in (True, None):
+        unwanted += ("ModelCheckpoint", "BestCheckpoint")
     return {name for name, node in callbacks.items() if str(node["_target_"]).rpartition(".")[2] in unwanted}

@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from eomt.files import check_room, replacing
+from eomt.fingerprints import checksums
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -23,6 +28,27 @@ class CheckpointFiles(TorchCheckpointIO):
         check_room(path, tensor_bytes(checkpoint))
         with replacing(path, alone=True) as draft:
             torch.save(checkpoint, draft)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, of the weights that were scored or of none.
+
+    Lightning's averages put what they score into a checkpoint. Another callback that swaps weights has put the trained
+    ones back by then: a checkpoint of them would bear a score that is not theirs.
+    """
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether a checkpoint with this score is to be written now."""
+        if not super().check_monitor_top_k(trainer, current):
+            return False
+        averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        if averaged or checksums(trainer.lightning_module) == trainer.lightning_module.scored:
+            return True
+        rank_zero_warn(
+            f"{self.dirpath}/{self.filename}.ckpt is not written: the weights are not those that were scored, which "
+            "the run's artefact has"
+        )
+        return False
 
 
 def tensor_bytes(content: Any) -> int:
