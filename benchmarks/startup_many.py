@@ -36,7 +36,9 @@ def main() -> int:
         for count in counts:
             write_images(Path(folder) / str(count), count)
         runs = [measure(args.code, Path(folder), count) for _ in range(args.rounds) for count in counts]
-    facts = {"command": " ".join(["python", *sys.argv]), "platform": platform.platform(), "cores": os.cpu_count()}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=args.code, capture_output=True, text=True)
+    facts = {"command": " ".join(["python", *sys.argv]), "git_commit": commit.stdout.strip() or None}
+    facts |= {"platform": platform.platform(), "cores": os.cpu_count()}
     args.out.write_text(json.dumps(facts | {"runs": runs}, indent=2) + "\n")
     print(args.out)
     return 0
