@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 from conftest import TOY_DATA, TOY_MODEL
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from test_interruption import EPOCH, SignalAt, train
 
 import train_with_lora
@@ -107,6 +107,8 @@ def test_best_ckpt_has_the_weights_that_were_scored_or_is_not_written(toy_cache,
     swap = [Zeros("on_validation_epoch_start", "on_validation_epoch_end")] if swaps else []
     train(tmp_path, toy_cache, SaveBest(tmp_path, "last"), best, *swap)
     assert (tmp_path / "checkpoints" / "best.ckpt").exists() != swaps
+    same = ModelCheckpoint(tmp_path / "checkpoints", "best", monitor="val/miou", mode="max")
+    assert best.state_key == same.state_key, "checkpoints of earlier versions hold its state by that name"
     assert any("best.ckpt is not written" in str(warning.message) for warning in recwarn) == swaps
 
 

@@ -37,6 +37,10 @@ class BestCheckpoint(ModelCheckpoint):
     ones back by then: a checkpoint of them would bear a score that is not theirs.
     """
 
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__name__, "ModelCheckpoint", 1)  # as in earlier checkpoints
+
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether a checkpoint with this score is to be written now."""
         if not super().check_monitor_top_k(trainer, current):
