@@ -33,6 +33,8 @@ from eomt.processes import (
     report_interruption,
 )
 
+log = logging.getLogger(__name__)
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -47,7 +49,7 @@ def train(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]: 
 
     alone = count_processes() == 1  # others would decide by what the first one has written meanwhile
     if alone and cfg.resume == "auto" and (summary := finished_before(output_dir, saved_yaml(cfg))):
-        logging.getLogger(__name__).info("%s holds this run, finished after %d steps", output_dir, summary["steps"])
+        log.info("%s holds this run, finished after %d steps", output_dir, summary["steps"])
         return summary
     with run_folder(output_dir, cfg.resume, OmegaConf.to_container(cfg.model, resolve=True)) as cfg.resume:
         if is_first_process():
@@ -78,6 +80,7 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
         default_root_dir=output_dir,
         _convert_="all",
     )
+    datamodule.check_processes(trainer.world_size)  # before the others are started
     start = report_start(trainer, module, datamodule)
     try:
         explain = partial(explain_memory, trainer, module, datamodule.batch_size)
@@ -112,7 +115,7 @@ def choose_lora(cfg) -> Any:  # noqa: ANN001
     check_composed(cfg)
     images = len(build_data(cfg, "see --help").train_set)
     preset = preset_for(images)
-    logging.getLogger(__name__).info("lora=auto: %d training images, so lora=%s", images, preset)
+    log.info("lora=auto: %d training images, so lora=%s", images, preset)
     overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("lora=")]
     return compose(HydraConfig.get().job.config_name, [*overrides, f"lora={preset}"])
 
@@ -148,6 +151,8 @@ def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001
         plain["model"]["num_classes"] = 1  # the data set says, later
     import_method(plain["model"].get("lora_method", "lora"))
     check_config(plain, any_target=plain["allow_any_target"])
+    if plain["allow_any_target"]:
+        log.warning("allow_any_target=true: whatever the configuration names is imported and called")
     if cfg.resume and cfg.resume != "auto":
         from eomt.training.run_folder import check_resume
 

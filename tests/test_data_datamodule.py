@@ -310,3 +310,12 @@ def test_a_batch_of_a_resumed_epoch_is_made_of_the_same_images_and_said_to_be(ma
     resumed = list(data.train_dataloader())
     assert len(resumed) == len(batches) - 2 and torch.equal(resumed[1][0], batches[3][0])
     assert data.batch_items(3) == items
+
+
+def test_too_few_images_for_the_processes_are_told_before_they_start(make_set):
+    data = module(make_set(4), make_set(1))
+    data.check_processes(1)
+    with pytest.raises(ValueError, match="Every process needs a validation image, there are 1 for 2 processes"):
+        data.check_processes(2)
+    with pytest.raises(ValueError, match=r"batch_size . x 9 process"):
+        data.check_processes(9)

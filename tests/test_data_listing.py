@@ -179,3 +179,14 @@ def test_a_mask_of_nearly_the_name_is_told(tmp_path):
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
     with pytest.raises(FileNotFoundError, match=r"the first is 'street_0'.*did you mean street_0_mask\?"):
         splits(tmp_path)
+
+
+def test_a_link_to_nothing_is_told_to_be_one(data):
+    (data / "images" / "s" / "im9.png").symlink_to(data / "gone.png")
+    put(data, "masks/s/im9.png")
+    places = [str(data / name) for name in ("classes.yaml", "images", "masks")]
+    samples = folder.splits(*places, val_share=0.5).train + folder.splits(*places, val_share=0.5).val
+    broken = next(sample for sample in samples if sample.name == "s/im9")
+    for read in (broken.image.check_image, broken.image.decode):
+        with pytest.raises(FileNotFoundError, match=r"im9\.png is a link to .*gone\.png, which is not there"):
+            read()

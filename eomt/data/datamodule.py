@@ -167,6 +167,15 @@ class SegmentationDataModule(LightningDataModule):
             return facts
         return facts | ({"cut_paste": str(self.cut_paste)} if self.cut_paste else {})
 
+    def check_processes(self, count: int) -> None:
+        """Raises ValueError where so many processes have too few images for a step, or for a validation."""
+        self._check_batch(count)
+        if count > len(self.val_set):
+            raise ValueError(
+                f"Every process needs a validation image, there are {len(self.val_set)} for {count} processes; use "
+                "fewer processes or more images."
+            )
+
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches: the same for a seed, whatever is trained on them and from wherever resumed."""
         self._check_batch(self._world_size)
@@ -194,12 +203,8 @@ class SegmentationDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Whole images in order, each in exactly one process."""
         sampler = None
+        self.check_processes(self._world_size)
         if self._world_size > 1:
-            if self._world_size > len(self.val_set):
-                raise ValueError(
-                    f"Every process needs a validation image, there are {len(self.val_set)} for {self._world_size} "
-                    "processes; use fewer processes or more images."
-                )
             # Lightning's own choice would repeat images to even out the processes, and count them twice.
             sampler = UnrepeatedDistributedSampler(
                 self.val_set, num_replicas=self._world_size, rank=self._rank, shuffle=False

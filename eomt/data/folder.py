@@ -96,7 +96,7 @@ def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
     try:
         content = read_yaml(path)
     except ValueError as error:
-        raise ValueError(f"{error}; it must have a list `classes`, see docs/data.md for an example.") from error
+        raise ValueError(f"{error}; docs/data.md shows such a file, with its list `classes`.") from error
     if not isinstance(content.get("classes"), list) or not content["classes"]:
         raise ValueError(f"{path} must have a list `classes`; see docs/data.md for an example.")
     _known_keys(content, {"classes", "ignore_ids", "ignore_rgb"}, str(path))

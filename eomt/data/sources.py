@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 from zipfile import ZipFile
 
 import numpy as np
@@ -79,7 +79,7 @@ class Source:
         """
         if self.member is not None:
             return  # an archive knows its members' sizes
-        with open(self.path, "rb") as file:
+        with self._open() as file:
             whole = looks_whole(file, os.fstat(file.fileno()).st_size)
         if not whole:
             self.decode()
@@ -87,7 +87,7 @@ class Source:
     def check_image(self) -> None:
         """As `check_complete`, of an image with a mask: what its header says against it is an error, too."""
         if self.member is None:
-            with open(self.path, "rb") as file:
+            with self._open() as file:
                 picture = open_picture(file, str(self))
                 refuse_turned(picture, str(self), "its labels")
                 check_mode(picture, str(self))
@@ -96,7 +96,7 @@ class Source:
     def check_mask(self) -> None:
         """As `check_complete`, of a mask: what its header says against it is an error, too."""
         if self.member is None:
-            with open(self.path, "rb") as file:
+            with self._open() as file:
                 check_mask(open_picture(file, str(self)), file, str(self))
         self.check_complete()
 
@@ -108,6 +108,15 @@ class Source:
         """The mask, whose pixels are values of classes; raises ValueError as `eomt.data.masks.decode_mask` does."""
         return decode_mask(self.read(), str(self))
 
+    def _open(self) -> BinaryIO:
+        try:
+            return open(self.path, "rb")
+        except FileNotFoundError:
+            if os.path.islink(self.path):
+                gone = f"{self.path} is a link to {os.readlink(self.path)}, which is not there; mend or remove it."
+                raise FileNotFoundError(gone) from None
+            raise
+
     def read(self) -> bytes:
         """The file's bytes.
 
@@ -116,7 +125,8 @@ class Source:
             FileNotFoundError: There is no such file.
         """
         if self.member is None:
-            return Path(self.path).read_bytes()
+            with self._open() as file:
+                return file.read()
         try:
             return open_archive(self.path).read(self.member)
         except KeyError as error:
