@@ -28,7 +28,7 @@ from eomt.processes import (
     is_first_process,
 )
 from eomt.reporting.loggers import MetricsFile
-from eomt.training.checkpoint_files import CheckpointFiles
+from eomt.training.checkpoint_files import BestCheckpoint, CheckpointFiles
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.run_folder import cut_metrics, newest_checkpoint, steps_in
 from eomt.training.stop_on_signal import StopOnSignal
@@ -119,6 +119,26 @@ def test_an_interrupted_run_goes_on_bit_for_bit_and_its_curves_have_no_gap_and_n
     assert steps_in(last) == steps
     cut_metrics(tmp_path, steps)
     state = train(tmp_path, toy_cache, resume=last).state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in whole[0].items())
+    assert rows(tmp_path) == whole[1]
+
+
+class EndsBetweenItsCheckpoints(ModelCheckpoint):
+    """At the end of the second epoch, once one checkpoint is written, and before the other is."""
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == 1:
+            raise KeyError("killed")
+
+
+def test_a_run_goes_on_bit_for_bit_from_best_ckpt_where_it_is_the_newest(whole, toy_cache, tmp_path):
+    best = BestCheckpoint(tmp_path / "checkpoints", "best", monitor="step", mode="max", enable_version_counter=False)
+    with pytest.raises(KeyError):
+        train(tmp_path, toy_cache, best, EndsBetweenItsCheckpoints(save_top_k=0))
+    newest = newest_checkpoint(tmp_path)
+    assert newest.name == "best.ckpt" and steps_in(newest) == 2 * EPOCH
+    cut_metrics(tmp_path, 2 * EPOCH)
+    state = train(tmp_path, toy_cache, resume=newest).state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in whole[0].items())
     assert rows(tmp_path) == whole[1]
 
