@@ -356,8 +356,7 @@ def test_a_wrong_label_is_one_sentence_without_traceback(model, tmp_path):
     Image.fromarray(np.full((64, 128), 2, np.uint8)).save(tmp_path / "fs_static" / "labels_masks" / "0.png")
     result = run_script(SCRIPT, model, f"data.root={tmp_path}", "--output", tmp_path / "out")
     assert result.returncode == 1 and "0.png has the value 2" in result.stderr
-    assert result.stderr.startswith("fs_static is left out: ") and "error: fs_static: " in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(tmp_path.rglob("*.safetensors")), "the network had run before labels were looked at"
 
 

@@ -95,7 +95,7 @@ def evaluate_benchmarks(
         for dataset in datasets:
             keep_other_network(options.output / f"{dataset.name}.json", module.artefact_id)
     for dataset in datasets:
-        with collected(faults, dataset.name):
+        with collected(faults, dataset.name, alone=len(datasets) + len(faults) == 1):
             evaluate_benchmark(module, dataset, asked, options, device)
     if faults:
         raise ValueError("; ".join(f"{name}: {fault}" for name, fault in faults.items()))
@@ -127,15 +127,16 @@ def evaluate_benchmark(
 
 
 @contextmanager
-def collected(faults: dict[str, str], name: str) -> Iterator[None]:
-    """Keeps what is wrong with a benchmark, of which the screen tells at once, so that others are still scored."""
+def collected(faults: dict[str, str], name: str, alone: bool) -> Iterator[None]:
+    """Keeps what is wrong with a benchmark, so that others are still scored; unless it is alone, says so at once."""
     try:
         yield
     except (ValueError, OSError) as error:
         if out_of_memory(error):
             raise
         faults[name] = str(error)
-        logger.warning("%s is left out: %s", name, error)
+        if not alone:
+            logger.warning("%s is left out: %s", name, error)
 
 
 def open_datasets(settings: Mapping[str, Any]) -> tuple[list[AnomalyDataset], dict[str, str]]:
@@ -150,7 +151,7 @@ def open_datasets(settings: Mapping[str, Any]) -> tuple[list[AnomalyDataset], di
         roots[TOYS] = write_toy_anomalies(root or None, *(settings[key] for key in OF_TOYS))
     datasets, faults = [], {}
     for name in names:
-        with collected(faults, name):
+        with collected(faults, name, alone=len(names) == 1):
             dataset = AnomalyDataset(roots[name], name)
             dataset.check()
             datasets.append(dataset)
