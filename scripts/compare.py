@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate_run(args.run, args.source)
             return 0
         output = args.output or args.runs[0] / "report"
-        report_runs(args.runs, output, args.baseline, args.score, args.allow_different)
+        report_runs(args.runs, output, args.baseline, args.score, args.allow_different, args.costs)
         return 0
     except Interrupted as stopped:
         print(f"{stopped}: the same command goes on from here", file=sys.stderr)
@@ -76,6 +76,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     report.add_argument("--baseline", help="the variant that others are compared to (default: full or baseline)")
     report.add_argument("--score", help="of anomalies, one for the whole table (default: rba)")
     report.add_argument("--output", type=Path, help="default: report/ in the first folder")
+    report.add_argument(
+        "--costs", type=Path, metavar="FOLDER", help="take seconds and memory from the runs in it, measured undisturbed"
+    )
     report.add_argument("--allow-different", action="store_true", help="mark runs that differ instead of stopping")
     evaluate = commands.add_parser("evaluate", help="evaluate a run for the report (run and report do it as needed)")
     evaluate.add_argument("run", type=Path)

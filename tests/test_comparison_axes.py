@@ -1,5 +1,6 @@
 """The report of a matrix with several numbers of training images, and with settings that it chose."""
 
+import csv
 import json
 
 import pytest
@@ -46,6 +47,11 @@ def report(matrix, tmp_path):
     return {path.suffix: path.read_text() for path in (tmp_path / "report").iterdir()}
 
 
+def read_csv(file):
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))
+
+
 def test_trials_are_no_runs_and_runs_are_grouped_by_their_images(matrix):
     assert {size: len(runs) for size, runs in by_images(load_runs([matrix])).items()} == {16: 4, 64: 4, None: 4}
 
@@ -76,3 +82,41 @@ def test_without_them_nothing_of_it_stands_in_a_report(matrix, tmp_path):
     write_report(runs, tmp_path / "plain")
     assert "Images and settings" not in (tmp_path / "plain" / "report.html").read_text()
     assert "tuned for no variant" in (tmp_path / "plain" / "report.md").read_text()
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Runs that had the machine for themselves, of one seed and fewer steps."""
+    for variant in ("lora_r8", "full"):
+        seconds = {"total": 0.2, "data": 0.0, "compute": 0.123 if variant == "full" else 0.119}
+        memory = {"bytes": 77 << 20, "of": "resident set of the process"}
+        changes = {"steps": 30, "seconds_per_step": seconds, "peak_memory": memory}
+        write_run(tmp_path / "measured" / variant / "seed_0", variant, **changes)
+    return tmp_path / "measured"
+
+
+def test_seconds_and_memory_can_come_from_runs_that_had_the_machine_for_themselves(matrix, measured, tmp_path):
+    write_report(load_runs([matrix]), tmp_path / "alone")
+    write_report(load_runs([matrix]), tmp_path / "report", costs=load_runs([measured]))
+    alone, rows = (read_csv(tmp_path / folder / "report.csv") for folder in ("alone", "report"))
+    assert [row["compute_seconds_per_step"] for row in rows] == ["0.119", "0.123"]
+    assert {int(row["peak_memory_bytes"]) for row in rows} == {77 << 20}
+    assert [row["miou_percent"] for row in rows] == [row["miou_percent"] for row in alone], "scores stay the matrix's"
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "wall time" in (tmp_path / "alone" / "report.md").read_text()
+    assert "wall time" not in text, "a shorter run does not tell it"
+    assert "Seconds and memory are from other runs of these variants, of 30 steps" in text
+
+
+def test_costs_of_steps_that_do_something_else_are_refused(matrix, measured, tmp_path):
+    config = measured / "full" / "seed_0" / "config.yaml"
+    changed = yaml.safe_load(config.read_text()) | {"trainer": {"precision": "bf16-mixed"}}
+    config.write_text(yaml.safe_dump(changed))
+    with pytest.raises(ValueError, match=r"full/seed_0 has precision bf16-mixed, .* has 32-true"):
+        write_report(load_runs([matrix]), tmp_path / "report", costs=load_runs([measured]))
+
+
+def test_costs_must_hold_every_variant_that_took_steps(matrix, measured, tmp_path):
+    costs = [run for run in load_runs([measured]) if run.variant == "full"]
+    with pytest.raises(ValueError, match="holds no finished run of lora_r8"):
+        write_report(load_runs([matrix]), tmp_path / "report", costs=costs)

@@ -71,9 +71,17 @@ def read_trainer(run: Path) -> dict[str, Any]:
 
 
 def report_runs(
-    folders: Sequence[Path], output: Path, baseline: str | None, score: str | None, allow_different: bool
+    folders: Sequence[Path],
+    output: Path,
+    baseline: str | None,
+    score: str | None,
+    allow_different: bool,
+    costs: Path | None = None,
 ) -> None:
-    """Evaluates what has not been evaluated yet, and writes the report."""
+    """Evaluates what has not been evaluated yet, and writes the report.
+
+    `costs` is a folder of runs to take seconds and memory from, where each had the machine for itself.
+    """
     from eomt.comparison.runs import load_runs, matrix_of
 
     check_place(output)
@@ -97,7 +105,8 @@ def report_runs(
     runs = load_runs(folders)
     matrices = dict.fromkeys(folder for run in runs if (folder := matrix_of(run.path)))
     tunings = [tuning for matrix in matrices for tuning in read_tuning(matrix)]
-    write_report(runs, output, baseline, allow_different, predictions, score, tunings)
+    measured = load_runs([costs]) if costs else ()
+    write_report(runs, output, baseline, allow_different, predictions, score, tunings, measured)
     print(f"{output}/report.html, report.md, report.csv, report.tex")
 
 

@@ -7,6 +7,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from eomt.comparison import axes, plots
 from eomt.comparison.anomalies import METRICS, spread
+from eomt.comparison.costs import with_costs_of
 from eomt.comparison.facts import audit_words, command, kept_network, shared_facts
 from eomt.comparison.formats import latex, markdown, print_table, write_csv
 from eomt.comparison.galleries import Predictions, galleries, heat_maps
@@ -25,6 +26,7 @@ def write_report(
     predictions: Predictions | None = None,
     score: str | None = None,
     tunings: Sequence[axes.Tuning] = (),
+    costs: Sequence[Run] = (),
 ) -> Comparison:
     """Writes report.html, report.md, report.csv and report.tex, and prints the table.
 
@@ -37,12 +39,14 @@ def write_report(
             uint8 [H, W]) by name; None, an OSError or a ValueError leave the page without those pictures.
         score: of anomalies, see `compare`.
         tunings: what was chosen for each variant.
+        costs: runs to take seconds and memory from, see `with_costs_of`; none: each run's own.
 
     Runs on fewer training images than others stand in a table and a plot of their own.
 
     Raises:
         ValueError: what `compare` raises, or the runs differ in a condition that they must share.
     """
+    runs, measured = with_costs_of(runs, costs) if costs else (runs, None)
     comparison = compare(list(axes.by_images(runs).values())[-1] if runs else runs, baseline, score)
     fewer = axes.compare_fewer(runs, comparison.baseline, comparison.score)
     found = [difference for each in (comparison, *fewer.values()) for difference in each.differences]
@@ -53,6 +57,7 @@ def write_report(
             + ". Leave runs out, or allow differences to have them marked."
         )
     comparison.tuned = bool(tunings)
+    comparison.notes += [measured] if measured else []
     content = table(comparison)
     content.footnotes.extend(
         f"{run} on {size} images failed and counts in no mean: {run.error}"

@@ -276,12 +276,11 @@ def footnotes(comparison: Comparison) -> list[str]:
             "Change on source: mIoU on the source domain minus that of the network before training, over the common "
             "seeds; what is negative was forgotten."
         )
+    timed = any(run.summary.get("wall_seconds") for run in comparison.runs)
     lines.append(
         "Costs: parameters that train, with their share of all; bytes of the folder to ship and of the checkpoint to "
-        "resume from; peak memory, the most over seeds"
-        + _measured(comparison)
-        + "; seconds per step, medians, waiting "
-        "for data apart; mean wall time of the whole run."
+        f"resume from; peak memory, the most over seeds{_measured(comparison)}; seconds per step, medians, waiting for "
+        f"data apart{'; mean wall time of the whole run' * timed}."
     )
     lines += [f"{run} failed and counts in no mean: {run.error}" for run in comparison.failed]
     lines += anomaly_notes(comparison)
