@@ -227,7 +227,7 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from eomt.settings.compose import CONFIG_ERRORS, explain_config
+    from eomt.settings.compose import CONFIG_ERRORS, explain_config, register_resolvers
     from eomt.settings.hydra_section import checked_hydra
 
     expected = (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException)
@@ -256,6 +256,7 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
             failed[output_dir] = one_sentence(error)
             fail(error, 1)
 
+    register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped override arrives here and not as Hydra's own page
     try:
         with checked_hydra():

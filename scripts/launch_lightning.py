@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     job = Job(
-        name=args.name or default_name(words, args.compare),
+        name=args.name or default_name(asked, args.compare),
         script=MATRIX if args.compare else "train_with_lora.py",
         arguments=arguments,
         folder=args.folder,

@@ -10,9 +10,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from eomt.comparison.matrix import parse_matrix
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.toy_streets import write_toy_streets
-from eomt.settings.compose import absolute_paths, name_backbone, saved_yaml
+from eomt.settings.compose import absolute_paths, compose_run, name_backbone, saved_yaml
 from eomt.settings.config_check import check_config
 from eomt.settings.model import ModelSettings
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -281,3 +282,23 @@ def test_a_relative_path_and_a_nested_default_of_the_environment_are_not_written
 def test_a_configuration_without_the_environment_is_saved_as_it_resolves(tmp_path):
     cfg = composed(overrides=["data.root=/x", f"output_dir={tmp_path}"])
     assert yaml.safe_load(saved_yaml(cfg)) == OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["data=folder", "model=vit_small"], "folder_vit_small"),
+        (["data=folder", "model=vit_small", "model.use_lora=true"], "folder_vit_small_lora"),
+        (["experiment=camvid", "variant=head"], "camvid_head"),
+        (["experiment=toy_source"], "toy_source"),
+        (["name=mine", "variant=full"], "mine"),
+    ],
+)
+def test_a_run_is_called_what_it_trains_unless_it_is_given_a_name(words, name):
+    assert compose_run([*words, "output_dir=run"]).name == name
+
+
+def test_a_matrix_is_called_by_its_data_and_model_whatever_its_variants():
+    words = ["data=folder", "model=vit_small", "variants=[lora_r4,full]"]
+    assert parse_matrix(words, "cityscapes_lora")[0]["folder"] == "outputs/compare/folder_vit_small"
+    assert parse_matrix(["experiment=toy_night"], "cityscapes")[0]["folder"] == "outputs/compare/toy_night"

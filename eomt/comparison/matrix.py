@@ -12,7 +12,7 @@ from eomt.command_line import fail, one_sentence, own_process_state, path_in, qu
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
 from eomt.comparison.tuning import FOLDER, choose_settings, grid_for, read_grid, read_tuning, setting_words, trial_words
 from eomt.files import write_json
-from eomt.settings.compose import ROOT, build_data, compose_run, configurations, open_data
+from eomt.settings.compose import ROOT, build_data, compose_run, configurations, matrix_name, open_data
 from eomt.settings.formats import CELL, MATRIX, read_format, stamped
 
 VARIANTS = sorted(path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml") if path.stem != "base")
@@ -118,8 +118,8 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
             raise ValueError(f"{word}: this is not for a matrix to be told: {OWN_KEYS[key]}")
         else:
             facts["overrides"].append(word)
-    named = [word.split("=")[1] for word in facts["overrides"] if word.startswith("experiment=")]
-    facts["folder"] = os.path.expanduser(folder or Path("outputs", "compare", *(named or [config_name])))
+    folder = folder or Path("outputs", "compare", matrix_name(facts["overrides"], config_name))
+    facts["folder"] = os.path.expanduser(folder)
     return facts, launcher
 
 

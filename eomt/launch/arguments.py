@@ -1,12 +1,12 @@
 """Reads and checks the arguments of a training that will run elsewhere: files of that place may be missing here."""
 
 import argparse
-import itertools
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from eomt.command_line import unquoted
@@ -39,12 +39,15 @@ def find_output_dir(words: Sequence[str]) -> str | None:
     return folder
 
 
-def default_name(words: Sequence[str], compare: bool) -> str:
-    """Returns a job's name of what is trained, and the time: cityscapes-lora-20260101-120000."""
-    named = [value for flag, value in itertools.pairwise(words) if flag in ("--config-name", "-cn")]
-    experiment = [word.removeprefix("experiment=") for word in words if word.startswith("experiment=")]
-    what = [*["compare"] * compare, *(experiment or named or ["cityscapes"])[-1:]]
-    return re.sub("[^a-z0-9]+", "-", "-".join(what).lower()) + time.strftime("-%Y%m%d-%H%M%S")
+def default_name(asked: Any, compare: bool) -> str:
+    """Returns a job's name of what is trained, and the time: folder-vit-small-lora-20260101-120000.
+
+    Args:
+        asked: the configuration of a training, or what `read_matrix` returns.
+        compare: whether it is a matrix.
+    """
+    what = f"compare-{Path(parse_matrix(*asked)[0]['folder']).name}" if compare else asked.name
+    return re.sub("[^a-z0-9]+", "-", what.lower()) + time.strftime("-%Y%m%d-%H%M%S")
 
 
 def compose_training(words: Sequence[str]) -> Any:

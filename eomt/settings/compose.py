@@ -22,6 +22,23 @@ CONFIG_ERRORS = (YAMLError, ValueError, RecursionError)
 Described = tuple[str, Any, str]  # name of a data set, its configuration, where to look if a value is missing
 
 
+def run_name(config: str, experiment: str | None, data: str, model: str, variant: str | None, use_lora: bool) -> str:
+    """Names a run by what it trains: `folder_vit_small_lora`, `camvid_head`.
+
+    An experiment, or else a configuration that is not this project's, stands for data and model. YAML has this as the
+    resolver `run_name`.
+    """
+    own = None if (ROOT / "configs" / f"{config}.yaml").is_file() else config
+    return "_".join(filter(None, (experiment or own or f"{data}_{model}", variant or ("lora" if use_lora else None))))
+
+
+def register_resolvers() -> None:
+    """Lets OmegaConf know the resolvers of `configs/`."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
 @contextmanager
 def configurations(folder: Path = ROOT / "configs") -> Iterator[None]:
     """Lets Hydra compose from a folder in the block, and turns its errors into a ValueError of one sentence."""
@@ -29,6 +46,7 @@ def configurations(folder: Path = ROOT / "configs") -> Iterator[None]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    register_resolvers()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             yield
@@ -80,6 +98,15 @@ def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folde
     del config.hydra
     read_mappings(config)
     return config
+
+
+def matrix_name(overrides: Sequence[str], config_name: str) -> str:
+    """Names what a matrix trains, whatever its variants: the experiment, or data and model; see `run_name`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    compose_run(overrides, config_name)
+    chosen = HydraConfig.get().runtime.choices
+    return run_name(config_name, chosen.get("experiment"), chosen["data"], chosen["model"], None, False)
 
 
 def read_mappings(config: Any) -> None:
