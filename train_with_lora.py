@@ -1,6 +1,7 @@
 """Trains EoMT on street scenes, with and without LoRA. `python train_with_lora.py --help` shows how."""
 
 import logging
+import math
 import os
 import sys
 import traceback
@@ -12,16 +13,14 @@ from typing import Any
 from eomt.command_line import (
     EXPECTED_ERRORS,
     fail,
-    find_sweep,
     help_text,
     memory_explained,
-    name_sweep,
     one_sentence,
     own_process_state,
     quiet_libraries,
     translate_flags,
 )
-from eomt.files import read_json, write_text
+from eomt.files import write_text
 from eomt.processes import (
     Interrupted,
     Interruption,
@@ -32,6 +31,7 @@ from eomt.processes import (
     is_first_process,
     report_interruption,
 )
+from eomt.settings.sweeps import find_sweep, name_job, name_sweep, report_sweep
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
     from hydra.utils import instantiate
 
     from eomt.cost.memory_errors import explain_memory
+    from eomt.reporting.loggers import finish_loggers
     from eomt.reporting.run_report import finish_run, report_start, validate_last_step
     from eomt.training.end_together import lost_process_explained
 
@@ -91,6 +92,7 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
     finally:  # a run that fails leaves its summary, too, and a signal waits for it
         with interruption.waiting():
             summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
+            finish_loggers(trainer.loggers)
     interruption.check()
     return summary
 
@@ -236,15 +238,16 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     begun: list[Path] = []  # folders of runs
 
     @hydra.main(config_path=str(CONFIGS), config_name="cityscapes", version_base="1.3")
-    def run(cfg) -> None:  # noqa: ANN001
+    def run(cfg) -> float | None:  # noqa: ANN001
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         output_dir = Path(HydraConfig.get().runtime.output_dir)
         begun.append(output_dir)
         try:
             if sweep:
                 check_sweep(cfg.trainer)
+                cfg.group, cfg.job = sweep.name, name_job(HydraConfig.get(), words)
             with memory_explained():
-                train(cfg, output_dir, interruption)
+                return train(cfg, output_dir, interruption)["miou"]  # which an optimising sweeper maximises
         except Interrupted as stopped:
             stopped.command = command_to_continue(words, sweep or output_dir)
             raise
@@ -255,6 +258,7 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
                 traceback.print_exc()
             failed[output_dir] = one_sentence(error)
             fail(error, 1)
+            return math.nan
 
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that a mistyped override arrives here and not as Hydra's own page
@@ -272,17 +276,6 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     except SystemExit as ended:  # an option of Hydra's own
         return ended.code or 0
     return report_sweep(sweep, failed) if sweep else int(bool(failed))
-
-
-def report_sweep(folder: Path, failed: dict[Path, str]) -> int:
-    """Lists the runs of a sweep that failed, also those that a launcher ran in other processes; returns a code."""
-    found = (path for path in sorted(folder.rglob("summary.json")) if not path.parent.name.startswith("earlier_"))
-    statuses = {path.parent: read_json(path).get("status") for path in found}
-    failed = {run: status for run, status in statuses.items() if status != "finished"} | failed
-    for run, reason in failed.items():
-        print(f"failed: {run}: {reason.removeprefix('failed: ')}", file=sys.stderr)
-    print(f"{len(statuses.keys() | failed.keys()) - len(failed)} runs finished in {folder}, {len(failed)} failed")
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

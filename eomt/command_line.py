@@ -14,7 +14,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
@@ -84,7 +83,6 @@ FLAGS = {
 HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
 HYDRA_FLAGS |= {"--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
 HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
-SWEEP = "hydra.sweep.dir"
 PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.sweep.dir", "model.ckpt_path")
 PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
 PATH_KEYS += tuple(f"data.cut_paste.cutouts.{name}" for name in ("root", "annotations", "images"))
@@ -130,28 +128,6 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
         raise ValueError("output_dir= names no folder: give one, or leave it out for a new one in outputs/")
     sweeps = bool({"--multirun", "-m"} & set(options))
     return options + [open_mapping(quote_path(expand_home(word), sweeps)) for word in overrides]
-
-
-def name_sweep(words: Sequence[str]) -> list[str]:
-    """Returns the words with a folder for all runs of a sweep, if they ask for one: that of `output_dir`, or a new one.
-
-    Raises:
-        ValueError: several folders.
-    """
-    if not {"--multirun", "-m"} & set(words):
-        return list(words)
-    given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("output_dir=")]
-    if given and unquoted(given[-1]) == given[-1]:  # a list of values, which is left without quotes
-        raise ValueError(f"output_dir={given[-1]}: a sweep has one folder, and each run its own in it; give one path")
-    kept = [word for word in words if not word.lstrip("+").startswith("output_dir=")]
-    folder = given[-1] if given else f"outputs/multirun/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
-    return kept if any(word.startswith(f"{SWEEP}=") for word in kept) else [*kept, f"{SWEEP}={folder}"]
-
-
-def find_sweep(words: Sequence[str]) -> Path | None:
-    """Returns the folder of the sweep that `name_sweep` has named; None for a single run."""
-    folder = next((word.partition("=")[2] for word in words if word.startswith(f"{SWEEP}=")), None)
-    return Path(unquoted(folder)) if folder and {"--multirun", "-m"} & set(words) else None
 
 
 def quote_path(word: str, sweeps: bool = False) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import warm
+import yaml
 from conftest import TOY_DATA as DATA
 from conftest import TOY_MODEL as MODEL
 
@@ -199,17 +200,20 @@ def test_the_last_checkpoint_is_the_last_even_when_an_earlier_one_was_better(sou
     assert best["global_step"] == summary_of(source[0])["best_step"]
 
 
-def test_a_sweep_gives_every_job_its_own_folder(toy_cache, tmp_path):
-    arguments = [
-        "data.batch_size=4",
-        "trainer.max_epochs=1",
-        "--multirun",
-        "seed=1,2",
-    ]
+def test_a_sweep_gives_every_job_its_own_folder_and_its_own_run_of_wandb(toy_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    arguments = ["data.batch_size=4", "trainer.max_epochs=1", "logger=wandb", "--multirun", "model.num_q=10,11,12"]
     train(toy_cache, tmp_path, *arguments)
-    for job in "01":
-        assert summary_of(tmp_path / job)["status"] == "finished"
-        assert (tmp_path / job / "model" / "model.safetensors").is_file()
+    ids = set()
+    for job, queries in enumerate((10, 11, 12)):
+        folder = tmp_path / str(job)
+        assert summary_of(folder)["status"] == "finished"
+        assert (folder / "model" / "model.safetensors").is_file()
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (config["group"], config["job"]) == (tmp_path.name, f"{job} model.num_q={queries}")
+        [run] = (folder / "wandb").glob("offline-run-*")
+        ids.add(run.name.rpartition("-")[2])
+    assert len(ids) == 3
 
 
 def test_each_run_of_a_sweep_has_its_turn_and_those_that_failed_are_listed(source, toy_cache, tmp_path):

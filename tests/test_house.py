@@ -45,6 +45,7 @@ FORBIDDEN = {  # room: libraries, and rooms before it, that it must not import
 COMPOSES = (  # and nobody else knows Hydra
     "eomt.settings.compose",
     "eomt.settings.hydra_section",
+    "eomt.settings.sweeps",
     "eomt.comparison.cells",
     "eomt.comparison.matrix",
     "eomt.comparison.tuning",

@@ -11,11 +11,14 @@ import sys
 
 import pytest
 from conftest import TOY_DATA, TOY_MODEL, run_training
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eomt.command_line import LogFile, ScreenLog
 from eomt.files import Tolerated
 from eomt.reporting.loggers import EventFile, MetricsFile
+from eomt.reporting.wandb_logger import wandb_logger
+from eomt.settings.sweeps import name_job
 from eomt.training.callbacks import RunProgressBar
 from eomt.training.finite_steps import FiniteSteps
 
@@ -177,3 +180,26 @@ def test_a_run_goes_on_where_pictures_and_logs_cannot_be_written_and_nobody_read
 def test_a_metric_that_is_no_number_is_an_empty_cell(tmp_path):
     MetricsFile(tmp_path).log_metrics({"loss": float("nan"), "val/miou": 0.5}, 3)
     assert rows(tmp_path / "metrics.csv") == [{"loss": "", "step": "3", "val/miou": "0.5"}]
+
+
+def test_a_run_of_wandb_is_named_by_what_it_varies_and_leaves_out_tags_that_are_none(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    made = wandb_logger(name="camvid_head", job="1 seed=2", group="sweep", job_type="train", tags=[None, "camvid"])
+    init = made._wandb_init
+    wanted = {"name": "camvid_head 1 seed=2", "group": "sweep", "job_type": "train", "tags": ["camvid"]}
+    assert {key: init[key] for key in wanted} == wanted
+    made.finish()  # where nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("words", "params", "name"),
+    [
+        (["model.lora_rank=4,8", "seed=1"], {}, "3 model.lora_rank=8"),
+        (["model.lora_rank=8", "seed=1,2"], {}, "3 seed=1"),
+        (["seed=1"], {"model.lora_rank": "range(4,8)"}, "3 model.lora_rank=8"),
+    ],
+)
+def test_a_job_of_a_sweep_is_named_by_its_number_and_what_it_varies(words, params, name):
+    task = ["model.lora_rank=8", "seed=1", "data.root='/a b'"]
+    hydra = {"sweeper": {"params": params}, "overrides": {"task": task}, "job": {"num": 3}}
+    assert name_job(OmegaConf.create(hydra), ["--multirun", *words, "hydra.sweep.dir='x'"]) == name

@@ -66,7 +66,8 @@ def train_and_evaluate(cell: dict[str, Any], title: str, matrix: Path, facts: di
     print(f"== {title}", flush=True)
     script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
     tuned = [] if "trial" in cell else setting_words(chosen_settings(matrix, cell["variant"]))
-    train = [*script, *cell["words"], *tuned, *fixed(cell, folder), "resume=auto"]
+    group = [f"group={quoted(matrix.name)}", f"job={quoted(title.partition(', ')[2])}"]
+    train = [*script, *cell["words"], *tuned, *fixed(cell, folder), *group, "resume=auto"]
     evaluate = [sys.executable, str(ROOT / "scripts" / "compare.py"), "evaluate", str(folder), *facts["source"]]
     folder.mkdir(parents=True, exist_ok=True)
     if (status(folder) or "").startswith("failed: LoRA audit"):  # of which the rest of a run shows too little

@@ -99,6 +99,12 @@ class EventFile(TensorBoardLogger):
                 super().finalize(status)
 
 
+def finish_loggers(loggers: Sequence[Logger]) -> None:
+    """Ends what a logger keeps open beyond the fit, so that the next run of this process begins one of its own."""
+    for logger in loggers:
+        getattr(logger, "finish", lambda: None)()
+
+
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Appends rows to a CSV file, all of them or none; where they have a new column the file is written anew."""
     if not rows:

@@ -4,6 +4,7 @@ import logging
 import netrc
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlparse
 
@@ -12,12 +13,34 @@ from lightning.pytorch.loggers import WandbLogger
 logger = logging.getLogger(__name__)
 
 
-def wandb_logger(project: str = "eomt-lora", name: str | None = None, **options: Any) -> WandbLogger:
-    """A WandbLogger that goes offline, with one warning, where it cannot log in; see `WandbLogger` for the options."""
+class WandbRun(WandbLogger):
+    """One run of wandb, which ends with `finish`."""
+
+    def finish(self) -> None:
+        """Ends the run of wandb, if one was begun."""
+        if self._experiment is not None:
+            self._experiment.finish()
+
+
+def wandb_logger(
+    project: str = "eomt-lora",
+    name: str | None = None,
+    job: str | None = None,
+    tags: Sequence[str | None] = (),
+    **options: Any,
+) -> WandbRun:
+    """A logger that goes offline, with one warning, where it cannot log in.
+
+    Args:
+        project, name, options: see `WandbLogger`.
+        job: what tells the run from others of its group, added to its name.
+        tags: without those that are None.
+    """
     if "WANDB_MODE" not in os.environ and (reason := offline_reason()):
         logger.warning("wandb is offline (%s): upload the run later with `wandb sync`", reason)
         os.environ["WANDB_MODE"] = "offline"
-    return WandbLogger(project=project, name=name, **options)
+    name = " ".join(filter(None, (name, job)))
+    return WandbRun(project=project, name=name or None, tags=[tag for tag in tags if tag], **options)
 
 
 def offline_reason() -> str | None:

@@ -27,6 +27,8 @@ PARTS = {
 OPTIONS = {
     "name": str,
     "variant": str | None,
+    "group": str | None,
+    "job": str | None,
     "output_dir": str,
     "seed": int,
     "resume": str | None,
