@@ -13,14 +13,13 @@ from typing import Any
 from eomt.command_line import (
     EXPECTED_ERRORS,
     fail,
-    help_text,
     memory_explained,
     one_sentence,
     own_process_state,
     quiet_libraries,
-    translate_flags,
 )
 from eomt.files import write_text
+from eomt.flags import help_text, translate_flags
 from eomt.processes import (
     Interrupted,
     Interruption,

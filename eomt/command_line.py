@@ -1,4 +1,4 @@
-"""The command line of `train_with_lora.py`: the guide's flags, `--help`, and errors in one sentence."""
+"""What every command line has: paths in quotes, errors in one sentence, signals, a screen of any kind."""
 
 import difflib
 import errno
@@ -8,13 +8,11 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
 
@@ -63,71 +61,10 @@ def print_to_nobody() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# flag: how many values it takes, and the override that it stands for
-FLAGS = {
-    "--use_lora": (0, "model.use_lora=true"),
-    "--lora_rank": (1, "model.lora_rank={}"),
-    "--lora_alpha": (1, "model.lora_alpha={}"),
-    "--lora_dropout": (1, "model.lora_dropout={}"),
-    "--epochs": (1, "trainer.max_epochs={}"),
-    "--batch_size": (1, "data.batch_size={}"),
-    "--lr": (1, "model.lr={}"),
-    "--img_size": (2, "model.img_size=[{},{}]"),
-    "--num_workers": (1, "data.num_workers={}"),
-    "--dataset_root": (1, "data.root={}"),
-    "--ckpt_path": (1, "model.ckpt_path={}"),
-    "--backbone_weights": (1, "model.backbone_weights={}"),
-    "--output_dir": (1, "output_dir={}"),
-    "--use_wandb": (0, "logger=wandb"),
-}
-HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
-HYDRA_FLAGS |= {"--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
-HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
 PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.sweep.dir", "model.ckpt_path")
 PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
 PATH_KEYS += tuple(f"data.cut_paste.cutouts.{name}" for name in ("root", "annotations", "images"))
 PATH_KEYS += ("model.backbone_weights", "model.backbone_kwargs.pretrained_cfg_overlay.file")
-LIBRARY_MAPPINGS = tuple(f"model.{name}{end}" for name in ("backbone_kwargs", "lora_options") for end in "=.")
-
-
-def translate_flags(arguments: Sequence[str]) -> list[str]:
-    """The guide's flags as Hydra overrides; everything else unchanged.
-
-    `--use_lora` chooses the `cityscapes_lora` configuration, unless another one was named. Hydra's own options come
-    first, because its parser wants the overrides in one piece.
-
-    Raises:
-        ValueError: an unknown flag, or one without its values.
-    """
-    if strange := [word for word in arguments if "\0" in word]:
-        raise ValueError(f"{strange[0]!r} has a NUL in it, which no path and no value can hold: leave it out")
-    options, overrides = [], []
-    rest = [part for word in arguments for part in split_flag(word)]
-    if "--use_lora" in rest and not {"--config-name", "-cn"} & set(rest):
-        options += ["--config-name", "cityscapes_lora"]
-    while rest:
-        word = rest.pop(0)
-        if word in FLAGS:
-            count, override = FLAGS[word]
-            values, rest = rest[:count], rest[count:]
-            is_path = override.split("=")[0] in PATH_KEYS
-            if len(values) < count or any(v.startswith("--") or ("=" in v and not is_path) for v in values):
-                got = " ".join(values) or "none"
-                raise ValueError(f"{word} takes {count} value{'s' * (count > 1)}, got {got}; see --help")
-            overrides.append(override.format(*values))
-        elif word == "--experimental-rerun":
-            raise ValueError(f"{word} opens a pickle, which may run anything: give the command of summary.json again")
-        elif word in HYDRA_FLAGS:
-            count = HYDRA_FLAGS[word]
-            options, rest = [*options, word, *rest[:count]], rest[count:]
-        elif word.startswith("--"):
-            raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
-        else:
-            overrides.append(word)
-    if "output_dir=" in overrides:
-        raise ValueError("output_dir= names no folder: give one, or leave it out for a new one in outputs/")
-    sweeps = bool({"--multirun", "-m"} & set(options))
-    return options + [open_mapping(quote_path(expand_home(word), sweeps)) for word in overrides]
 
 
 def quote_path(word: str, sweeps: bool = False) -> str:
@@ -158,76 +95,6 @@ def unquoted(value: str) -> str:
     if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:
         return value
     return re.sub(r"(\\*)" + f"({value[0]}|$)", lambda found: found[1][: len(found[1]) // 2] + found[2], value[1:-1])
-
-
-def open_mapping(word: str) -> str:
-    """An override of a mapping for a library, so that it takes keys that no YAML has yet, or that Hydra cannot read."""
-    if not word.startswith(LIBRARY_MAPPINGS):
-        return word
-    key, _, value = word.partition("=")
-    if value.startswith("{") and re.search("[\"'^]", value):  # YAML, with or without spaces behind its colons
-        value = quoted(re.sub(r"(?<![?]):(?=[^ ])", ": ", value))  # which `read_mappings` reads
-    return f"++{key}={value}"
-
-
-def expand_home(word: str) -> str:
-    """`output_dir=~/runs` without the `~`, of which no shell makes a folder behind a `=`, and Hydra one named so."""
-    key, equals, value = word.partition("=")
-    if key != "output_dir" or not value.lstrip("'\"").startswith("~/"):
-        return word
-    return key + equals + value.replace("~", os.path.expanduser("~"), 1)
-
-
-def split_flag(word: str) -> list[str]:
-    """`--flag=value` as two words; overrides stay whole."""
-    return word.split("=", 1) if word.startswith("--") and "=" in word else [word]
-
-
-def help_text(configs: Path) -> str:
-    """Returns the text of `--help`: examples, flags, configuration groups and the LoRA options with their defaults."""
-    flags = "\n".join(
-        f"  {flag + ' VALUE' * count:<24}{override.replace('{}', 'VALUE')}" for flag, (count, override) in FLAGS.items()
-    )
-    groups = "\n".join(
-        textwrap.fill(
-            ", ".join(sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "base")),
-            width=116,
-            initial_indent=f"  {folder.name:<12}",
-            subsequent_indent=" " * 14,
-        )
-        for folder in sorted(configs.iterdir())
-        if folder.is_dir()
-    )
-    lora = "\n".join(
-        f"  model.{line}"
-        for line in (configs / "model" / "base.yaml").read_text().splitlines()
-        if line.startswith(("use_lora", "lora_"))
-    )
-    return f"""Train EoMT for semantic segmentation, as a full fine-tune or with LoRA.
-
-usage: python train_with_lora.py [--config-name NAME] [flags] [group=choice] [key=value ...]
-
-Examples
-  python train_with_lora.py --config-name cityscapes_lora data.root=/data/cityscapes model.lora_rank=8
-  python train_with_lora.py --use_lora --lora_rank 16 --lora_alpha 32 --epochs 50 --batch_size 4 --dataset_root /data/cs
-  python train_with_lora.py experiment=toy_source        # needs no data, no download and no GPU
-
-Configurations (--config-name)
-  {", ".join(sorted(file.stem for file in configs.glob("*.yaml")))}
-
-Groups (group=choice)
-{groups}
-
-LoRA options and their defaults
-{lora}
-
-Short flags and what they stand for
-{flags}
-
-  --cfg job             print the composed configuration and exit
-  --multirun            one run for each of model.lora_rank=4,8,16
-  --hydra-help          options of Hydra itself
-"""
 
 
 def quiet_libraries() -> None:
@@ -362,8 +229,8 @@ def one_sentence(error: BaseException) -> str:
     if type(error).__name__ == "InstantiationException" and cause is not None:
         return one_sentence(cause)
     if message.startswith("Could not override") and hasattr(cause, "parent_node"):
-        name = getattr(cause, "full_key", None) or message.split(chr(39))[1]
-        return f"{name} is not in the configuration{did_you_mean(cause.key, cause.parent_node)}"
+        name = max(message.split(chr(39))[1], getattr(cause, "full_key", None) or "", key=len)
+        return f"{name} is not in the configuration{meant(name, str(cause.key), cause.parent_node)}"
     if message.startswith("Caught ") and "Original Traceback" in message:  # in a process that loads data
         message = re.sub(r"(?s:.*Traceback \().*\n(?: .*\n)*[\w.<>]+(: |\s*\Z)", "", message) or message.split()[1]
     return " ".join(message.split()) or type(error).__name__
@@ -373,3 +240,30 @@ def did_you_mean(word: str, known: Iterable) -> str:
     """The closest known word as the end of a sentence, or nothing."""
     close = difflib.get_close_matches(word, [str(name) for name in known], n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def meant(name: str, key: str, parent: Mapping) -> str:
+    """The end of a sentence about a name that no configuration has: the key that was meant, wherever it stands.
+
+    Args:
+        name: as it was given, dotted.
+        key: the part of it that is not there.
+        parent: where it would be; OmegaConf's.
+    """
+    if name == "data.root" and "images" in list(parent):  # also as long as it is not given
+        return ": these data are named by data.images, data.masks and data.classes"
+    if name.endswith(key) and (close := did_you_mean(key, parent)):
+        return close
+    names = {dotted.replace(".", "_"): dotted for dotted in dotted_names(parent._get_root())}
+    names |= {dotted.rpartition(".")[2]: dotted for dotted in names.values()}
+    close = difflib.get_close_matches(name.replace(".", "_"), names, n=1)
+    return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def dotted_names(node: Mapping, prefix: str = "") -> Iterator[str]:
+    """Every key of a nested configuration, `model.lora_rank`; of OmegaConf's, values that are missing too."""
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, Mapping):
+            yield from dotted_names(child, f"{prefix}{key}.")

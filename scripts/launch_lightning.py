@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import _checkout  # noqa: F401
 
-from eomt.command_line import fail, reports_errors, translate_flags
+from eomt.command_line import fail, reports_errors
+from eomt.flags import translate_flags
 from eomt.launch.arguments import (
     check_training,
     check_training_matrix,

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_pretrained import build, open_, outputs, save_lightning, trained
 
-from eomt.command_line import translate_flags
 from eomt.cost.training_cost import build_without_weights
 from eomt.diagnosis.facts import NothingToCheck, RunFacts
 from eomt.diagnosis.inspection import inspect_model
+from eomt.flags import translate_flags
 from eomt.inference.artefacts import merge_adapter
 from eomt.models.vit import ViT
 from eomt.settings.compose import absolute_paths, compose_run, name_backbone

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch._utils import ExceptionWrapper
 
-from eomt.command_line import one_sentence, quote_path, translate_flags, unquoted
+from eomt.command_line import one_sentence, quote_path, unquoted
 from eomt.comparison.matrix import parse_matrix
+from eomt.flags import FLAGS, translate_flags
 from eomt.settings.compose import compose_run, data_of_run
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +81,71 @@ def test_the_guides_flags_become_overrides():
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        ("--seed 3 --precision 32-true --devices 2", ["seed=3", "trainer.precision=32-true", "trainer.devices=2"]),
+        ("--max_steps 50", ["trainer.max_steps=50", "trainer.max_epochs=-1"]),
+        ("--max_steps 50 --epochs 2", ["trainer.max_steps=50", "trainer.max_epochs=2"]),
+        ("--lora_target_modules qkv fc1 --seed 1", ["model.lora_target_modules=[qkv,fc1]", "seed=1"]),
+        (
+            "--lora_target_modules=qkv,proj --lora_blocks 4",
+            ["model.lora_target_modules=[qkv,proj]", "model.lora_blocks=4"],
+        ),
+        ("--resume", ["resume='auto'"]),
+        ("--resume --seed 1", ["resume='auto'", "seed=1"]),
+        ("--resume runs/last.ckpt", ["resume='runs/last.ckpt'"]),
+        ("--data camvid --dataset_root /d", ["data=camvid", "data.root='/d'"]),
+        (
+            "--images i --masks m --classes c.yaml",
+            ["data=folder", "data.images='i'", "data.masks='m'", "data.classes='c.yaml'"],
+        ),
+        ("data=folder --images i", ["data=folder", "data.images='i'"]),
+        ("--use_lora true --seed 1", ["--config-name", "cityscapes_lora", "model.use_lora=true", "seed=1"]),
+        ("--use_lora=False", ["model.use_lora=false"]),
+        ("--config mine --use_lora", ["--config-name", "mine", "model.use_lora=true"]),
+    ],
+)
+def test_flags_that_users_know_from_elsewhere_become_overrides(words, overrides):
+    assert translate_flags(words.split()) == overrides
+
+
+def test_a_configuration_can_be_a_file_anywhere(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [cityscapes, _self_]\n")
+    options = ["--config-dir", str(tmp_path), "--config-name", "mine"]
+    assert translate_flags(["--config", str(tmp_path / "mine.yaml")]) == options
+    with pytest.raises(ValueError, match=r"--config .*gone.yaml: no such file"):
+        translate_flags(["--config", str(tmp_path / "gone.yaml")])
+
+
+def test_every_flag_stands_for_something_that_the_configuration_has():
+    base = "data=folder model=vit_small".split()
+    for name, flag in FLAGS.items():
+        values = {
+            "--config": ["cityscapes"],
+            "--data": ["folder"],
+            "--model": ["vit_small"],
+            "--img_size": ["64", "64"],
+        }
+        words = [name, *values.get(name, ["1"] * (flag.values or 1) if flag.values != 0 else [])]
+        own = [word for word in translate_flags(words) if not word.startswith("-") and "=" in word]
+        root = ["data=cityscapes"] if name == "--dataset_root" else []
+        compose_run([*base, *root, *own])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--data /data/cityscapes", "--data takes the name of a data set, got /data/cityscapes"),
+        ("--lora_target_modules --seed 1", "--lora_target_modules takes values, one or more, got none"),
+        ("--seed", "--seed takes 1 value, got none"),
+    ],
+)
+def test_a_flag_without_what_it_takes_is_refused(words, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        translate_flags(words.split())
+
+
 def test_a_named_configuration_and_plain_overrides_pass_unchanged():
     words = ["model.lr=1", "--config-name=mine", "--use_lora", "--multirun", "seed=1,2", "--cfg", "job"]
     options = ["--config-name", "mine", "--multirun", "--cfg", "job"]
@@ -91,6 +157,14 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
     [
         (["--lora_rnk", "4"], 2, r"unknown option --lora_rnk; did you mean --lora_rank\?"),
         (["--img_size", "640", "model.lr=1"], 2, "--img_size takes 2 values, got 640"),
+        (["lora.rank=8"], 2, r"lora.rank is not in the configuration; did you mean model.lora_rank\?"),
+        (["rank=8"], 2, r"rank is not in the configuration; did you mean model.lora_rank\?"),
+        (["lora_alpha=8"], 2, r"lora_alpha is not in the configuration; did you mean model.lora_alpha\?"),
+        (
+            ["data=folder", "--dataset_root", "/x"],
+            2,
+            "data.root is not .*: these data are named by data.images, data.m",
+        ),
         (["model.lora_rnak=4"], 2, r"model.lora_rnak is not in the configuration; did you mean lora_rank\?"),
         (["data=nowhere"], 2, "Could not find 'data/nowhere' Available options in 'data': .*camvid cityscapes"),
         (["model.lora_rank=[1"], 2, "input"),
@@ -268,7 +342,7 @@ def test_folders_with_odd_names_train_and_are_evaluated(toy_run, toy_cache, tmp_
 
 def test_null_is_no_folder(tmp_path):
     facts, _ = parse_matrix(["output_dir=null", "anomaly_root=null"], "cityscapes")
-    assert facts["anomaly_root"] is None and facts["folder"] == "outputs/compare/cityscapes"
+    assert facts["anomaly_root"] is None and facts["folder"] == "outputs/compare/cityscapes_vit_large"
     lines = "data: {_target_: eomt.data.folder.folder, classes: c, images: i, masks: m, val_images: v, val_masks: v}"
     (tmp_path / "config.yaml").write_text(lines)
     with pytest.raises(FileNotFoundError, match="c is not there"):  # and val_images no folder named null

@@ -14,6 +14,7 @@ FILES = [ROOT / "train_with_lora.py", ROOT / "lora_config.py", *sorted((ROOT / "
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 ORDER = (  # a room may import those that stand before it; README shows the same tree
     "eomt.command_line",
+    "eomt.flags",
     "eomt.files",
     "eomt.processes",
     "eomt.indices",
@@ -50,7 +51,15 @@ COMPOSES = (  # and nobody else knows Hydra
     "eomt.comparison.matrix",
     "eomt.comparison.tuning",
 )
-WITHOUT_TORCH = ("eomt.command_line", "eomt.files", "eomt.processes", "eomt.indices", "lora_config", "eomt.settings")
+WITHOUT_TORCH = (
+    "eomt.command_line",
+    "eomt.flags",
+    "eomt.files",
+    "eomt.processes",
+    "eomt.indices",
+    "lora_config",
+    "eomt.settings",
+)
 HEAVY = ("torch", "timm", "lightning", "peft", "torchvision", "torchmetrics", "matplotlib")
 LINES, FUNCTION_LINES = 400, 60
 LONG = 5  # lines of a public function from which on it needs a docstring

@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 import train_with_lora
-from eomt.command_line import HYDRA_FLAGS, translate_flags
+from eomt.flags import HYDRA_FLAGS, translate_flags
 from eomt.settings.run import check_run
 from eomt.settings.trainer import CALLBACKS, TAKEN
 

@@ -1,0 +1,234 @@
+"""The command line of `train_with_lora.py`: short flags, which stand for overrides, and `--help`."""
+
+import os
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eomt.command_line import PATH_KEYS, did_you_mean, quote_path, quoted
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A short flag.
+
+    Args:
+        override: that it stands for; every {} is a value.
+        values: how many it takes; None: one or more, which make a list.
+        default: taken where no value follows; None: one must follow.
+    """
+
+    override: str
+    values: int | None = 1
+    default: str | None = None
+
+
+FLAGS = {
+    "--config": Flag("--config-name {}"),
+    "--data": Flag("data={}"),
+    "--dataset_root": Flag("data.root={}"),
+    "--images": Flag("data.images={}"),
+    "--masks": Flag("data.masks={}"),
+    "--classes": Flag("data.classes={}"),
+    "--model": Flag("model={}"),
+    "--backbone_weights": Flag("model.backbone_weights={}"),
+    "--ckpt_path": Flag("model.ckpt_path={}"),
+    "--use_lora": Flag("model.use_lora={}", default="true"),
+    "--lora_rank": Flag("model.lora_rank={}"),
+    "--lora_alpha": Flag("model.lora_alpha={}"),
+    "--lora_dropout": Flag("model.lora_dropout={}"),
+    "--lora_target_modules": Flag("model.lora_target_modules=[{}]", values=None),
+    "--lora_blocks": Flag("model.lora_blocks={}"),
+    "--epochs": Flag("trainer.max_epochs={}"),
+    "--max_steps": Flag("trainer.max_steps={}"),
+    "--batch_size": Flag("data.batch_size={}"),
+    "--lr": Flag("model.lr={}"),
+    "--img_size": Flag("model.img_size=[{},{}]", values=2),
+    "--num_workers": Flag("data.num_workers={}"),
+    "--precision": Flag("trainer.precision={}"),
+    "--devices": Flag("trainer.devices={}"),
+    "--seed": Flag("seed={}"),
+    "--resume": Flag("resume={}", default="auto"),
+    "--output_dir": Flag("output_dir={}"),
+    "--use_wandb": Flag("logger=wandb", values=0),
+}
+BOOLEANS = ("true", "false")
+OWN_DATA = ("--images", "--masks", "--classes")  # of data=folder
+HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
+HYDRA_FLAGS |= {"--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
+HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
+LIBRARY_MAPPINGS = tuple(f"model.{name}{end}" for name in ("backbone_kwargs", "lora_options") for end in "=.")
+
+
+def translate_flags(arguments: Sequence[str]) -> list[str]:
+    """Short flags as Hydra overrides; everything else unchanged.
+
+    `--use_lora` chooses the `cityscapes_lora` configuration, unless another one was named. Hydra's own options come
+    first, because its parser wants the overrides in one piece.
+
+    Raises:
+        ValueError: an unknown flag, or one without its values.
+    """
+    if strange := [word for word in arguments if "\0" in word]:
+        raise ValueError(f"{strange[0]!r} has a NUL in it, which no path and no value can hold: leave it out")
+    options, overrides = [], []
+    rest = [part for word in arguments for part in split_flag(word)]
+    given = {word for word in rest if word.startswith("--")}
+    while rest:
+        word = rest.pop(0)
+        if word in FLAGS:
+            values, rest = take_values(word, rest)
+            chosen, words = OTHERWISE.get(word, stands_for)(word, values)
+            options, overrides = [*options, *chosen], [*overrides, *words]
+        elif word == "--experimental-rerun":
+            raise ValueError(f"{word} opens a pickle, which may run anything: give the command of summary.json again")
+        elif word in HYDRA_FLAGS:
+            count = HYDRA_FLAGS[word]
+            options, rest = [*options, word, *rest[:count]], rest[count:]
+        elif word.startswith("--"):
+            raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
+        else:
+            overrides.append(word)
+    if "output_dir=" in overrides:
+        raise ValueError("output_dir= names no folder: give one, or leave it out for a new one in outputs/")
+    if "--use_lora" in given and "model.use_lora=true" in overrides and not {"--config-name", "-cn"} & set(options):
+        options = ["--config-name", "cityscapes_lora", *options]
+    if given & set(OWN_DATA) and not any(word.startswith(("data=", "experiment=")) for word in overrides):
+        overrides.insert(0, "data=folder")
+    if "--max_steps" in given and not any(word.startswith("trainer.max_epochs=") for word in overrides):
+        overrides.append("trainer.max_epochs=-1")  # else the shorter of both ends the run
+    sweeps = bool({"--multirun", "-m"} & set(options))
+    return options + [open_mapping(quote_path(expand_home(word), sweeps)) for word in overrides]
+
+
+def take_values(flag: str, rest: list[str]) -> tuple[list[str], list[str]]:
+    """Splits the words behind a flag into its values and what follows; ValueError where values are missing."""
+    asked = FLAGS[flag]
+    is_path = asked.override.partition("=")[0] in PATH_KEYS
+
+    def is_value(word: str) -> bool:
+        return not word.startswith("--") and ("=" not in word or is_path)
+
+    if asked.default is not None:
+        taken = bool(rest) and is_value(rest[0]) and (asked.default not in BOOLEANS or rest[0].lower() in BOOLEANS)
+        return (
+            ([rest[0].lower() if asked.default in BOOLEANS else rest[0]], rest[1:])
+            if taken
+            else ([asked.default], rest)
+        )
+    if asked.values is None:
+        count = next((k for k, word in enumerate(rest) if not is_value(word)), len(rest))
+    else:
+        count = asked.values
+    values = rest[:count]
+    if len(values) < max(count, asked.values is None) or not all(map(is_value, values)):
+        wanted = "values" if count > 1 else "value" if asked.values else "values, one or more"
+        got = " ".join(values) or "none"
+        raise ValueError(f"{flag} takes {asked.values or ''} {wanted}, got {got}; see --help".replace("  ", " "))
+    return values, rest[count:]
+
+
+def stands_for(flag: str, values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options and the overrides that a flag with these values stands for."""
+    asked = FLAGS[flag]
+    return [], [asked.override.format(*([",".join(values)] if asked.values is None else values))]
+
+
+def choose_config(flag: str, values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--config NAME`, or a YAML file anywhere."""
+    path = Path(values[0]).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return ["--config-name", values[0]], []
+    if not path.is_file():
+        raise ValueError(f"{flag} {values[0]}: no such file; the name of a configuration, or a YAML file of your own")
+    return ["--config-dir", str(path.resolve().parent), "--config-name", path.stem], []
+
+
+def choose_data(flag: str, values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--data NAME`; ValueError for a folder, which is another flag's."""
+    if "/" in values[0]:
+        raise ValueError(f"{flag} takes the name of a data set, got {values[0]}: its folder is for --dataset_root")
+    return stands_for(flag, values)
+
+
+OTHERWISE: dict[str, Callable] = {"--config": choose_config, "--data": choose_data}  # what no single override says
+
+
+def open_mapping(word: str) -> str:
+    """An override of a mapping for a library, so that it takes keys that no YAML has yet, or that Hydra cannot read."""
+    if not word.startswith(LIBRARY_MAPPINGS):
+        return word
+    key, _, value = word.partition("=")
+    if value.startswith("{") and re.search("[\"'^]", value):  # YAML, with or without spaces behind its colons
+        value = quoted(re.sub(r"(?<![?]):(?=[^ ])", ": ", value))  # which `read_mappings` reads
+    return f"++{key}={value}"
+
+
+def expand_home(word: str) -> str:
+    """`output_dir=~/runs` without the `~`, of which no shell makes a folder behind a `=`, and Hydra one named so."""
+    key, equals, value = word.partition("=")
+    if key != "output_dir" or not value.lstrip("'\"").startswith("~/"):
+        return word
+    return key + equals + value.replace("~", os.path.expanduser("~"), 1)
+
+
+def split_flag(word: str) -> list[str]:
+    """`--flag=value` as two words; overrides stay whole."""
+    return word.split("=", 1) if word.startswith("--") and "=" in word else [word]
+
+
+def flag_line(name: str, flag: Flag) -> str:
+    """One line of `--help`."""
+    values = " [VALUE]" if flag.default else " VALUE ..." if flag.values is None else " VALUE" * flag.values
+    meaning = flag.override.replace("[{}]", "[VALUE,...]").replace("{}", "VALUE")
+    note = f" (default {flag.default})" if flag.default else ""
+    return f"  {name + values:<32}{meaning}{note}"
+
+
+def help_text(configs: Path) -> str:
+    """Returns the text of `--help`: examples, flags, configuration groups and the LoRA options with their defaults."""
+    flags = "\n".join(flag_line(name, flag) for name, flag in FLAGS.items())
+    groups = "\n".join(
+        textwrap.fill(
+            ", ".join(sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "base")),
+            width=78,
+            initial_indent=f"  {folder.name:<12}",
+            subsequent_indent=" " * 14,
+        )
+        for folder in sorted(configs.iterdir())
+        if folder.is_dir()
+    )
+    lora = "\n".join(
+        f"  model.{line}"
+        for line in (configs / "model" / "base.yaml").read_text().splitlines()
+        if line.startswith(("use_lora", "lora_"))
+    )
+    return f"""Train EoMT for semantic segmentation, as a full fine-tune or with LoRA.
+
+usage: python train_with_lora.py [flags] [group=choice ...] [key=value ...]
+
+Examples
+  python train_with_lora.py --config-name cityscapes_lora \\
+      data.root=/data/cityscapes model.lora_rank=8
+  python train_with_lora.py --use_lora --lora_rank 16 --epochs 50 --model vit_small \\
+      --images photos/ --masks masks/ --classes classes.yaml --batch_size 4
+  python train_with_lora.py experiment=toy_source # no data, download or GPU
+
+Configurations (--config-name)
+  {", ".join(sorted(file.stem for file in configs.glob("*.yaml")))}
+
+Groups (group=choice)
+{groups}
+
+LoRA options and their defaults
+{lora}
+
+Short flags and what they stand for
+{flags}
+
+  --cfg job             print the composed configuration and exit
+  --multirun            one run for each of model.lora_rank=4,8,16
+  --hydra-help          options of Hydra itself
+"""
