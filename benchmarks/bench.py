@@ -1,8 +1,8 @@
 """What the benchmarks share: two sides of one piece of work, timed in turns, weighed each in a process of its own."""
 
+import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from eomt.cost.flops import flop_counter
+from eomt.reporting.run_summary import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 Work = Callable[[], Any]  # one round of a side's work; what it returns is compared with the other side's
@@ -258,21 +259,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers hold for."""
-    name = next((line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")), "")
-    return {
-        "platform": platform.platform(),
-        "cpu": name or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device != "cpu" else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "matrix_rate_gflops": matrix_rate(device) / 1e9,
-        "bandwidth_gb_per_s": bandwidth(device) / 1e9,
-    }
-
-
-def cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+def about(device: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """What the numbers hold for; to be asked before the first file is written."""
+    facts = provenance(seeds)
+    rates = {"matrix_rate_gflops": matrix_rate(device) / 1e9, "bandwidth_gb_per_s": bandwidth(device) / 1e9}
+    peer = {"transformers": importlib.metadata.version("transformers")}
+    return facts | {"machine": facts["machine"] | rates, "versions": facts["versions"] | peer}

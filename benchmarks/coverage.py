@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from eomt.comparison.bootstrap import Units, bootstrap_iou, image_weights, over_drawn_seeds, units
 from eomt.files import write_json
-from eomt.reporting.run_summary import git_commit, library_versions, machine
+from eomt.reporting.run_summary import provenance
 
 IMAGES, TRIALS, SEED = 100, 1000, 0
 TRUE, IMAGE_SD, PIXELS = 1.0, 3.0, 10_000  # points; points; pixels of an image's union
@@ -66,8 +66,7 @@ def main() -> None:
         for rho in (0, 0.5, 0.8)
         for drawn in (units(IMAGES), blocks)
     ]
-    facts = {"what": __doc__.splitlines()[0], "command": ["python", *sys.argv], "seed": SEED, "trials": TRIALS}
-    facts |= {"git_commit": git_commit(), "machine": machine(), "versions": library_versions()}
+    facts = {"what": __doc__.splitlines()[0], "trials": TRIALS} | provenance([SEED])
     write_json(sys.argv[1], facts | {"by_seeds": by_seeds, "by_correlation": by_correlation})
 
 

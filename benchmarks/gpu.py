@@ -26,12 +26,12 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from benchmarks import step, val  # noqa: E402
-from benchmarks.bench import PeakMemory, Work, machine, matrix_rate, synchronize  # noqa: E402
+from benchmarks.bench import PeakMemory, Work, about, matrix_rate, synchronize  # noqa: E402
 from benchmarks.infer import adapted, inference, merged, network  # noqa: E402
 from benchmarks.peer import SIZES  # noqa: E402
 from eomt.cost.flops import flop_counter  # noqa: E402
 from eomt.cost.training_cost import training_cost  # noqa: E402
-from eomt.reporting.run_summary import git_commit  # noqa: E402
+from eomt.files import write_json  # noqa: E402
 
 EXAMPLES = """examples:
   python benchmarks/gpu.py                                   # ViT-S and ViT-L/16, 1024x1024, bf16: up to 8 minutes
@@ -157,11 +157,11 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu tries whether all of it runs")
     end = time.monotonic() + 60 * args.minutes
-    about = {"schema_version": 1, "git_commit": git_commit(), "command": ["python", *sys.argv], "seed": 0}
-    about |= {"machine": machine(args.device), "side": args.side, "batch": args.batch, "sizes": {}}
+    facts = {"schema_version": 2} | about(args.device, seeds=(0,))
+    facts |= {"side": args.side, "batch": args.batch, "sizes": {}}
     for size in args.sizes.split(","):
         task = replace(step.Task(size, args.side), batch=args.batch)
-        rows = about["sizes"][size] = []
+        rows = facts["sizes"][size] = []
         work = [partial(measure, line, task, args.device, args.rounds) for line in lines(task, args.device)]
         for row in (*work, partial(fit_16_mixed, task, args.device)):
             if time.monotonic() > end:
@@ -169,7 +169,7 @@ def main() -> int:
                 break
             rows.append(tried(row))
             print(json.dumps({"size": size} | rows[-1]), flush=True)
-            args.out.write_text(json.dumps(about, indent=1) + "\n")
+            write_json(args.out, facts)
             if args.device == "cuda":
                 torch.cuda.empty_cache()
     return 0

@@ -53,12 +53,13 @@ def main() -> int:
         print(json.dumps(weigh_case(*args.weigh, args.device)))
         return 0
     out = args.out or ROOT / "benchmarks" / f"speed_{args.device}.json"
+    origins = {part: origin(part, args.device) for part in parts}
     measured = {}
     for part in parts:
         print(f"measuring {part} ...", file=sys.stderr, flush=True)
-        measured[part] = measure(part, args.device)
-        write(out, measured, args.device)
-    show([row for rows in measured.values() for row in rows])
+        measured[part] = origins[part] | {"rows": measure(part, args.device)}
+        write(out, measured)
+    show([row for part in measured.values() for row in part["rows"]])
     print(f"written to {out}")
     return 0
 
@@ -85,16 +86,20 @@ def weigh_case(name: str, side: str, device: str) -> dict[str, int]:
     return weigh(next(case for case in cases if case.name == name), side, device)
 
 
-def write(path: Path, measured: dict[str, Any], device: str) -> None:
-    """Adds these parts to what the file has of others."""
-    from benchmarks.bench import machine
-    from eomt.reporting.run_summary import git_commit
+def origin(part: str, device: str) -> dict[str, Any]:
+    """Where a part's figures come from; most draw all that is random from seed 0."""
+    from benchmarks.bench import about
 
-    earlier = json.loads(path.read_text())["parts"] if path.is_file() else {}
-    about = {"machine": machine(device), "git_commit": git_commit(), "command": ["python", *sys.argv]}
-    now = {part: about | {"rows": rows} for part, rows in measured.items()}
+    return about(device, getattr(import_module(f"benchmarks.{part}"), "SEEDS", (0,)))
+
+
+def write(path: Path, measured: dict[str, Any]) -> None:
+    """Adds these parts to what the file has of others."""
+    from eomt.files import read_json, write_json
+
+    earlier = read_json(path, {"parts": {}})["parts"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema_version": 1, "parts": earlier | now}, indent=1) + "\n")
+    write_json(path, {"schema_version": 2, "parts": earlier | measured})
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -6,9 +6,7 @@ of the clock, which other work on the machine lengthens.
 """
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,12 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from eomt.files import write_json  # noqa: E402
+from eomt.reporting.run_summary import git_commit, provenance  # noqa: E402
+
+SEED = 0  # of the images; the runs' own is 0, too
 STEP = "experiment=toy_source data=folder trainer.max_steps=1 trainer.limit_val_batches=0".split()
 LOADER = ["data.batch_size=4", "data.num_workers=0"]
 CLASSES = "classes:\n" + "".join(f"  - {{name: c{k}, color: [{k}, 0, 0], ids: [{k}]}}\n" for k in range(3))
@@ -31,22 +35,20 @@ def main() -> int:
     parser.add_argument("--code", type=Path, default=ROOT, help="the checkout to measure, another version, say")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "startup_many.json")
     args = parser.parse_args()
+    facts = provenance([SEED]) | {"git_commit": git_commit(args.code)}
     with tempfile.TemporaryDirectory() as folder:
         counts = (8, args.images)
         for count in counts:
             write_images(Path(folder) / str(count), count)
         runs = [measure(args.code, Path(folder), count) for _ in range(args.rounds) for count in counts]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=args.code, capture_output=True, text=True)
-    facts = {"command": " ".join(["python", *sys.argv]), "git_commit": commit.stdout.strip() or None}
-    facts |= {"platform": platform.platform(), "cores": os.cpu_count()}
-    args.out.write_text(json.dumps(facts | {"runs": runs}, indent=2) + "\n")
+    write_json(args.out, facts | {"runs": runs})
     print(args.out)
     return 0
 
 
 def write_images(folder: Path, count: int) -> None:
     """Writes `images/`, `masks/` and `classes.yaml`; eight different pairs take turns."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     for part, high, shape in (("images", 256, (64, 64, 3)), ("masks", 3, (64, 64))):
         (folder / part).mkdir(parents=True)
         for index in range(count):

@@ -4,12 +4,14 @@ import hashlib
 import importlib.metadata
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from eomt.files import write_json
 from eomt.fingerprints import Identity, sums
 from eomt.settings.formats import SUMMARY, stamped
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 RECENT = 1000  # steps that a median is taken of
 LIBRARIES = ("torch", "torchvision", "lightning", "timm", "peft", "hydra-core", "torchmetrics", "safetensors", "numpy")
 
@@ -200,12 +203,17 @@ def peak_resident_set() -> int:
 
 
 def library_versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """The versions of Python and of those libraries that are installed: benchmarks run where some are missing."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def git_commit() -> str | None:
+def git_commit(checkout: Path = CHECKOUT) -> str | None:
     """The commit of the code that runs, with "-dirty" where it was changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -237,6 +245,18 @@ def file_sizes(directory: str | Path) -> dict[str, int]:
     """Bytes of every file below the folder."""
     directory = Path(directory)
     return {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def provenance(seeds: Sequence[int]) -> dict[str, Any]:
+    """Says where figures come from that others will read: command line, commit, machine, versions and seeds.
+
+    To be asked for before anything is written into the checkout, which would not be clean any more.
+    """
+    script = Path(sys.argv[0])
+    inside = script.is_absolute() and script.is_relative_to(CHECKOUT)
+    words = ["python", str(script.relative_to(CHECKOUT) if inside else script), *sys.argv[1:]]
+    facts = {"commands": [shlex.join(words)], "git_commit": git_commit(), "machine": machine()}
+    return facts | {"versions": library_versions(), "seeds": list(seeds)}
 
 
 def write_summary(path: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
