@@ -10,6 +10,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.comparison.demo import run_demo
+from eomt.files import check_place
 from eomt.settings.compose import ROOT
 
 
@@ -19,13 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     parser.add_argument("overrides", nargs="*", help="passed to every run, for example trainer.max_epochs=1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, and where it is from")
     args = parser.parse_args(argv)
-    started = time.time()
-    if code := run_demo(args.output, args.overrides):
-        return code
-    picture = args.output / "night_fog.png"
-    print(f"{time.time() - started:.0f} seconds in all; what each network sees at night: {picture}")
-    return 0
+    if args.json:
+        check_place(args.json, of_file=True)
+    return run_demo(args.output, args.overrides, args.json)
 
 
 if __name__ == "__main__":

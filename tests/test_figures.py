@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from eomt.comparison import demo
+from eomt.files import write_json
+from eomt.reporting.run_summary import provenance
+from eomt.settings.formats import SUMMARY, stamped
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "benchmarks").rglob("*.json"))
 ORIGIN = {"commands": list, "git_commit": str, "machine": dict, "versions": dict, "seeds": list}
@@ -45,3 +50,34 @@ def test_every_file_of_figures_names_command_commit_machine_versions_and_seeds(p
     facts = json.loads(path.read_text())
     faults = {fault for part in facts.get("parts", {"": facts}).values() for fault in missing(part)}
     assert sorted(faults) == MEASURE_AGAIN.get(path.name, [])
+
+
+# -------------------------------------------------------------------------------------------------- what writes them
+
+
+def test_provenance_names_all_five_and_a_script_of_the_checkout_by_its_place_in_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(ROOT / "benchmarks" / "coverage.py"), "a file.json"])
+    facts = provenance(range(2))
+    assert facts["commands"] == ["python benchmarks/coverage.py 'a file.json'"] and facts["seeds"] == [0, 1]
+    assert not set(missing(facts)) - {"git_commit is not of a clean checkout"}
+
+
+def test_the_demo_writes_its_table_with_seconds_and_provenance(monkeypatch, tmp_path):
+    rows = {"variant": "", "miou_clear": 0.5, "miou_night_fog": 0.4, "trainable_parameters": 9, "artefact_bytes": 9}
+    rows |= {"peak_memory_bytes": 9, "seconds_per_step": 0.1}
+
+    def train(overrides, output):
+        write_json(output / "summary.json", stamped(SUMMARY, {"status": "finished", "seed": 7}))
+
+    for name, fake in {
+        "train": lambda overrides, output: output.mkdir(parents=True) or train(overrides, output),
+        "open_network": lambda run: run.name,
+        "table_row": lambda name, run, network: rows | {"variant": name},
+        "draw": lambda networks, path: None,
+    }.items():
+        monkeypatch.setattr(demo, name, fake)
+    assert demo.run_demo(tmp_path / "demo", json=tmp_path / "demo.json") == 0
+    facts = json.loads((tmp_path / "demo.json").read_text())
+    assert facts == json.loads((tmp_path / "demo" / "table.json").read_text())
+    assert [row["variant"] for row in facts["rows"]] == ["source", "full fine-tune", "LoRA"]
+    assert facts["seeds"] == [7] and facts["seconds_in_all"] >= 0 and set(ORIGIN) < set(facts)
