@@ -106,11 +106,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("what", "peer", "ours", "ratio", "target", "", "floor: peer / ours")
+    from benchmarks.speed_figures import SPEED_TITLES, speed_cells
+
+    table = Table(*SPEED_TITLES)
     for row in rows:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
-        met = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[row["met"]]
-        table.add_row(row["what"], row["peer"], row["ours"], ratio, row["target"], met, row["floor"])
+        table.add_row(*speed_cells(row), style="red" if row["met"] is False else None)
     console = Console()
     console.width = max(console.width, 200 if not console.is_terminal else 0)  # a file has room
     console.print(table)

@@ -1,12 +1,15 @@
 """Every measured figure in README and docs comes from a JSON file in benchmarks/ that says where it is from."""
 
 import json
+import os
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
 from eomt.comparison import demo
 from eomt.files import write_json
 from eomt.reporting.run_summary import provenance
@@ -25,6 +28,7 @@ def git(*arguments):
     return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
 
 
+@cache
 def in_history(commit):
     """Whether it is one of this history; a copy without history is not asked."""
     if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
@@ -50,6 +54,84 @@ def test_every_file_of_figures_names_command_commit_machine_versions_and_seeds(p
     facts = json.loads(path.read_text())
     faults = {fault for part in facts.get("parts", {"": facts}).values() for fault in missing(part)}
     assert sorted(faults) == MEASURE_AGAIN.get(path.name, [])
+
+
+# ------------------------------------------------------------------------------------------------------- the pages
+
+PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in tables.PAGES}
+BLOCKS = [
+    pytest.param(name, block, id=f"{name}-{block['name']}")
+    for name, text in PAGES.items()
+    for block in tables.BLOCK.finditer(text)
+]
+NO_MEASUREMENT = {  # tables with digits and units: what stands in their first cell
+    "docs/data.md": ["found"],  # an example of a warning
+    "docs/faults.md": ["fault"],  # what happens, in words
+}
+MEASURED = re.compile(r"±|\d ?(%|x|s|ms|min|points|[KMGT]i?B|[GT]FLOPs?)(?![\w^])")
+
+
+def cells(text):
+    """{(row, column): cell} of a table, named by their first cell and title; of sentences, their words by number."""
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    if not lines:
+        return {("words", str(number)): word for number, word in enumerate(text.split())}
+    titles = dict(enumerate(lines[0]))
+    return {
+        (f"{number}, {line[0]}", titles.get(column, str(column)) + f" ({column + 1})"): cell
+        for number, line in enumerate(lines)
+        for column, cell in enumerate(line)
+    }
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_every_cell_is_that_of_its_json_file(page, block):
+    wanted, found = cells(tables.rendered(block)), cells(block["text"])
+    wrong = [
+        f"{page}, {block['kind']} {block['name']}, row {row}, column {column}: {found.get((row, column))!r} instead of "
+        f"{wanted.get((row, column))!r}"
+        for row, column in dict.fromkeys([*wanted, *found])
+        if found.get((row, column)) != wanted.get((row, column))
+    ]
+    assert not wrong, "\n".join([*wrong[:9], "python benchmarks/tables.py writes what is in the files"])
+
+
+def test_a_page_that_is_not_what_the_files_hold_is_written_and_others_are_left_alone(tmp_path, monkeypatch):
+    start = "<!-- table coverage_by_correlation: benchmarks/coverage.json -->\n"
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text(f"before\n\n{start}| 0 | 12 % |\n<!-- end of table -->\nafter\n")
+    other.write_text("| 0 | 12 % |\n")
+    os.utime(other, (0, 0))
+    monkeypatch.setattr(tables, "PAGES", [page, other])
+    tables.main()
+    written = page.read_text()
+    assert written.startswith(f"before\n\n{start}| correlation") and written.endswith("-->\nafter\n")
+    assert "| 0 | 93.8 % | 90.9 % |" in written and other.stat().st_mtime == 0
+
+
+def test_a_block_of_an_unknown_name_is_refused():
+    block = tables.BLOCK.search("<!-- table by_hand: benchmarks/demo.json -->\n<!-- end of table -->")
+    with pytest.raises(ValueError, match=r"table by_hand: .* names no function"):
+        tables.rendered(block)
+
+
+def test_every_mark_opens_or_ends_a_block():
+    for page, text in PAGES.items():
+        marks = len(re.findall(r"<!-- (?:table|figures|end of)\b", text))
+        assert marks == 2 * len(list(tables.BLOCK.finditer(text))), page
+
+
+def outside(text):
+    """What stands in no block."""
+    return tables.BLOCK.sub("", text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_measured_table_comes_from_a_file_or_holds_no_measurement(page):
+    tables_by_hand = re.findall(r"(?:^\|.*\n)+", outside(PAGES[page]), re.MULTILINE)
+    measured = [table for table in tables_by_hand if MEASURED.search("\n".join(table.splitlines()[2:]))]
+    found = [table.strip("| ").split("|")[0].strip() for table in measured]
+    assert found == NO_MEASUREMENT.get(page, []), "mark it: <!-- table NAME: benchmarks/FILE.json -->"
 
 
 # -------------------------------------------------------------------------------------------------- what writes them

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch is imported once the runs have ended
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 PRECISION = "32-true"  # 16 bits are slow on most CPUs
+COLUMNS = ("variant", "mIoU clear", "mIoU night/fog", "trainable parameters", "artefact", "peak memory", "s per step")
 VARIANTS = {  # name in the table: what it trains
     "source": ["experiment=toy_source"],
     "full fine-tune": ["experiment=toy_night", "variant=full"],
@@ -120,18 +121,21 @@ def draw(networks: "Mapping[str, MaskClassificationSemantic]", path: Path) -> No
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints a line for each network; scores in %, sizes in MiB and GiB."""
     table = Table(title="Clear weather to night and fog, from the same source network, data, steps and seed")
-    table.add_column("variant")
-    columns = "mIoU clear", "mIoU night/fog", "trainable parameters", "artefact", "peak memory", "s per step"
-    for column in columns:
-        table.add_column(column, justify="right")
-    for values in rows:
-        table.add_row(
-            values["variant"],
-            f"{100 * values['miou_clear']:.1f}",
-            f"{100 * values['miou_night_fog']:.1f}",
-            f"{values['trainable_parameters']:,}",
-            f"{values['artefact_bytes'] / 2**20:.2f} MiB",
-            f"{values['peak_memory_bytes'] / 2**30:.2f} GiB",
-            f"{values['seconds_per_step']:.3f}",
-        )
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for row in rows:
+        table.add_row(*texts(row))
     Console(width=110).print(table)
+
+
+def texts(row: Mapping[str, Any]) -> list[str]:
+    """Returns the cells of a network's line, under `COLUMNS`."""
+    return [
+        row["variant"],
+        f"{100 * row['miou_clear']:.1f}",
+        f"{100 * row['miou_night_fog']:.1f}",
+        f"{row['trainable_parameters']:,}",
+        f"{row['artefact_bytes'] / 2**20:.2f} MiB",
+        f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"{row['seconds_per_step']:.3f}",
+    ]
