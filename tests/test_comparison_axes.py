@@ -2,12 +2,15 @@
 
 import csv
 import json
+import shlex
 
 import pytest
 import yaml
 from test_comparison import confusion, digest, write_run
 
 from eomt.comparison.axes import by_images
+from eomt.comparison.facts import matrix_command
+from eomt.comparison.matrix import parse_matrix
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
 from eomt.comparison.tuning import read_tuning
@@ -120,3 +123,37 @@ def test_costs_must_hold_every_variant_that_took_steps(matrix, measured, tmp_pat
     costs = [run for run in load_runs([measured]) if run.variant == "full"]
     with pytest.raises(ValueError, match="holds no finished run of lora_r8"):
         write_report(load_runs([matrix]), tmp_path / "report", costs=costs)
+
+
+def test_the_json_file_has_the_values_of_all_numbers_of_images_and_where_they_are_from(matrix, report):
+    facts = json.loads(report[".json"])
+    rows = {(part["training_images"], row["variant"]): row for part in by_size(facts) for row in part["table"]}
+    assert list(rows) == [(n, name) for n in (16, 64, 367) for name in ("lora_r8", "full")]
+    assert facts["baseline"] == "full" and rows[16, "full"]["reading"] == "baseline"
+    with_csv = next(row for row in csv.DictReader(report[".csv"].splitlines()) if row["variant"] == "lora_r8")
+    row = rows[367, "lora_r8"]
+    assert {key: "" if row[key] is None else str(row[key]) for key in with_csv} == with_csv
+    assert facts["seeds"] == [0, 1] and facts["git_commit"] == "0123456789abcdef" and facts["commands"]
+    assert facts["machine"] == {"platform": "Linux", "threads": 2, "gpus": []} and facts["versions"]["torch"] == "2.7.0"
+    assert facts["chosen"]["full"] == {"model.lr": 1e-3} and facts["steps"] == 100
+
+
+def by_size(facts):
+    return [*facts["fewer_images"], facts]
+
+
+def test_what_runs_do_not_share_is_told_of_each(matrix, tmp_path):
+    summary = matrix / "full" / "seed_1" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"git_commit": "another"}))
+    write_report(load_runs([matrix]), tmp_path / "report")
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert facts["git_commit"] == ["0123456789abcdef", "another"]
+
+
+def test_the_command_of_a_matrix_is_told_from_what_its_file_holds():
+    overrides = ["experiment=camvid_dusk", "data.root='/a b'", "images=[16,all]", "tune=model.lr=[1e-4,1e-3]"]
+    overrides += ["source=experiment=camvid_day data.root=x", "seeds=[0,1]", "anomaly=[toy_anomalies]"]
+    facts = parse_matrix(overrides, "cityscapes_lora")[0]
+    words = shlex.split(matrix_command(facts))
+    assert words[:5] == ["python", "scripts/compare.py", "run", "--config-name", "cityscapes_lora"]
+    assert parse_matrix(words[5:], "cityscapes_lora")[0] == facts

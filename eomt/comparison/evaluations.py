@@ -107,7 +107,7 @@ def report_runs(
     tunings = [tuning for matrix in matrices for tuning in read_tuning(matrix)]
     measured = load_runs([costs]) if costs else ()
     write_report(runs, output, baseline, allow_different, predictions, score, tunings, measured)
-    print(f"{output}/report.html, report.md, report.csv, report.tex")
+    print(f"{output}/report.html, report.md, report.csv, report.json, report.tex")
 
 
 def predictions(run: Path, names: Sequence[str]) -> "dict[str, tuple[Tensor, Tensor, Tensor]]":

@@ -1,14 +1,15 @@
 """What was compared, in words: the settings, data, weights and machines of the runs."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from eomt.comparison.differences import by_value, machine_name, run_names, short_hash, versions_name
-from eomt.comparison.runs import Run
+from eomt.comparison.runs import Run, matrix_of
 from eomt.comparison.statistics import Comparison
 from eomt.comparison.table import NONE
 from eomt.data.identity import same_files
+from eomt.settings.formats import MATRIX, read_format
 
 
 def shared_facts(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -56,6 +57,52 @@ def fact_lines(comparison: Comparison) -> list[str]:
 def command(run: Run) -> str:
     """The command line of a run; empty where nothing tells it."""
     return shlex.join(run.cell.get("command") or run.summary.get("command") or [])
+
+
+def provenance(runs: Sequence[Run]) -> dict[str, Any]:
+    """Returns what the runs come from: one value where they agree, otherwise a list of all.
+
+    A matrix is told by the one command that runs it, as far as its file tells; `reporting.run_summary.provenance` has
+    the same entries.
+    """
+    scored = [run for run in runs if run.error is None]
+    folders = [matrix_of(run.path) for run in scored]
+    commands = [
+        matrix_command(read_format(folder / "matrix.json", MATRIX)) if folder else command(run)
+        for folder, run in zip(folders, scored, strict=True)
+    ]
+    return {
+        "commands": list(dict.fromkeys(commands)),
+        **{name: shared(scored, name) for name in ("git_commit", "machine", "versions")},
+        "seeds": sorted({run.seed for run in scored if run.seed is not None}),
+        **{name: shared(scored, name) for name in ("steps", "data")},
+    }
+
+
+def shared(runs: Sequence[Run], name: str) -> Any:
+    """Returns an entry of the runs' summaries, or a list where they differ; those of 0 steps have no other steps."""
+    values = [run.summary.get(name) for run in runs if name != "steps" or run.steps]
+    different = [value for k, value in enumerate(values) if value not in values[:k]]
+    return different[0] if len(different) == 1 else different
+
+
+def matrix_command(matrix: Mapping[str, Any]) -> str:
+    """Returns the command line of a matrix, from what `matrix.json` holds."""
+
+    def listed(values: Iterable[Any]) -> str:
+        return f"[{','.join(map(str, values))}]"
+
+    words = ["python", "scripts/compare.py", "run"]
+    words += ["--config-name", matrix["config_name"]] if matrix.get("config_name") else []
+    words += matrix.get("overrides", [])
+    lists = ("variants", "seeds", "images", "anomaly")
+    words += [f"{key}={listed(matrix[key])}" for key in lists if matrix.get(key) and matrix[key] != ["all"]]
+    words += [f"anomaly_root={matrix['anomaly_root']}"] if matrix.get("anomaly_root") else []
+    if matrix.get("tune"):
+        words.append("tune=" + " ".join(f"{key}={listed(values)}" for key, values in matrix["tune"].items()))
+    if matrix.get("source"):
+        words.append("source=" + shlex.join(matrix["source"]))
+    return shlex.join(words)
 
 
 def experiment(run: Run) -> str:

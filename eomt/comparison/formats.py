@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -63,25 +64,27 @@ def markdown(comparison: Comparison, content: Table) -> str:
     return "\n".join([*lines, *(f"* {markdown_escape(fact)}" for fact in fact_lines(comparison))]) + "\n"
 
 
-def write_csv(path: Path, comparison: Comparison, content: Table) -> None:
+def records(comparison: Comparison, content: Table) -> list[dict[str, Any]]:
     """The values behind the table, unrounded, the IoU of every class, and why a variant is not comparable."""
-    reasons = {
-        variant.name: "; ".join(
-            str(d) for d in comparison.differences if variant.name in d.variants(comparison.baseline)
-        )
-        for variant in comparison.variants
-    }
-    names = [row[0] for row in content.classes.rows]
+    found = []
+    for row in content.rows:
+        values = {key: value for cell in row for key, value in cell.values.items()}
+        variant = comparison[values["variant"]]
+        for name in (line[0] for line in content.classes.rows):
+            score = variant.class_iou(name)
+            values[f"iou_percent_{name}"] = None if score is None else round(100 * score.mean, 6)
+        marked = [d for d in comparison.differences if variant.name in d.variants(comparison.baseline)]
+        values["not_comparable"] = f"† {'; '.join(map(str, marked))}" if marked else ""
+        found.append(values)
+    return found
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes what `records` returns."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        rows = [{key: value for cell in row for key, value in cell.values.items()} for row in content.rows]
-        classes = [f"iou_percent_{name}" for name in names]
-        writer = csv.DictWriter(file, [*rows[0], *classes, "not_comparable"])
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        for row in rows:
-            reason = reasons[row["variant"]]
-            scores = [comparison[row["variant"]].class_iou(name) for name in names]
-            known = {key: round(100 * score.mean, 6) for key, score in zip(classes, scores, strict=True) if score}
-            writer.writerow(row | known | {"not_comparable": f"† {reason}" if reason else ""})
+        writer.writerows(rows)
 
 
 def latex(comparison: Comparison, content: Table) -> str:

@@ -1,21 +1,23 @@
 """The report of a comparison: a page to read, beside its table in other formats."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
 from eomt.comparison import axes, plots
-from eomt.comparison.anomalies import METRICS, spread
+from eomt.comparison.anomalies import METRICS, chance, spread
 from eomt.comparison.costs import with_costs_of
-from eomt.comparison.facts import audit_words, command, kept_network, shared_facts
-from eomt.comparison.formats import latex, markdown, print_table, write_csv
+from eomt.comparison.facts import audit_words, command, kept_network, provenance, shared_facts
+from eomt.comparison.formats import latex, markdown, print_table, records, write_csv
 from eomt.comparison.galleries import Predictions, galleries, heat_maps
 from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Variant, compare
 from eomt.comparison.table import NONE, Table, drawn_words, percent, table, warnings_of
 from eomt.comparison.verdicts import headline
-from eomt.files import replacing_files
+from eomt.files import replacing_files, write_json
+from eomt.settings.formats import REPORT, stamped
 
 
 def write_report(
@@ -28,7 +30,7 @@ def write_report(
     tunings: Sequence[axes.Tuning] = (),
     costs: Sequence[Run] = (),
 ) -> Comparison:
-    """Writes report.html, report.md, report.csv and report.tex, and prints the table.
+    """Writes report.html, report.md, report.csv, report.json and report.tex, and prints the table.
 
     Args:
         runs: see `load_runs`.
@@ -72,9 +74,28 @@ def write_report(
         (draft / "report.html").write_text(page, encoding="utf-8")
         (draft / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
         (draft / "report.tex").write_text(latex(comparison, content), encoding="utf-8")
-        write_csv(draft / "report.csv", comparison, content)
+        rows = records(comparison, content)
+        write_csv(draft / "report.csv", rows)
+        write_json(draft / "report.json", stamped(REPORT, report_facts(comparison, rows, fewer, tunings)))
     print_table(content)
     return comparison
+
+
+def report_facts(
+    comparison: Comparison,
+    rows: Sequence[dict[str, Any]],
+    fewer: Mapping[int, Comparison],
+    tunings: Sequence[axes.Tuning],
+) -> dict[str, Any]:
+    """Returns what report.json holds: where the runs are from, and all values, also with fewer training images."""
+    runs = [run for each in (comparison, *fewer.values()) for run in each.runs]
+    facts = provenance(runs) | {"baseline": comparison.baseline, "chosen": {t["variant"]: t["chosen"] for t in tunings}}
+    facts["chance"] = {name: chance(found) for name, found in comparison.benchmarks.items()}
+    facts |= {"training_images": axes.images_of(comparison), "table": rows}
+    facts["fewer_images"] = [
+        {"training_images": axes.images_of(each), "table": records(each, table(each))} for each in fewer.values()
+    ]
+    return facts
 
 
 def html(

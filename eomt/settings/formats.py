@@ -29,6 +29,7 @@ ANOMALY = Format(1)  # anomaly/BENCHMARK.json
 MATRIX = Format(1, needs={"variants": list})  # matrix.json of a comparison
 TUNING = Format(1, needs={"chosen": dict, "trials": list})  # tuning/VARIANT.json of a matrix
 CELL = Format(1, needs={"status": TEXT})  # cell.json of one of its runs
+REPORT = Format(1, needs={"table": list})  # report.json of a comparison
 
 
 def stamped(kind: Format, facts: Mapping[str, Any]) -> dict[str, Any]:
