@@ -56,7 +56,7 @@ def images(facts: Facts) -> str:
     variants = dict.fromkeys(row["variant"] for part in parts for row in part["table"])
     columns = [{row["variant"]: f"{miou(row)}; {difference(row)}" for row in part["table"]} for part in parts]
     rows = [[f"`{name}`", *(column.get(name, NONE) for column in columns)] for name in variants]
-    return markdown(["training images", *(f"{part['training_images']:,}" for part in parts)], rows)
+    return markdown(["variant", *(f"{part['training_images']:,} images" for part in parts)], rows)
 
 
 def miou(row: Facts) -> str:

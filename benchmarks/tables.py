@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import figures, speed_figures  # noqa: E402
+from eomt.command_line import reports_errors  # noqa: E402
 from eomt.files import read_json, write_text  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,14 +35,16 @@ RENDERERS = {
 }
 
 
-def main() -> None:
-    """Writes every page whose figures are not those of the JSON files."""
+@reports_errors()
+def main() -> int:
+    """Writes every page whose figures are not those of the JSON files; returns 0, or 1 with one sentence."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         filled = BLOCK.sub(lambda block: block["start"] + rendered(block) + block["end"], text)
         if filled != text:
             write_text(page, filled)
             print(f"{page.name} is written")
+    return 0
 
 
 def rendered(block: re.Match[str]) -> str:
@@ -70,4 +73,4 @@ def broken(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,9 +8,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from test_comparison import confusion, set_up, write_run
 
-from benchmarks import tables
+from benchmarks import figures, tables
 from eomt.comparison import demo
+from eomt.comparison.page import write_report
+from eomt.comparison.runs import load_runs
+from eomt.comparison.table import NONE
 from eomt.files import write_json
 from eomt.reporting.run_summary import provenance
 from eomt.settings.formats import SUMMARY, stamped
@@ -103,7 +107,7 @@ def test_a_page_that_is_not_what_the_files_hold_is_written_and_others_are_left_a
     other.write_text("| 0 | 12 % |\n")
     os.utime(other, (0, 0))
     monkeypatch.setattr(tables, "PAGES", [page, other])
-    tables.main()
+    assert tables.main() == 0
     written = page.read_text()
     assert written.startswith(f"before\n\n{start}| correlation") and written.endswith("-->\nafter\n")
     assert "| 0 | 93.8 % | 90.9 % |" in written and other.stat().st_mtime == 0
@@ -163,3 +167,61 @@ def test_the_demo_writes_its_table_with_seconds_and_provenance(monkeypatch, tmp_
     assert facts == json.loads((tmp_path / "demo" / "table.json").read_text())
     assert [row["variant"] for row in facts["rows"]] == ["source", "full fine-tune", "LoRA"]
     assert facts["seeds"] == [7] and facts["seconds_in_all"] >= 0 and set(ORIGIN) < set(facts)
+
+
+# -------------------------------------------------------------------------------------------- matrices of compare.py
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """report.json of two variants with a source domain, three numbers of images, two seeds; one variant has one."""
+    root = tmp_path_factory.mktemp("runs")
+    for variant, quality in (("full", 0.8), ("lora_r8", 0.85), ("none", 0.5)):
+        for size, lack in ((16, 0.2), (None, 0.0)):
+            for seed in (0, 1) if variant != "none" else (0,):
+                counts = confusion(round(quality - lack, 2), seed)
+                data = {"train": f"train {size}", "val": "val", "train_images": size or 367}
+                run = write_run(root / f"{variant}_{size}_{seed}", variant, seed, counts, counts, data=data)
+                set_up(run, "data", train_images=size)
+    write_report(load_runs([root]), root / "report")
+    return json.loads((root / "report" / "report.json").read_text())
+
+
+def test_a_matrix_is_a_row_a_variant_with_scores_and_what_they_cost(reported):
+    found = cells(figures.matrix(reported))
+    titles = list(dict.fromkeys(column for _, column in found))
+    assert [title.rpartition(" (")[0] for title in titles] == [
+        *("variant", "mIoU, %", "difference to `full` (95 % interval), points", "change on source, points"),
+        *("trainable parameters", "artefact, MiB", "peak memory, MiB", "s per step", "GFLOP per step"),
+    ]
+    rows = {row.split("`")[1]: row for row, _ in found if "`" in row}
+    values = {row["variant"]: row for row in reported["table"]}
+    full, lora, none = ([found[rows[name], title] for title in titles] for name in ("full", "lora_r8", "none"))
+    assert full[1] == f"{values['full']['miou_percent']:.2f} ± {values['full']['miou_sd']:.2f}"
+    ends = (values["lora_r8"][f"{end}_points"] for end in ("difference", "low", "high"))
+    assert lora[2] == "{:+.2f} ({:.2f} to {:.2f})".format(*ends).replace("-", "\N{MINUS SIGN}")
+    assert full[2] == "baseline" and none[3] == NONE and none[4] == "0" and none[7:] == [NONE, NONE]
+    assert lora[4] == "500 (12 %)" and lora[8] == "3.0" and lora[7] == f"{0.9 + 0.1:.3f}"
+
+
+def test_numbers_of_images_are_columns_with_score_and_difference(reported):
+    found = cells(figures.images(reported))
+    assert list(dict.fromkeys(column for _, column in found)) == ["variant (1)", "16 images (2)", "367 images (3)"]
+    small = next(row for row in reported["fewer_images"][0]["table"] if row["variant"] == "lora_r8")
+    cell = next(text for (row, column), text in found.items() if "lora_r8" in row and column == "16 images (2)")
+    assert cell.startswith(f"{small['miou_percent']:.2f} ± ") and "; +" in cell
+    assert next(text for (row, column), text in found.items() if "full" in row and column == "16 images (2)").endswith(
+        "baseline"
+    )
+
+
+def test_a_figure_without_its_origin_is_told():
+    facts = json.loads((ROOT / "benchmarks" / "coverage.json").read_text())
+    assert not missing(facts)
+    for changes, fault in (
+        ({"git_commit": facts["git_commit"][:7]}, "git_commit is not of a clean checkout"),
+        ({"git_commit": facts["git_commit"] + "-dirty"}, "git_commit is not of a clean checkout"),
+        ({"machine": {"platform": "Linux"}}, "machine without processor"),
+        ({"seeds": []}, "no seeds"),
+    ):
+        assert missing(facts | changes) == [fault]
