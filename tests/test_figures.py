@@ -35,7 +35,7 @@ def git(*arguments):
 @cache
 def in_history(commit):
     """Whether it is one of this history; a copy without history is not asked."""
-    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
         return True
     return git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0
 
