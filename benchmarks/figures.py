@@ -1,9 +1,8 @@
 """Tables and sentences with figures of README and docs, but those about speed: each from what its JSON file holds."""
 
-import statistics
 from collections.abc import Callable
 
-from benchmarks.words import Facts, markdown, number, span, spread
+from benchmarks.words import Facts, markdown, number, span
 from eomt.comparison import demo as toy_demo
 from eomt.comparison.statistics import Delta
 from eomt.comparison.table import NONE, interval_text, mebibytes, percent, percentage
@@ -118,32 +117,33 @@ def camvid_findings(facts: Facts) -> str:
 
 
 def anomalies(facts: Facts) -> str:
-    """mIoU, and AuPRC and FPR95 by two scores; the last row is a score that knows nothing."""
-    titles = ["variant", "mIoU, %"]
-    titles += [f"`{score}`: {metric}, %" for score in ("rba", "max_logit") for metric in ("AuPRC", "FPR95")]
-    rows = []
-    for row in facts["table"]:
-        scores = [row["scores"][score][metric] for score in ("rba", "max_logit") for metric in ("auprc", "fpr95")]
-        score = f"{row['miou_percent']:.1f} ± {row['miou_sd']:.1f}"
-        rows.append([f"`{row['variant']}`", score, *map(spread, scores)])
-    return markdown(titles, [*rows, ["chance", NONE, *[chance_auprc(facts), "95"] * 2]])
+    """mIoU, and AuPRC and FPR95 by two scores, of a `report.json` of one benchmark; last a score that knows nothing."""
+    (name, chance), metrics = *facts["chance"].items(), {"auprc": "AuPRC", "fpr95": "FPR95"}
+    keys = [f"{name}_{score}{metric}" for score in ("", "max_logit_") for metric in metrics]
+    titles = [f"`{score}`: {words}, %" for score in ("rba", "max_logit") for words in metrics.values()]
+    rows = [
+        [f"`{row['variant']}`", *(f"{row[f'{key}_percent']:.1f} ± {row[f'{key}_sd']:.1f}" for key in ("miou", *keys))]
+        for row in facts["table"]
+    ]
+    nothing = ["chance", NONE, *[f"{100 * chance['auprc']:.2f}", f"{100 * chance['fpr95']:.0f}"] * 2]
+    return markdown(["variant", "mIoU, %", *titles], [*rows, nothing])
 
 
 def chance_auprc(facts: Facts) -> str:
     """The share of anomalous pixels in percent, which is the AuPRC of a score that knows nothing."""
-    return f"{100 * facts['pixels']['anomalous'] / facts['pixels']['valid']:.2f}"
+    return f"{100 * facts['chance']['toy_anomalies']['auprc']:.2f}"
 
 
 def anomalies_brief(facts: Facts) -> str:
     rows = by_variant(facts)
     costs = [-rows[name]["difference_points"] for name in ("rba", "rba_lora")]
     auprc = [rows[name]["toy_anomalies_auprc_percent"] for name in ("rba", "rba_lora")]
-    fpr95 = {score: statistics.fmean(rows["rba"]["scores"][score]["fpr95"]) for score in ("rba", "max_logit")}
+    by_rba, by_max_logit = (rows["rba"][f"toy_anomalies_{score}fpr95_percent"] for score in ("", "max_logit_"))
     return f"""
         Pasted objects of other kinds (`rba`) teach the networks to reject what they never saw: an AuPRC of
         {auprc[0]:.1f} % and, with LoRA, {auprc[1]:.1f} %, for {span(costs, ".1f")} points of mIoU, where chance is
-        {chance_auprc(facts)} %. By `rba` itself FPR95 is hardly better than chance, {fpr95["rba"]:.0f} %; by
-        `max_logit` it is {fpr95["max_logit"]:.0f} %. ArcFace alone does not help here, and costs mIoU: its class head
+        {chance_auprc(facts)} %. By `rba` itself FPR95 is hardly better than chance, {by_rba:.0f} %; by
+        `max_logit` it is {by_max_logit:.0f} %. ArcFace alone does not help here, and costs mIoU: its class head
         starts afresh, the others' do not.
     """
 
@@ -164,15 +164,15 @@ def anomalies_findings(facts: Facts) -> str:
     name = "toy_anomalies_auprc"
     times = rba[f"{name}_percent"] / rows["baseline"][f"{name}_percent"]
     low, high = (rba[f"{name}_{end}_points"] for end in ("low", "high"))
-    fpr95 = {score: statistics.fmean(rba["scores"][score]["fpr95"]) for score in ("rba", "max_logit")}
+    by_rba, by_max_logit = (rba[f"toy_anomalies_{score}fpr95_percent"] for score in ("", "max_logit_"))
     return f"""
         * RbA with cut-paste has {times:.0f} times the baseline's AuPRC ({rba[f"{name}_difference_points"]:.1f} points
         more, {low:.1f} to {high:.1f}), for {-rba["difference_points"]:.1f} points of mIoU. With LoRA it is
         {lora[f"{name}_difference_points"]:.1f} points more than the baseline, for {-lora["difference_points"]:.1f}
         points.
         * The score matters as much: `rba` sums over classes, so that doubtful pixels between two known classes look
-        well known. It ranks the surest anomalies best and misses the last ones: FPR95 is {fpr95["rba"]:.0f} % by `rba`
-        and {fpr95["max_logit"]:.0f} % by `max_logit`, for the same network.
+        well known. It ranks the surest anomalies best and misses the last ones: FPR95 is {by_rba:.0f} % by `rba`
+        and {by_max_logit:.0f} % by `max_logit`, for the same network.
     """
 
 

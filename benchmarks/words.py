@@ -1,6 +1,5 @@
 """How figures are put into Markdown."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,6 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, its first column to the left."""
     first, *others = ("| " + " | ".join(line) + " |" for line in (titles, *rows))
     return "\n".join([first, "|" + "---|" * len(titles), *others])
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """`51.3 ± 0.4`: mean and sample standard deviation of percentages."""
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def span(values: Sequence[float], form: str = ".0f") -> str:

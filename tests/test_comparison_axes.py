@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import statistics
 
 import pytest
 import yaml
@@ -135,6 +136,10 @@ def test_the_json_file_has_the_values_of_all_numbers_of_images_and_where_they_ar
     assert {key: "" if row[key] is None else str(row[key]) for key in with_csv} == with_csv
     assert facts["seeds"] == [0, 1] and facts["git_commit"] == "0123456789abcdef" and facts["commands"]
     assert facts["machine"] == {"platform": "Linux", "threads": 2, "gpus": []} and facts["versions"]["torch"] == "2.7.0"
+    of_all = [
+        run["target_miou_percent"] for run in facts["runs"] if run["variant"] == "full" and not run["train_images"]
+    ]
+    assert statistics.fmean(of_all) == pytest.approx(rows[367, "full"]["miou_percent"], abs=1e-5) and len(of_all) == 2
     assert facts["chosen"]["full"] == {"model.lr": 1e-3} and facts["steps"] == 100
 
 

@@ -95,6 +95,11 @@ def report_facts(
     facts["fewer_images"] = [
         {"training_images": axes.images_of(each), "table": records(each, table(each))} for each in fewer.values()
     ]
+    facts["runs"] = [
+        {"variant": run.variant, "seed": run.seed, "train_images": run.subset, "error": run.error}
+        | {f"{domain}_miou_percent": 100 * scores.miou for domain, scores in run.evaluations.items()}
+        for run in runs
+    ]
     return facts
 
 
