@@ -9,12 +9,14 @@ an adapter's life: the proof that it trains, files, merging.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import re
-from collections import Counter, defaultdict
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,7 +77,8 @@ class LoRASettings:
         rank: rows of A and columns of B.
         alpha: the update is scaled by alpha / rank (alpha / sqrt(rank) with the option use_rslora).
         dropout: probability of dropping an input feature of the adapter.
-        target_modules: names of linear layers, matched by their dotted ending: "qkv", "attn.proj", "fc1".
+        target_modules: linear layers by role ("query", "key", "value", "out", "attention", "mlp", or "decoder.query"),
+            by the dotted end of their names ("qkv", "attn.proj", "fc1") or by their full names; `eomt.targets.resolve`.
         blocks: "all", or K to adapt only the last K of the module's numbered blocks.
         options: further fields of `peft.LoraConfig`: those in SUPPORTED_OPTIONS.
 
@@ -106,6 +109,56 @@ class LoRASettings:
             raise ValueError(f"LoRA blocks {self.blocks!r}: it must be 'all' or how many of the last blocks to adapt")
         _check_options(self.options, self.rank)
 
+    @classmethod
+    def for_images(cls, images: int, **changes: Any) -> LoRASettings:
+        """The settings of the preset for a number of training images, in the attention of whatever network.
+
+        `changes` replace some of them: `LoRASettings.for_images(1200, target_modules=("query", "value"))`.
+        """
+        return replace(preset_for(images).settings, **{"target_modules": ("attention",)} | changes)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        directory: str | Path,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+    ) -> LoRASettings:
+        """The settings that a saved adapter was trained with; its targets are the full names of its layers.
+
+        `rank`, `alpha` and `dropout` are what a command line says of them; None: nothing.
+
+        Raises:
+            FileNotFoundError: there is no adapter. ValueError: it is none of LoRA, damaged, or contradicts them.
+        """
+        file = Path(directory) / "adapter_config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: give the folder that save_adapter wrote")
+        try:
+            settings = cls.from_peft(json.loads(file.read_bytes()))
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file} does not say what a LoRA was trained with ({error}): put it back") from error
+        for name, value in {"rank": rank, "alpha": alpha, "dropout": dropout}.items():
+            if value is not None and value != (own := getattr(settings, name)):
+                raise ValueError(
+                    f"LoRA {name} {value}: the adapter in {directory} was trained with {own}; leave it out"
+                )
+        return settings
+
+    @classmethod
+    def from_peft(cls, content: Mapping[str, Any]) -> LoRASettings:
+        """The settings that PEFT's `adapter_config.json` says; LookupError or ValueError where it does not."""
+        if content["peft_type"] != "LORA":
+            raise ValueError(f"peft_type {content['peft_type']!r} is not LORA")
+        return cls(
+            rank=content["r"],
+            alpha=content["lora_alpha"],
+            dropout=content.get("lora_dropout", 0),
+            target_modules=content["target_modules"],
+            options={name: content[name] for name in SUPPORTED_OPTIONS if content.get(name) is not None},
+        )
+
 
 def _check_options(options: Mapping[str, Any], rank: int) -> None:
     for key in options:
@@ -134,6 +187,28 @@ def _check_options(options: Mapping[str, Any], rank: int) -> None:
         raise ValueError(f"LoRA rank {odd[0]}: init_lora_weights 'orthogonal' needs an even rank, such as {odd[0] + 1}")
 
 
+@dataclass(frozen=True)
+class Preset:
+    """Settings for at least this number of training images, and the adapters' learning rate; starting points."""
+
+    name: str
+    images: int
+    settings: LoRASettings
+    lr: float
+
+
+PRESETS = (  # as in configs/lora/
+    Preset("small", 0, LoRASettings(rank=4, alpha=32, dropout=0.1), lr=5e-4),
+    Preset("medium", 2000, LoRASettings(rank=8, alpha=32, dropout=0.05), lr=5e-4),
+    Preset("large", 5001, LoRASettings(rank=16, alpha=32, dropout=0.05), lr=3e-4),
+)
+
+
+def preset_for(images: int) -> Preset:
+    """The preset for a number of training images."""
+    return [preset for preset in PRESETS if images >= preset.images][-1]
+
+
 # Finding layers ------------------------------------------------------------------------------------------------------
 
 
@@ -146,73 +221,34 @@ def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _linear_names(module: nn.Module) -> list[str]:
-    """Names of the linear layers, as they were before adaptation too."""
-    from torch import nn
-
-    from eomt.fingerprints import is_adapter
-
-    names = (n for n, m in module.named_modules() if n and isinstance(m, nn.Linear) and not is_adapter(n))
-    return [name.removesuffix(".base_layer") for name in names]
-
-
-def _numbered_blocks(linear_names: Iterable[str]) -> list[str]:
-    """Prefixes of the network's blocks, in order: `blocks.0`, `blocks.1`, …
-
-    A block is a numbered component that holds at least two of the linear layers; of several such sequences the longest
-    is taken, and the outermost of equally long ones. Stages are counted through (`layers.0.blocks.1`). No sequence of
-    two or more: no blocks.
-    """
-    sequences: dict[str, Counter[str]] = defaultdict(Counter)
-    for name in linear_names:
-        parts = name.split(".")
-        for depth, part in enumerate(parts[:-1]):
-            if part.isdigit():
-                kind = ".".join("#" if p.isdigit() else p for p in parts[:depth])
-                sequences[kind][".".join(parts[: depth + 1])] += 1
-    blocks = [[prefix for prefix, linears in sequence.items() if linears > 1] for sequence in sequences.values()]
-    longest = max(blocks, key=lambda s: (len(s), -s[0].count(".") if s else 0), default=[])
-    return longest if len(longest) > 1 else []
-
-
-def _candidates(linear_names: list[str], blocks: int | str) -> list[str]:
-    prefixes = _numbered_blocks(linear_names)
-    if blocks != "all":
-        if blocks > len(prefixes):
-            raise ValueError(
-                f"LoRA blocks {blocks}: the module has {len(prefixes)} numbered blocks; use 'all' or fewer"
-            )
-        prefixes = prefixes[-blocks:]
-    return [n for n in linear_names if n.startswith(tuple(p + "." for p in prefixes))] if prefixes else linear_names
-
-
-def _resolve_targets(module: nn.Module, settings: LoRASettings) -> tuple[list[str], list[str]]:
-    """The layers to adapt, and those targets among q_proj, k_proj, v_proj that were found only as a fused qkv."""
-    names = _candidates(_linear_names(module), settings.blocks)
-    found, fused = set(), []
-    for target in settings.target_modules:
-        matches = {name for name in names if f".{name}".endswith(f".{target}")}
-        if not matches and re.search(r"(^|\.)[qkv]_proj$", target):
-            whole = re.sub(r"[qkv]_proj$", "qkv", target)
-            matches = {name for name in names if f".{name}".endswith(f".{whole}")}
-            fused += [target] if matches else []
-        if not matches:
-            there = sorted({re.sub(r"^.*\d+\.", "", name) for name in names})
-            raise ValueError(f"LoRA target {target!r} matches no linear layer; there are {', '.join(there) or 'none'}")
-        found |= matches
-    return [name for name in names if name in found], fused
-
-
 def find_targets(module: nn.Module, settings: LoRASettings) -> list[str]:
     """Full names of the linear layers to adapt, in the module's order, whether it is adapted already or not.
 
-    If the module has numbered blocks, only layers inside the chosen blocks count, so `proj` means `attn.proj` and never
-    `patch_embed.proj`. `q_proj`, `k_proj`, `v_proj` mean the fused `qkv` where there is no layer of their own.
+    See `eomt.targets.resolve`.
 
     Raises:
-        ValueError: a target matches nothing, or there are fewer blocks than asked for.
+        ValueError: a target matches nothing, there are fewer blocks than asked for, or they are in several stacks.
     """
-    return _resolve_targets(module, settings)[0]
+    from eomt.targets import resolve
+
+    return resolve(module, settings.target_modules, settings.blocks).names
+
+
+def _find_targets_with_warnings(module: nn.Module, settings: LoRASettings) -> list[str]:
+    from eomt.targets import QKV, resolve
+
+    found = resolve(module, settings.target_modules, settings.blocks)
+    for layer, asked in found.fused.items():
+        others = [part for part in QKV if part not in asked]
+        effect = f"{' and '.join(others)} adapt as well" if others else "all three share one update of this rank"
+        log.warning("LoRA targets %s: q, k and v are one fused %s layer here, so %s", ", ".join(asked), layer, effect)
+    if found.left_out:
+        log.warning(
+            "LoRA leaves out %s: such layers of decoders, of attention to another sequence or outside of the numbered "
+            "blocks are adapted where a target names their part",
+            listed(found.left_out, 2),
+        )
+    return found.names
 
 
 # Applying ------------------------------------------------------------------------------------------------------------
@@ -278,31 +314,43 @@ def apply_lora(module: nn.Module, settings: LoRASettings, method: Method | None 
     """
     from eomt.fingerprints import ADAPTER_PREFIXES, identify, is_adapter
 
-    peft = import_peft()
+    import_peft()
     assert_not_adapted(module)
-    targets, fused = _resolve_targets(module, settings)
-    if fused:
-        log.warning("LoRA targets %s: q, k and v are one fused qkv layer here, so all three adapt", ", ".join(fused))
+    targets = _find_targets_with_warnings(module, settings)
     config = method.config(settings, targets) if method else peft_config(settings, targets)
     base = identify(module)
-    handle = peft.get_peft_model(module, config)
+    handle = wrap(module, config, targets)
     if unknown := [name for name, p in module.named_parameters() if p.requires_grad and not is_adapter(name)]:
         handle.unload()
         raise ValueError(
             f"{type(config).__name__} trains {listed(unknown)}: parameters of an adapter are known by names that begin "
             f"with {', '.join(ADAPTER_PREFIXES)}; choose another method"
         )
-    finish_adapting(module, base)
+    finish_adapting(module, base, settings)
     if method:
         module.adapter_method = method
     return handle
 
 
-def finish_adapting(module: nn.Module, base: Identity) -> None:
-    """New adapters follow the mode of their layer, and the module remembers which base weights they belong to."""
+def anchored(names: Iterable[str]) -> str:
+    """The pattern of these full names alone: PEFT takes names in a list for the ends of others."""
+    return f"(?:{'|'.join(map(re.escape, names))})"
+
+
+def wrap(module: nn.Module, config: PeftConfig, targets: Iterable[str]) -> PeftModel:
+    """PEFT's handle of a module that is adapted in place, in the layers of these full names and no others."""
+    config.target_modules = anchored(targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT then sets it for GPT-2's Conv1D
+        return import_peft().get_peft_model(module, config)
+
+
+def finish_adapting(module: nn.Module, base: Identity, settings: LoRASettings | None) -> None:
+    """New adapters follow the mode of their layer; the module remembers its base weights, and what was asked for."""
     for layer in adapted_layers(module).values():
         layer.train(layer.base_layer.training)
     module.lora_base = base  # a plain attribute, as PEFT's own `peft_config`
+    module.lora_settings = settings
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:

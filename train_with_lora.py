@@ -112,18 +112,14 @@ def choose_lora(cfg) -> Any:  # noqa: ANN001
     from hydra.core.hydra_config import HydraConfig
 
     from eomt.settings.compose import build_data
+    from lora_config import preset_for
 
     check_composed(cfg)
     images = len(build_data(cfg, "see --help").train_set)
-    preset = preset_for(images)
+    preset = preset_for(images).name
     log.info("lora=auto: %d training images, so lora=%s", images, preset)
     overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("lora=")]
     return compose(HydraConfig.get().job.config_name, [*overrides, f"lora={preset}"])
-
-
-def preset_for(images: int) -> str:
-    """Returns the LoRA preset for a number of training images."""
-    return "small" if images < 2000 else "medium" if images <= 5000 else "large"
 
 
 def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001

@@ -17,7 +17,7 @@ from eomt.settings.compose import absolute_paths, compose_run, name_backbone, sa
 from eomt.settings.config_check import check_config
 from eomt.settings.model import ModelSettings
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-from train_with_lora import preset_for
+from lora_config import preset_for
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = "{embed_dim: 64, depth: 5, num_heads: 2}"
@@ -102,7 +102,7 @@ def test_a_variant_has_the_last_word_on_what_trains(experiment):
 
 
 def test_auto_takes_the_preset_for_the_number_of_images():
-    found = [preset_for(images) for images in (1, 1999, 2000, 5000, 5001)]
+    found = [preset_for(images).name for images in (1, 1999, 2000, 5000, 5001)]
     assert found == ["small", "small", "medium", "medium", "large"]
 
 

@@ -19,6 +19,7 @@ ORDER = (  # a room may import those that stand before it; README shows the same
     "eomt.processes",
     "eomt.indices",
     "eomt.fingerprints",
+    "eomt.targets",
     "lora_config",
     "eomt.lora",
     "eomt.settings",

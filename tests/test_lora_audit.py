@@ -188,8 +188,8 @@ def test_a_run_of_one_step_is_reported_as_too_short(caplog):
 def test_a_target_that_matches_nothing():
     network = Network()
     adapt(network)
-    with pytest.raises(AuditError, match="'query' matches no linear layer"):
-        begin(network, audit_of(network, LoRASettings(target_modules="query")), optimiser(network))
+    with pytest.raises(AuditError, match="'querry' matches no linear layer"):
+        begin(network, audit_of(network, LoRASettings(target_modules="querry")), optimiser(network))
 
 
 def test_a_requested_layer_without_adapter():

@@ -166,9 +166,9 @@ def test_a_nested_part_is_not_taken_for_the_blocks():
 
 def test_a_target_that_matches_nothing_is_an_error_listing_what_there_is():
     with pytest.raises(
-        ValueError, match=r"'query' matches no linear layer; there are attn.proj, attn.qkv, mlp.fc1, mlp"
+        ValueError, match=r"'querry' matches no linear layer; there are attn.proj, attn.qkv, mlp.fc1, mlp"
     ):
-        find_targets(tiny_vit(), LoRASettings(target_modules=["qkv", "query"]))
+        find_targets(tiny_vit(), LoRASettings(target_modules=["qkv", "querry"]))
 
 
 def test_separate_q_and_v_names_adapt_the_fused_layer_with_a_warning(caplog):

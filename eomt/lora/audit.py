@@ -7,17 +7,19 @@ looks fine. Each check ends in a sentence that names the layers.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eomt.command_line import RunError
-from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter, tensor_hashes
+from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter
 from eomt.lora.methods import method_of, update_norms
+from eomt.lora.probing import disabled, once_each, probing, relative_change, tensors_in, unique
 from lora_config import LoRASettings, adapted_layers, find_targets, listed
 
 log = logging.getLogger(__name__)
@@ -27,19 +29,32 @@ class AuditError(RunError):
     """LoRA would not train what it should; the sentence names the layers."""
 
 
-class LoRAAudit:
-    """Proof that LoRA trains what it should.
+@dataclass
+class _Part:
+    """A module that was adapted: what was asked for, and the layers that carry adapters, by their names in messages."""
 
-    Build it after apply_lora. Call `before_training` once, `after_backward` before and `after_step` after each
-    optimiser step, `at_end` at the end. Results collect in `results`, {check: {"passed": bool, "detail": str}}; the
-    first failure raises.
+    module: nn.Module
+    settings: LoRASettings
+    prefix: str
+
+    def __post_init__(self) -> None:
+        self.layers = {f"{self.prefix}{name}": layer for name, layer in adapted_layers(self.module).items()}
+        self.method = method_of(self.module)
+
+
+class LoRAAudit:
+    """Proof that LoRA trains what it should, in all adapted parts of a network.
+
+    Build it after the parts were adapted. Call `before_training` once, `after_backward` before and `after_step` after
+    each optimiser step, `at_end` at the end. Results collect in `results`, {check: {"passed": bool, "detail": str}};
+    the first failure raises.
 
     Args:
         network: everything that trains; its names appear in the messages.
-        adapted: the module inside it (or itself) that apply_lora adapted.
-        settings: what was asked for.
+        adapted: the module inside it (or itself) that apply_lora adapted. None: all that were adapted.
+        settings: what was asked for. None: what the parts were adapted with.
         trainable_elsewhere: parameters besides the adapters that are meant to train, such as queries and heads. None:
-            whatever trains outside `adapted`.
+            whatever trains outside the adapted parts, and what was given to `adapt` as `also`.
         base_fingerprint: fingerprint(adapted) taken right after the base weights were loaded, if there is one.
         deadline: optimiser steps within which every adapter must have trained (a warm-up starts at rate 0).
     """
@@ -47,49 +62,53 @@ class LoRAAudit:
     def __init__(
         self,
         network: nn.Module,
-        adapted: nn.Module,
-        settings: LoRASettings,
+        adapted: nn.Module | None = None,
+        settings: LoRASettings | None = None,
         trainable_elsewhere: Collection[nn.Parameter] | None = None,
         base_fingerprint: str | None = None,
         deadline: int = 20,
     ) -> None:
-        self.network, self.adapted, self.settings = network, adapted, settings
-        self.base_fingerprint, self.deadline = base_fingerprint, deadline
+        self.network, self.base_fingerprint, self.deadline = network, base_fingerprint, deadline
         self.results: dict[str, dict[str, Any]] = {}
         self.complete = False
         self._names = {id(p): name.replace(".base_layer.", ".") for name, p in network.named_parameters()}
-        self._layers = adapted_layers(adapted)
-        self._method = method_of(adapted)
+        parts = adapted_parts(network) if adapted is None else {"": adapted}
+        self._parts = [
+            _Part(module, settings or module.lora_settings, f"{name}." if name and len(parts) > 1 else "")
+            for name, module in parts.items()
+        ]
+        self._layers = {name: layer for part in self._parts for name, layer in part.layers.items()}
         self._adapters = {
             self._names.get(id(p), name): p
             for layer in self._layers.values()
             for name, p in layer.named_parameters()
             if is_adapter(name)
         }
-        own = {id(p) for p in adapted.parameters()}
-        self._elsewhere = (
-            [p for p in network.parameters() if p.requires_grad and id(p) not in own]
-            if trainable_elsewhere is None
-            else list(trainable_elsewhere)
-        )
+        self._elsewhere = self._trained_elsewhere() if trainable_elsewhere is None else unique(trainable_elsewhere)
         self._without_gradient = dict(self._adapters)
+        self._gradients: dict[str, float] = {}  # the last norm, where it was zero or not finite
         self._first_step: int | None = None
         self._steps = 0
         self._frozen: dict[str, str] = {}
 
+    def _trained_elsewhere(self) -> list[nn.Parameter]:
+        own = {id(p) for part in self._parts for p in part.module.parameters()}
+        also = [p for part in self._parts for p in getattr(part.module, "lora_also", ())]
+        return unique([*(p for p in self.network.parameters() if p.requires_grad and id(p) not in own), *also])
+
     def before_training(
         self,
-        optimizer: torch.optim.Optimizer,
-        forward: Callable[[], Tensor | Sequence[Tensor]],
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        forward: Callable[[], Any],
         resumed: bool = False,
     ) -> None:
         """All checks that need no training step.
 
         Args:
-            optimizer: the one that will train the network (anything with `param_groups`).
-            forward: runs the network on a probe input and returns its outputs, one tensor or nested lists of them. It
-                is called twice, in eval mode and outside autocast for the strictest comparison; gradients, modes and
-                random state are left as they were.
+            optimizer: the one that will train the network (anything with `param_groups`), or several.
+            forward: runs the network on a probe input and returns its outputs: tensors, in whatever nesting of lists,
+                mappings and dataclasses. It is called twice, in eval mode and outside autocast for the strictest
+                comparison; gradients, modes and random state are left as they were.
             resumed: adapters were loaded from a checkpoint, so they may change the output from the start.
 
         Raises:
@@ -101,12 +120,14 @@ class LoRAAudit:
         )
         self._check("only_intended_trainable", self._unintended(), f"besides adapters, {len(self._elsewhere)} tensors")
         self._check("optimizer_complete", self._optimizer_problem(optimizer), "each trainable parameter exactly once")
-        self._check("base_as_loaded", self._base_problem(), "base weights are those the adapters were applied to")
-        self._frozen = hash_tensors(self._frozen_tensors())
-        with _probing(self.network), torch.enable_grad():
-            outputs = _tensors(forward())
+        hashes = self._hashes()
+        base_problem = next(filter(None, (self._base_problem(part, hashes) for part in self._parts)), None)
+        self._check("base_as_loaded", base_problem, "base weights are those the adapters were applied to")
+        self._frozen = {name: hashes[id(tensor)] for name, tensor in self._frozen_tensors().items()}
+        with probing(self.network), torch.enable_grad():
+            outputs = tensors_in(forward())
             gradients = self._output_gradients(outputs)
-        self._check("adapters_change_output", _bypass_problem(gradients), _bypass_detail(gradients))
+        self._check("adapters_change_output", self._bypass_problem(gradients), _bypass_detail(gradients))
         self._check("output_unchanged_at_start", *self._start_problem(outputs, forward, resumed))
 
     def after_backward(self) -> None:
@@ -116,6 +137,7 @@ class LoRAAudit:
             return
         norms = torch.stack(torch._foreach_norm(list(with_grad.values()))).tolist()  # one wait for the device
         for name, norm in zip(with_grad, norms, strict=True):
+            self._gradients[name] = norm
             if 0 < norm < float("inf"):
                 del self._without_gradient[name]
 
@@ -162,7 +184,7 @@ class LoRAAudit:
 
     def _targets_problem(self) -> str | None:
         try:
-            wanted = find_targets(self.adapted, self.settings)
+            wanted = [f"{p.prefix}{name}" for p in self._parts for name in find_targets(p.module, p.settings)]
         except ValueError as error:
             return str(error)
         if missing := [name for name in wanted if name not in self._layers]:
@@ -188,8 +210,9 @@ class LoRAAudit:
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]
 
-    def _optimizer_problem(self, optimizer: torch.optim.Optimizer) -> str | None:
-        times = Counter(id(p) for group in optimizer.param_groups for p in group["params"])  # frozen ones do no harm
+    def _optimizer_problem(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> str | None:
+        optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        times = Counter(id(p) for one in optimizers for group in one.param_groups for p in group["params"])
         if missing := [self._names[id(p)] for p in self._trainable() if not times[id(p)]]:
             cause = (
                 "it was built before the adapters were applied; build it after"
@@ -201,33 +224,49 @@ class LoRAAudit:
             return f"in the optimiser more than once: {listed(twice)}; list each parameter in one group only"
         return None
 
-    def _base_problem(self) -> str | None:
-        base = getattr(self.adapted, "lora_base", None)
+    def _hashes(self) -> dict[int, str]:
+        """SHA-256 of each base tensor, once, by its `id`."""
+        modules = (self.network, *(part.module for part in self._parts))
+        return hash_tensors({id(tensor): tensor for module in modules for tensor in base_tensors(module).values()})
+
+    def _base_problem(self, part: _Part, hashes: Mapping[int, str]) -> str | None:
+        base = getattr(part.module, "lora_base", None)
         recorded = base and base.hashes
-        expected = getattr(self.adapted, "lora_cast_hashes", recorded)
+        expected = getattr(part.module, "lora_cast_hashes", recorded)
         if recorded is None and self.base_fingerprint is None:
             return None  # adapted by hand with PEFT: nothing to compare with
-        now = tensor_hashes(self.adapted)
+        tensors = base_tensors(part.module)
+        now = {name: hashes[id(tensor)] for name, tensor in tensors.items()}
         remedy = "load weights, and change precision or sizes, before apply_lora"
-        trained = {n for n, t in base_tensors(self.adapted).items() if t.requires_grad}
-        if recorded and (changed := [n for n in now if n not in trained and now[n] != expected.get(n)]):
-            return f"base weights changed after the adapters were applied: {listed(changed)}; {remedy}"
+        changed = [
+            name
+            for name, tensor in once_each(tensors).items()
+            if recorded and not tensor.requires_grad and now[name] != expected.get(name)
+        ]
+        if changed and (casts := {p.dtype for p in self._adapters.values()} - {torch.float32}):
+            remedy = (
+                f"the adapters are {listed(map(str, casts))}, so the whole network was converted since, as "
+                "trainer.precision=bf16-true does; set trainer.precision=bf16-mixed"
+            )
+        if changed:
+            names = listed(f"{part.prefix}{name}" for name in changed)
+            return f"base weights changed after the adapters were applied: {names}; {remedy}"
         if self.base_fingerprint not in (None, combine_hashes(recorded or now)):
             return f"base weights are not the ones that were loaded (their fingerprint differs); {remedy}"
         return None
 
     def _frozen_tensors(self) -> dict[str, Tensor]:
-        """Frozen parameters of the network and the adapted module's buffers, which its adapters rely on as well."""
-        buffers = {id(buffer) for buffer in self.adapted.buffers()}
+        """Frozen parameters of the network and the adapted parts' buffers, which their adapters rely on as well."""
+        buffers = {id(buffer) for part in self._parts for buffer in part.module.buffers()}
         return {
             name: tensor
-            for name, tensor in base_tensors(self.network).items()
+            for name, tensor in once_each(base_tensors(self.network)).items()
             if id(tensor) in buffers or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad)
         }
 
     def _output_gradients(self, outputs: list[Tensor]) -> dict[str, Tensor | None]:
         """Gradient of a random projection of the outputs with respect to each adapter (LoRA's B)."""
-        weights = {name: self._method.probe(layer) for name, layer in self._layers.items()}
+        weights = {name: part.method.probe(layer) for part in self._parts for name, layer in part.layers.items()}
         outputs = [output for output in outputs if output.requires_grad]
         if not outputs:
             return dict.fromkeys(weights)
@@ -239,16 +278,16 @@ class LoRAAudit:
     def _start_problem(self, outputs: list[Tensor], forward: Callable, resumed: bool) -> tuple[str | None, str]:
         if resumed:
             return None, "resumed from trained adapters, nothing to compare"
-        with _probing(self.network), _disabled(self._layers.values()), torch.no_grad():
-            plain = _tensors(forward())
-        rounding = not self._method.exact_at_start(self.settings)
+        with probing(self.network), disabled(self._layers.values()), torch.no_grad():
+            plain = tensors_in(forward())
+        rounding = not all(part.method.exact_at_start(part.settings) for part in self._parts)
         low = any(output.dtype in (torch.float16, torch.bfloat16) for output in plain)
         tolerance = (5e-2 if low else 1e-3) if rounding else 1e-5
-        changes = [_relative_change(a.detach(), b) for a, b in zip(outputs, plain, strict=True)]
+        changes = [relative_change(a.detach(), b) for a, b in zip(outputs, plain, strict=True)]
         change = max(changes, default=0.0)
         if all(change <= tolerance for change in changes):  # false for NaN
             return None, f"relative change {change:.1e}, at most {tolerance:.0e} allowed"
-        moved = [name for name, norm in update_norms(self.adapted).items() if norm > 0]
+        moved = [f"{p.prefix}{name}" for p in self._parts for name, norm in update_norms(p.module).items() if norm > 0]
         problem = (
             f"adapters change the output before training, by {change:.1e} where {tolerance:.0e} is allowed; layers "
             f"with an update: {listed(moved) or 'none'}; apply fresh adapters, or say that the run is resumed"
@@ -256,7 +295,7 @@ class LoRAAudit:
         return problem, ""
 
     def _zero_updates(self) -> list[str]:
-        norms = {name: self._method.size(layer) for name, layer in self._layers.items()}
+        norms = {name: part.method.size(layer) for part in self._parts for name, layer in part.layers.items()}
         return [name for name, (norm, bound) in norms.items() if not norm > 1e-6 * bound]  # rounding is no update
 
     def _finish(self, zero: list[str]) -> None:
@@ -264,29 +303,55 @@ class LoRAAudit:
         missing = list(self._without_gradient)
         self._check(
             "adapters_received_gradients",
-            missing
-            and f"no non-zero gradient {waited} in {listed(missing)}; the loss does not reach them, or their "
-            "learning rate is still 0",
+            missing and f"no non-zero gradient {waited} in {listed(missing)}; {self._cause(missing)}",
             f"{len(self._adapters)} adapter tensors {waited}",
         )
+        updates = " or ".join(dict.fromkeys(part.method.update for part in self._parts))
         self._check(
             "updates_nonzero",
-            zero
-            and f"the update {self._method.update} is still zero {waited} in {listed(zero)}; look at their "
-            "learning rate",
+            zero and f"the update {updates} is still zero {waited} in {listed(zero)}; look at their learning rate",
             f"{len(self._layers)} layers {waited}",
         )
         self.complete = True
 
+    def _cause(self, missing: Collection[str]) -> str:
+        """What keeps adapters from having a gradient, and what to do."""
+        if not any(name in self._gradients for name in missing):
+            return (
+                "the loss does not reach them: it is computed without these layers, or re-entrant activation "
+                "checkpointing cuts them off; checkpoint with use_reentrant=False"
+            )
+        if not all(math.isfinite(self._gradients.get(name, 0)) for name in missing):
+            return "their gradients are not finite; lower the learning rate, or look for a division by zero in the loss"
+        return "their gradients are zero: the other factor has not moved, its learning rate is still 0"
 
-def _bypass_problem(gradients: Mapping[str, Tensor | None]) -> str | None:
-    if bypassed := [name for name, gradient in gradients.items() if gradient is None]:
+    def _bypass_problem(self, gradients: Mapping[str, Tensor | None]) -> str | None:
+        bypassed = [name for name, gradient in gradients.items() if gradient is None]
+        if not bypassed:
+            return None
+        parents = [
+            part.module.get_submodule(name.removeprefix(part.prefix).rpartition(".")[0])
+            for part in self._parts
+            for name in part.layers
+            if name in bypassed
+        ]
+        hint = next((hint for parent in parents if (hint := _bypass_hint(parent))), "")
         return (
             f"the output does not depend on the adapters of {listed(bypassed)}: the forward pass goes around them, for "
-            "example by reading the layer's `.weight` (for timm's Eva set `attn.qkv_bias_separate = True`), or by "
-            "detaching; make it call the layers, or leave them out of target_modules"
+            f"example by reading the layer's `.weight`{hint}, or by detaching; make it call the layers, or leave them "
+            "out of target_modules"
         )
-    return None
+
+
+def adapted_parts(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules in a network that apply_lora or load_adapter adapted, by name."""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "lora_base")}
+
+
+def _bypass_hint(parent: nn.Module) -> str:
+    if isinstance(parent, nn.MultiheadAttention):
+        return " (nn.MultiheadAttention does so with out_proj)"
+    return " (for timm's Eva set `attn.qkv_bias_separate = True`)" if hasattr(parent, "qkv_bias_separate") else ""
 
 
 def _bypass_detail(gradients: Mapping[str, Tensor | None]) -> str:
@@ -294,48 +359,3 @@ def _bypass_detail(gradients: Mapping[str, Tensor | None]) -> str:
     if silent:  # a head or layer scale that starts at zero: the gradients during training will tell
         return f"all layers are in use; behind {listed(silent)} the network still multiplies by zero"
     return f"the outputs have a gradient in all {len(gradients)} layers"
-
-
-def _relative_change(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|."""
-    if not b.numel():
-        return 0.0
-    a, b = a.float(), b.float()
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
-
-
-def _tensors(outputs: Tensor | Iterable | None) -> list[Tensor]:
-    """The floating-point tensors in nested lists and tuples."""
-    if isinstance(outputs, Tensor):
-        return [outputs] if outputs.is_floating_point() else []
-    return [tensor for output in outputs or () for tensor in _tensors(output)]
-
-
-@contextmanager
-def _probing(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each module's mode and the random state afterwards as before."""
-    modes = [(module, module.training) for module in network.modules()]
-    devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        network.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-@contextmanager
-def _disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Adapters off inside. PEFT switches requires_grad along with them, so it is put back."""
-    layers = list(layers)
-    wanted = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for p, requires_grad in wanted:
-            p.requires_grad_(requires_grad)

@@ -7,14 +7,25 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from eomt.files import parse_json, read_json, read_tensors, replacing_files
 from eomt.fingerprints import Identity, first_misfit, identify, is_adapter
-from eomt.lora.saved_config import CONFIG_FILE, known_config
-from lora_config import Method, adapted_layers, assert_not_adapted, finish_adapting, import_peft, listed
+from eomt.lora.saved_config import CONFIG_FILE, known_config, layers_named, read_adapter_config
+from eomt.targets import linear_names
+from lora_config import (
+    LoRASettings,
+    Method,
+    adapted_layers,
+    anchored,
+    assert_not_adapted,
+    finish_adapting,
+    import_peft,
+    listed,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -42,9 +53,19 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     for field, value in vars(config).items():
         if isinstance(value, set):  # of layer names: the same file each time
             setattr(config, field, sorted(value))
+    config.target_modules, config.exclude_modules = _layers_of(handle, name)
     with replacing_files(directory) as draft:
         save_file(state, draft / WEIGHTS_FILE, metadata=metadata)
         config.save_pretrained(str(draft))
+
+
+def _layers_of(handle: PeftModel, name: str) -> tuple[list[str], list[str] | None]:
+    """The layers that an adapter adapts, and others that PEFT would take for them by the ends of their names."""
+    module = handle.get_base_model()
+    layers = adapted_layers(module).items()
+    own = sorted(n for n, layer in layers if name in getattr(layer, layer.adapter_layer_names[0]))
+    ends = tuple(f".{layer}" for layer in own)
+    return own, sorted({n for n in linear_names(module) if n.endswith(ends)} - {*own}) or None
 
 
 def adapter_tensors(handle: PeftModel) -> dict[str, Tensor]:
@@ -83,16 +104,17 @@ def load_adapter(
     """
     assert_not_adapted(module)
     base = identify(module)
-    tensors, config = _check_adapter(module, Path(directory), base, config)
+    tensors, config, targets = _check_adapter(module, Path(directory), base, config)
     config.inference_mode = not is_trainable
-    handle = import_peft().get_peft_model(module, config)
+    handle = wrap(module, config, targets)
     if wrong := _misfit(handle, "default", tensors):
         handle.unload()
         raise ValueError(f"the adapter in {directory} {wrong}")
     import_peft().set_peft_model_state_dict(handle, tensors)
     if not is_trainable:
         handle.eval()
-    finish_adapting(module, base)
+    is_lora = read_adapter_config(Path(directory))["peft_type"] == "LORA"
+    finish_adapting(module, base, LoRASettings.from_adapter(directory) if is_lora else None)
     if method:
         module.adapter_method = method
     return handle
@@ -100,8 +122,8 @@ def load_adapter(
 
 def _check_adapter(
     module: nn.Module, directory: Path, base: Identity, config: PeftConfig | None
-) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Returns an adapter's tensors and its configuration, if it was trained on this base and says what is meant."""
+) -> tuple[dict[str, Tensor], PeftConfig, list[str]]:
+    """An adapter's tensors, configuration and layers, if it was trained on this base and says what is meant."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
@@ -117,19 +139,14 @@ def _check_adapter(
             "same sizes and precision"
         )
     known = known_config(directory, config)
-    if config and (other := _adapted(module, read_json(directory / CONFIG_FILE)) ^ _adapted(module, vars(config))):
+    names = linear_names(module)
+    layers = layers_named(read_json(directory / CONFIG_FILE), names)
+    if config and (other := {*layers} ^ {*layers_named(vars(config), names)}):
         raise ValueError(
             f"the adapter in {directory} does not fit this module ({CONFIG_FILE} and the settings disagree about "
             f"{listed(sorted(other))}): load it on the network it was trained with"
         )
-    return tensors, known
-
-
-def _adapted(module: nn.Module, config: Mapping[str, Any]) -> set[str]:
-    """The layers of a module, adapted or not, that a configuration names by the ends of their names."""
-    ends = tuple(f".{name}" for name in config["target_modules"])
-    names = (name.removesuffix(".base_layer") for name, part in module.named_modules() if isinstance(part, nn.Linear))
-    return {name for name in names if f".{name}".endswith(ends) and not is_adapter(name)}
+    return tensors, known, layers
 
 
 def _misfit(handle: PeftModel, name: str, saved: Mapping[str, Tensor]) -> str | None:
@@ -163,8 +180,8 @@ def add_adapter(handle: PeftModel, directory: str | Path, name: str, config: Pef
             "layers use; for example 'night'"
         )
     base = getattr(module, "lora_base", None) or identify(module)
-    tensors, config = _check_adapter(module, Path(directory), base, config)
-    config.inference_mode = True
+    tensors, config, targets = _check_adapter(module, Path(directory), base, config)
+    config.inference_mode, config.target_modules = True, anchored(targets)
     was_base = active_adapter(handle) == BASE
     was_training = {layer: layer.training for layer in module.modules()}
     handle.add_adapter(name, config)
@@ -174,7 +191,7 @@ def add_adapter(handle: PeftModel, directory: str | Path, name: str, config: Pef
         handle.delete_adapter(name)
         raise ValueError(f"the adapter in {directory} {wrong}")
     import_peft().set_peft_model_state_dict(handle, tensors, adapter_name=name)
-    finish_adapting(module, base)
+    finish_adapting(module, base, module.lora_settings)
     if was_base:  # layers that are new here are not
         handle.base_model.disable_adapter_layers()
 

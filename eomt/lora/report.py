@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from eomt.fingerprints import ADAPTER_PREFIXES
+from eomt.fingerprints import ADAPTER_PREFIXES, is_adapter
 
 OWN = "|".join(ADAPTER_PREFIXES)
 
 
-def trainable_report(module: nn.Module, title: str = "TRAINABLE PARAMETERS (LoRA)") -> str:
-    """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals."""
+def trainable_report(module: nn.Module, title: str | None = None, parts: Mapping[str, nn.Module] | None = None) -> str:
+    """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals.
+
+    `parts` are modules by the names that subtotals give them: adapters of `vision` count as `vision LoRA`. `title` None:
+    it says LoRA where there are adapters.
+    """
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, ...]]] = defaultdict(list)
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -32,9 +36,26 @@ def trainable_report(module: nn.Module, title: str = "TRAINABLE PARAMETERS (LoRA
     lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.parameters())
+    if title is None:
+        has_adapters = any(is_adapter(name) for name, _ in module.named_parameters())
+        title = "TRAINABLE PARAMETERS (LoRA)" if has_adapters else "TRAINABLE PARAMETERS"
+    if parts:
+        lines += [f"  {name}: {size:,}" for name, size in subtotals(module, parts).items()]
     share = 100 * trainable / max(total, 1)
     totals = [f"Total trainable: {trainable:,}", f"Total frozen: {total - trainable:,}"]
     return "\n".join([title, *lines, *totals, f"SUMMARY: {share:.2f}% trainable"])
+
+
+def subtotals(module: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Trainable parameters by part, each counted once: in the first part that holds it, or in `other`."""
+    place = {id(p): name for name in reversed(parts) for p in parts[name].parameters()}
+    sizes = dict.fromkeys((key for name in parts for key in (f"{name} LoRA", name)), 0)
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            part = place.get(id(p), "other")
+            key = f"{part} LoRA" if is_adapter(name) else part
+            sizes[key] = sizes.get(key, 0) + p.numel()
+    return {name: size for name, size in sizes.items() if size or name in parts}
 
 
 def _span(numbers: Iterable[str]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eomt.files import read_json
-from lora_config import SUPPORTED_OPTIONS, LoRASettings, peft_config
+from lora_config import LoRASettings, peft_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"  # PEFT's own name
 # what changes nothing about the layers, or is compared with the layers themselves
 NOT_COMPARED = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode")
-NOT_COMPARED += ("target_modules", "feedforward_modules", "lora_dropout")
+NOT_COMPARED += ("target_modules", "exclude_modules", "feedforward_modules", "lora_dropout")
 NOTHING = (None, False, {}, [])  # values of options that this version of PEFT does not know, and that ask for nothing
 
 REMEDY = "one of them was changed since the adapter was saved; put it back"
@@ -37,25 +37,28 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     targets = content["target_modules"]
     if not isinstance(content["peft_type"], str):
         raise ValueError(f"{file} says peft_type {content['peft_type']!r}: the name of a method is meant")
-    if not (isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)):
+    if not (targets and is_names(targets)):
         raise ValueError(f"{file} says target_modules {targets!r}: a list of the adapted layers is meant")
+    if not is_names(others := content.get("exclude_modules") or []):
+        raise ValueError(f"{file} says exclude_modules {others!r}: a list of layers that are not adapted is meant")
     if lora:
         try:
-            lora_settings(content)
+            LoRASettings.from_peft(content)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     return content
 
 
-def lora_settings(content: Mapping[str, Any]) -> LoRASettings:
-    """The settings that a LoRA's configuration says."""
-    return LoRASettings(
-        rank=content["r"],
-        alpha=content["lora_alpha"],
-        dropout=content.get("lora_dropout", 0),
-        target_modules=content["target_modules"],
-        options={name: content[name] for name in SUPPORTED_OPTIONS if content.get(name) is not None},
-    )
+def is_names(value: Any) -> bool:
+    """Whether it is a list of names."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def layers_named(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of a network's linear layers that a configuration as saved means: by the ends of their names, as PEFT."""
+    targets, others = (tuple(config.get(key) or ()) for key in ("target_modules", "exclude_modules"))
+    ends, other_ends = tuple(f".{end}" for end in targets), tuple(f".{end}" for end in others)
+    return [n for n in names if n in targets or (f".{n}".endswith(ends) and not f".{n}".endswith(other_ends))]
 
 
 def known_config(directory: Path, meant: PeftConfig | None = None) -> PeftConfig:
@@ -68,7 +71,7 @@ def known_config(directory: Path, meant: PeftConfig | None = None) -> PeftConfig
     file, kind = directory / CONFIG_FILE, content["peft_type"]
     if meant is None and kind == "LORA":
         source = "what is supported"
-        settings = lora_settings(content)
+        settings = LoRASettings.from_peft(content)
         meant = peft_config(settings, [*settings.target_modules])
     elif meant is None:
         raise ValueError(f"{file} says peft_type {kind}: give the configuration of this method")

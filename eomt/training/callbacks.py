@@ -20,55 +20,32 @@ from eomt.files import Tolerated, new_folder, replacing_folder, restored
 from eomt.fingerprints import checksums
 from eomt.inference.saved import ARTEFACTS, artefact_id_in
 from eomt.lora.audit import LoRAAudit
-from eomt.training.finite_steps import FiniteSteps
+from eomt.training.audit_callback import AuditAdapters
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 
-class AuditLoRA(Callback):
-    """Drives `LoRAAudit` through a run; without LoRA it does nothing."""
+class AuditLoRA(AuditAdapters):
+    """The audit of a segmentation network: of a random image, before the first batch is read."""
 
-    audit: LoRAAudit | None = None
+    def make_audit(self, module: MaskClassificationSemantic) -> LoRAAudit | None:
+        if module.lora is None:
+            return None
+        heads = [p for part in module.trained_heads() for p in part.parameters()]
+        base = module.base and module.base.exact
+        return LoRAAudit(module.network, module.backbone, module.lora_settings, heads, base_fingerprint=base)
 
     def on_fit_start(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
-        if module.lora is None:
+        super().on_fit_start(trainer, module)
+        if self.audit is None:
             return
-        self.audited_step = steps_taken(trainer)
-        self.audit = LoRAAudit(
-            module.network,
-            module.backbone,
-            module.lora_settings,
-            [p for part in module.trained_heads() for p in part.parameters()],
-            base_fingerprint=module.base and module.base.exact,
-        )
         height, width = module.hparams.img_size
         image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(module.device)
 
-        def forward() -> list[torch.Tensor]:
-            # in the run's own precision: the probe must not need more memory than a training step
-            with module.network.deployed(), trainer.precision_plugin.forward_context():
-                mask_logits, class_logits = module.network(image)
-            return [*mask_logits, *class_logits]
+        def forward() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            with module.network.deployed():
+                return module.network(image)
 
-        self.audit.before_training(trainer.optimizers[0], forward, resumed=trainer.ckpt_path is not None)
-
-    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-        if self.audit and not self.audit.complete:
-            self.audit.after_backward()
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self.audit and (step := steps_taken(trainer)) > self.audited_step:  # not after each accumulated batch
-            self.audited_step = step
-            self.audit.after_step(step)
-
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.audit:
-            self.audit.at_end()  # after every `on_train_end`, in which callbacks put an average into its place
-
-
-def steps_taken(trainer: Trainer) -> int:
-    """Optimiser steps so far, without those that were skipped."""
-    finite = next((callback for callback in trainer.callbacks if isinstance(callback, FiniteSteps)), None)
-    return finite.steps_taken(trainer) if finite else trainer.global_step
+        self.begin(trainer, module, forward)
 
 
 class SaveBest(Callback):

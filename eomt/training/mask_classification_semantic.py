@@ -27,6 +27,7 @@ from eomt.inference.artefacts import (
 from eomt.inference.bases import check_base, record_base
 from eomt.inference.prediction import ImageLike, predict
 from eomt.inference.windows import classify
+from eomt.lora.adapting import adapt
 from eomt.lora.files import BASE
 from eomt.lora.merging import cast_base
 from eomt.lora.methods import find_method
@@ -42,7 +43,6 @@ from eomt.training.mask_classification_loss import Loss, total
 from eomt.training.optimizer import build_scheduler, fused_adamw
 from eomt.training.param_groups import param_groups
 from eomt.training.schedules import mask_probability, resolve_annealing
-from lora_config import apply_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,8 +98,6 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.trained_precision: str | None = None  # of the run that a saved network comes from
         self.artefact_id: str | None = None  # of what was opened or saved last
         self.lora_settings = chosen.lora
-        if chosen.use_lora:
-            self.adapt()
         self.choose_trainable()
 
         self.cached_blocks = 0
@@ -130,20 +128,19 @@ class MaskClassificationSemantic(lightning.LightningModule):
         if not self.anneals:
             self.network.attn_mask_probs.zero_()
 
-    def adapt(self) -> None:
-        """Freezes the backbone and puts adapters into it."""
-        if self.settings.random_base:
-            logger.warning("use_lora without pretrained, backbone_weights or ckpt_path: the frozen backbone is random")
-        self.attach(apply_lora(self.backbone, self.lora_settings, find_method(self.settings.lora_method)))
-
     def choose_trainable(self) -> None:
-        """Freezes what the settings say."""
-        self.freeze_parts(self.settings.freeze)
-        last = self.settings.unfreeze_last_n
-        if last and self.settings.use_lora:
-            logger.warning("use_lora and unfreeze_last_n %d: LoRA takes its place, no block is unfrozen", last)
-        elif last:
-            self.train_last_blocks(last)
+        """Adapters, the last blocks, or all of the backbone; then freezes what the settings say."""
+        settings, last = self.settings, self.settings.unfreeze_last_n or 0
+        if settings.use_lora and settings.random_base:
+            logger.warning("use_lora without pretrained, backbone_weights or ckpt_path: the frozen backbone is random")
+        if settings.use_lora or last or "backbone" in settings.freeze:
+            lora, method = (settings.lora, find_method(settings.lora_method)) if settings.use_lora else (None, None)
+            norm = () if lora or not last else [self.network.encoder.norm]
+            blocks = self.network.encoder.blocks
+            adapted = adapt(self.backbone, lora, last, norm, self.network, method, blocks)
+            if adapted.handle:
+                self.attach(adapted.handle)
+        self.freeze_heads(settings.freeze)
 
     @property
     def backbone(self) -> nn.Module:
@@ -176,26 +173,12 @@ class MaskClassificationSemantic(lightning.LightningModule):
         """Lists the heads that are meant to train."""
         return [module for part, module in self.heads().items() if part not in self.hparams.freeze]
 
-    def freeze_parts(self, parts: Sequence[Part]) -> None:
-        """Parts that do not train; adapters in the backbone do all the same."""
-        modules = {"backbone": self.backbone, **self.heads()}
-        adapters = {id(p) for p in self.adapter_parameters()}
-        for part in parts:
-            for p in modules[part].parameters():
-                p.requires_grad_(id(p) in adapters)
+    def freeze_heads(self, parts: Sequence[Part]) -> None:
+        """Heads that do not train."""
+        for part in set(parts) - {"backbone"}:
+            self.heads()[part].requires_grad_(False)
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError(f"freeze {list(parts)} leaves nothing to train: free a part, or set use_lora=true")
-
-    def train_last_blocks(self, count: int) -> None:
-        """Freezes the backbone but for its last blocks and the final norm."""
-        blocks = self.network.encoder.blocks
-        if count > len(blocks):
-            raise ValueError(
-                f"unfreeze_last_n {count}: the backbone has {len(blocks)} blocks; leave it out to train all"
-            )
-        self.backbone.requires_grad_(False)
-        for part in (*blocks[-count:], self.network.encoder.norm):
-            part.requires_grad_(True)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that adapters add to the backbone."""

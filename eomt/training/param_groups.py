@@ -1,9 +1,10 @@
 """Groups parameters by their learning rates."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from torch import nn
 
+from eomt.lora.groups import parameter_groups
 from eomt.models.eomt import EoMT
 
 
@@ -31,29 +32,9 @@ def param_groups(
     decay_masked_blocks: bool,
     weight_decay: float,
 ) -> list[dict]:
-    """The trainable parameters in few groups: one for each kind, learning rate and weight decay.
+    """The trainable parameters in groups; see `eomt.lora.groups.parameter_groups`.
 
-    Adapters have their own rate, no layer-wise decay and no weight decay. `kind` is "lora", "heads" or "backbone"; only
-    the backbone waits through the first warm-up.
+    Adapters have no layer-wise decay; only the backbone waits through the first warm-up.
     """
     rates = backbone_rates(network, lr, llrd, decay_masked_blocks)
-    adapter_ids = {id(p) for p in adapters}
-
-    def kinds() -> Iterator[tuple[nn.Parameter, tuple[str, float, float]]]:
-        for p in network.parameters():
-            if not p.requires_grad:
-                continue
-            if id(p) in adapter_ids:
-                yield p, ("lora", lora_lr, 0.0)
-            elif id(p) in rates:
-                yield p, ("backbone", rates[id(p)], weight_decay)
-            else:
-                yield p, ("heads", lr, weight_decay)
-
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for p, key in kinds():
-        groups.setdefault(key, []).append(p)
-    return [
-        {"params": params, "kind": kind, "lr": rate, "weight_decay": decay}
-        for (kind, rate, decay), params in groups.items()
-    ]
+    return parameter_groups(network, lr, lora_lr, weight_decay, rates, adapters)

@@ -1,0 +1,175 @@
+"""What trains in a pretrained part of any network: adapters, else its last blocks, else nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from eomt.fingerprints import is_adapter
+from eomt.lora import files
+from eomt.lora.merging import merge
+from eomt.lora.probing import unique
+from eomt.targets import find_stacks, parts_apart, stack_name
+from lora_config import LoRASettings, Method, apply_lora, listed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+log = logging.getLogger(__name__)
+
+
+class Adapted:
+    """A pretrained part as `adapt` or `load_adapted` left it: what trains in it, and its adapters' files.
+
+    A plain object, so that a module can keep it as an attribute without holding the part twice in its state dict.
+
+    Args:
+        module: the part itself, changed in place: use it on as before.
+        settings: those of LoRA; None: no adapters.
+        handle: PEFT's; None: no adapters.
+    """
+
+    def __init__(
+        self, module: nn.Module, settings: LoRASettings | None = None, handle: PeftModel | None = None
+    ) -> None:
+        self.module, self.settings, self.handle = module, settings, handle
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains in the part: the adapters, or the last blocks, and what was given as `also`."""
+        return unique([*(p for p in self.module.parameters() if p.requires_grad), *self.also])
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The adapters' own parameters, of all adapters, frozen or not."""
+        return [p for name, p in self.module.named_parameters() if is_adapter(name)]
+
+    @property
+    def also(self) -> list[nn.Parameter]:
+        """The parameters that were given to `adapt` to train besides, inside the part or outside."""
+        return getattr(self.module, "lora_also", [])
+
+    @property
+    def summary(self) -> str:
+        """`Trainable: 442,368 (0.51%) | Total: 86,168,064`, of the part."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.module.parameters()]
+        total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        return f"Trainable: {trained:,} ({100 * trained / max(total, 1):.2f}%) | Total: {total:,}"
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the adapter in use to a folder, bound to its base by fingerprint; see `eomt.lora.files.save_adapter`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        files.save_adapter(self._handle(), directory)
+
+    def merge(self) -> nn.Module:
+        """Adds the update to the base weights, in float32, and returns the part, plain again; see `merging.merge`."""
+        merged = merge(self._handle())
+        self.handle = self.settings = None
+        return merged
+
+    def add(self, directory: str | Path, name: str) -> None:
+        """Loads a further adapter of the same base beside those that are there; see `files.add_adapter`."""
+        files.add_adapter(self._handle(), directory, name)
+
+    def use(self, name: str) -> None:
+        """Switches to one of several adapters, or to none (`base`); all are frozen from then on."""
+        files.use_adapter(self._handle(), name)
+
+    def _handle(self) -> PeftModel:
+        if self.handle is None:
+            raise ValueError(f"{type(self.module).__name__} has no adapters: give `adapt` LoRASettings")
+        return self.handle
+
+
+def adapt(
+    encoder: nn.Module,
+    lora: LoRASettings | None = None,
+    unfreeze_last_n: int = 0,
+    also: Iterable[nn.Module | nn.Parameter] = (),
+    network: nn.Module | None = None,
+    method: Method | None = None,
+    blocks: Sequence[nn.Module] | None = None,
+) -> Adapted:
+    """Freezes a pretrained part, in place, but for LoRA adapters, else its last blocks, else nothing.
+
+    Load its weights before, and build the optimiser after.
+
+    Args:
+        encoder: the part, for example `model.vision`; base of the adapters.
+        lora: adapters; they take the place of `unfreeze_last_n`.
+        unfreeze_last_n: how many of its last numbered blocks train in full, if there is no LoRA.
+        also: modules or parameters that train besides, inside it (a final norm) or outside (a head that is tied to its
+            embedding, which then trains, too).
+        network: the whole that the part belongs to; parameters that are tied to modules outside are then named.
+        method: in place of LoRA; see `eomt.lora.methods.AdapterMethod`.
+        blocks: its blocks for `unfreeze_last_n`; None: the numbered ones.
+
+    Raises:
+        ImportError: PEFT is missing.
+        ValueError: there are fewer blocks, or several stacks of them; and what `apply_lora` raises.
+    """
+    unfrozen = [] if lora or not unfreeze_last_n else last_blocks(encoder, unfreeze_last_n, blocks)
+    encoder.requires_grad_(False)
+    handle = apply_lora(encoder, lora, method) if lora else None
+    if lora and unfreeze_last_n:
+        log.warning("LoRA and unfreeze_last_n %d: LoRA takes its place, no block is unfrozen", unfreeze_last_n)
+    for block in unfrozen:
+        block.requires_grad_(True)
+    parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in also]
+    encoder.lora_also = unique(p for parameters in parts for p in parameters)  # a plain list, for the audit
+    for p in encoder.lora_also:
+        p.requires_grad_(True)
+    for name, others in tied_outside(encoder, network).items() if network else ():
+        trains = encoder.get_parameter(name).requires_grad
+        state = "trains with it" if trains else "frozen, too; give that module in `also` if it is to train"
+        log.warning("%s of the adapted part is tied to %s, which is %s", name, listed(others), state)
+    adapted = Adapted(encoder, lora, handle)
+    log.info("%s: %s", type(encoder).__name__, adapted.summary)
+    return adapted
+
+
+def load_adapted(encoder: nn.Module, directory: str | Path, is_trainable: bool = False) -> Adapted:
+    """Adapts a part, in place, with a saved adapter, which carries its settings; the part has its base weights.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: already adapted, the adapter was trained on other base weights, was edited, or does not fit.
+    """
+    encoder.requires_grad_(False)
+    handle = files.load_adapter(encoder, directory, is_trainable)
+    return Adapted(encoder, encoder.lora_settings, handle)
+
+
+def last_blocks(encoder: nn.Module, count: int, blocks: Sequence[nn.Module] | None = None) -> list[nn.Module]:
+    """The last of these blocks; None: of the numbered ones, decoders apart.
+
+    Raises:
+        ValueError: there are fewer, or several stacks of them.
+    """
+    if blocks is None:
+        apart = tuple(f"{part}." for part in parts_apart(encoder))
+        stacks = [stack for stack in find_stacks(encoder) if not stack[0].startswith(apart)]
+        if len(stacks) > 1:
+            names = ", ".join(map(stack_name, stacks))
+            raise ValueError(f"unfreeze_last_n {count}: there are {len(stacks)} stacks, {names}; adapt each by itself")
+        blocks = [encoder.get_submodule(name) for stack in stacks for name in stack]
+    if not 0 < count <= len(blocks):
+        raise ValueError(f"unfreeze_last_n {count}: the backbone has {len(blocks)} blocks; leave it out to train all")
+    return list(blocks[-count:])
+
+
+def tied_outside(part: nn.Module, network: nn.Module) -> dict[str, list[str]]:
+    """The parameters of a part that modules outside share, by name; their names outside."""
+    own = {id(p): name for name, p in part.named_parameters()}
+    inside = {id(module) for module in part.modules()}
+    tied: dict[str, list[str]] = {}
+    for place, module in network.named_modules():
+        for name, p in module.named_parameters(recurse=False) if id(module) not in inside else ():
+            if id(p) in own:
+                tied.setdefault(own[id(p)], []).append(f"{place}.{name}" if place else name)
+    return tied
