@@ -1,7 +1,5 @@
 """LoRA on networks of others: targets by role, stacks, one order of freezing, the audit and its callback."""
 
-import logging
-
 import lightning
 import pytest
 import torch
@@ -11,10 +9,10 @@ from torch.utils.data import DataLoader
 from transformers import Dinov2Config, Dinov2Model, MBartConfig, MBartModel
 
 from eomt.lora.adapting import adapt, load_adapted
-from eomt.lora.audit import AuditError, LoRAAudit
+from eomt.lora.audit import AuditError
 from eomt.lora.groups import parameter_groups
 from eomt.training.audit_callback import AuditAdapters
-from lora_config import PRESETS, LoRASettings, adapted_layers, find_targets
+from lora_config import LoRASettings
 
 QKV = ("query", "key", "value")
 
@@ -66,7 +64,7 @@ def test_two_adapted_encoders_pass_the_audit_with_one_line():
 
 
 def test_adapters_without_learning_rate_stop_any_module():
-    with pytest.raises(AuditError, match="vision.*lora_A.*learning rate"):
+    with pytest.raises(AuditError, match=r"vision.*lora_A.*learning rate"):
         fit(Answers(lora_lr=0.0), batches(24), AuditAdapters(), max_steps=24)
 
 

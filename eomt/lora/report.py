@@ -17,8 +17,8 @@ OWN = "|".join(ADAPTER_PREFIXES)
 def trainable_report(module: nn.Module, title: str | None = None, parts: Mapping[str, nn.Module] | None = None) -> str:
     """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals.
 
-    `parts` are modules by the names that subtotals give them: adapters of `vision` count as `vision LoRA`. `title` None:
-    it says LoRA where there are adapters.
+    `parts` are modules by the names that subtotals give them: adapters of `vision` count as `vision LoRA`. Without a
+    `title`, it says LoRA where there are adapters.
     """
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, ...]]] = defaultdict(list)
     for name, p in module.named_parameters():

@@ -51,8 +51,7 @@ def print_start(module: MaskClassificationSemantic, datamodule: LightningDataMod
     """Logs what will train, and on what; once, whatever the number of processes."""
     if rank_zero_only.rank:
         return
-    title = "TRAINABLE PARAMETERS" if module.lora is None else "TRAINABLE PARAMETERS (LoRA)"
-    logger.info("%s", trainable_report(module, title) if trains else "nothing trains: the start network is evaluated")
+    logger.info("%s", trainable_report(module) if trains else "nothing trains: the start network is evaluated")
 
 
 def estimate_cost(trainer: Trainer, module: MaskClassificationSemantic, batch_size: int) -> Cost | None:
