@@ -240,7 +240,8 @@ def _find_targets_with_warnings(module: nn.Module, settings: LoRASettings) -> li
     found = resolve(module, settings.target_modules, settings.blocks)
     for layer, asked in found.fused.items():
         others = [part for part in QKV if part not in asked]
-        effect = f"{' and '.join(others)} adapt as well" if others else "all three share one update of this rank"
+        also = f"{' and '.join(others)} {'adapts' if len(others) == 1 else 'adapt'} as well"
+        effect = also if others else "all three share one update of this rank"
         log.warning("LoRA targets %s: q, k and v are one fused %s layer here, so %s", ", ".join(asked), layer, effect)
     if found.left_out:
         log.warning(
@@ -349,8 +350,20 @@ def finish_adapting(module: nn.Module, base: Identity, settings: LoRASettings | 
     """New adapters follow the mode of their layer; the module remembers its base weights, and what was asked for."""
     for layer in adapted_layers(module).values():
         layer.train(layer.base_layer.training)
+    _leave_fast_path(module)
     module.lora_base = base  # a plain attribute, as PEFT's own `peft_config`
     module.lora_settings = settings
+
+
+def _leave_fast_path(module: nn.Module) -> None:
+    """torch's transformer layers read the weights of their linear layers in eval mode; adapters need to be called."""
+    from torch import nn
+
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer) and adapted_layers(part):
+            part.activation_relu_or_gelu = 0  # what torch itself asks before it takes that path
+        if isinstance(part, nn.TransformerEncoder) and adapted_layers(part):
+            part.use_nested_tensor = False
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # what the names of adapter parameters begin with in PEFT, by method: LoRA, IA3, LoHa, LoKr, OFT, BOFT, VeRA, HRA
 ADAPTER_PREFIXES = ("lora_", "ia3_", "hada_", "lokr_", "oft_", "boft_", "vera_", "hra_")
+WRAPPERS = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module")  # what PEFT and torch put around a module
 SUMS = 16
 # Relative distance that rounding explains. Between processors it was 2e-7 at most; another interpolation makes 1e-2.
 ROUNDING = 1e-5
@@ -111,6 +112,12 @@ def _difference_of_values(name: str, recorded: tuple | None, here: tuple | None,
     )
 
 
+def plain_name(name: str) -> str:
+    """A tensor's or layer's name before it was adapted, compiled or wrapped for activation checkpointing."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join(parts)
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
     return any(part.startswith(ADAPTER_PREFIXES) for part in name.split("."))
@@ -188,7 +195,7 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
 
     state = module.state_dict(keep_vars=True)
     return {
-        name.replace(".base_layer.", "."): tensor
+        plain_name(name): tensor
         for name, tensor in state.items()
         if isinstance(tensor, Tensor) and not is_adapter(name)
     }

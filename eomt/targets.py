@@ -55,9 +55,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_names(module: nn.Module) -> list[str]:
-    """Names of the linear layers, as they were before adaptation too."""
-    names = (name for name, part in module.named_modules() if name and is_linear(part) and not is_adapter(name))
-    return [name.removesuffix(".base_layer") for name in names]
+    """Names of the linear layers, as they were before adaptation too; `nn.MultiheadAttention` calls none of its own."""
+    from torch.nn import MultiheadAttention
+
+    parts = dict(module.named_modules())
+    names = (name for name, part in parts.items() if name and is_linear(part) and not is_adapter(name))
+    names = (name.removesuffix(".base_layer") for name in names)
+    return [name for name in names if not isinstance(parts[name.rpartition(".")[0]], MultiheadAttention)]
 
 
 # Stacks of blocks ----------------------------------------------------------------------------------------------------
@@ -122,7 +126,7 @@ def resolve(module: nn.Module, targets: Sequence[str], blocks: int | str = "all"
         if any(name in places for name in kept):
             kept = [name for name in kept if name in places or name == target]
         if not kept:
-            raise ValueError(_nothing(target, names, matches, apart))
+            raise ValueError(_nothing(module, target, names, matches, apart))
         chosen.update(kept)
         found.left_out += [name for name in matches if name not in kept]
         for name in kept:
@@ -210,7 +214,7 @@ def _in_last_blocks(
     return last
 
 
-def _nothing(target: str, names: Sequence[str], matches: Sequence[str], apart: set[str]) -> str:
+def _nothing(module: nn.Module, target: str, names: Sequence[str], matches: Sequence[str], apart: set[str]) -> str:
     if matches:
         part = next(part for part in sorted(apart, key=len, reverse=True) if matches[0].startswith(f"{part}."))
         last = part.rpartition(".")[2]
@@ -218,8 +222,12 @@ def _nothing(target: str, names: Sequence[str], matches: Sequence[str], apart: s
             f"LoRA target {target!r} matches only layers of decoders or of attention to another sequence, such as "
             f"{matches[0]}; name that part, for example '{last}.{target.rpartition('.')[2]}'"
         )
+    from torch.nn import MultiheadAttention
+
+    has_torchs = any(isinstance(part, MultiheadAttention) for part in module.modules())
+    hint = "; nn.MultiheadAttention calls no layers, so its own cannot be adapted" if has_torchs else ""
     there = sorted({re.sub(r"^.*\d+\.", "", name) for name in names})
     return (
         f"LoRA target {target!r} matches no linear layer; there are {', '.join(there) or 'none'}; a role is one of "
-        f"{', '.join(ROLES)}"
+        f"{', '.join(ROLES)}{hint}"
     )

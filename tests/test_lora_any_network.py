@@ -6,7 +6,6 @@ import torch
 from conftest import fit
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Dinov2Config, Dinov2Model, MBartConfig, MBartModel
 
 from eomt.lora.adapting import adapt, load_adapted
 from eomt.lora.audit import AuditError
@@ -14,18 +13,19 @@ from eomt.lora.groups import parameter_groups
 from eomt.training.audit_callback import AuditAdapters
 from lora_config import LoRASettings
 
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to adapt")
 QKV = ("query", "key", "value")
 
 
 def text_config(**sizes):
     small = dict(vocab_size=30, d_model=16, encoder_attention_heads=2, decoder_attention_heads=2, encoder_layers=2)
     small |= dict(decoder_layers=3, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16)
-    return MBartConfig(**small | sizes)
+    return transformers.MBartConfig(**small | sizes)
 
 
 def vision():
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, mlp_ratio=2)
-    return Dinov2Model(Dinov2Config(**sizes))
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
 
 
 class Answers(lightning.LightningModule):
@@ -34,7 +34,7 @@ class Answers(lightning.LightningModule):
     def __init__(self, lora_lr=1e-2):
         super().__init__()
         torch.manual_seed(0)
-        self.vision, self.text = vision(), MBartModel(text_config()).encoder
+        self.vision, self.text = vision(), transformers.MBartModel(text_config()).encoder
         self.head = nn.Linear(16, 3)
         self.vision_lora = adapt(self.vision, LoRASettings(rank=2, target_modules=QKV), network=self)
         self.text_lora = adapt(self.text, LoRASettings(rank=4, alpha=8, target_modules=QKV), network=self)
@@ -74,7 +74,7 @@ def test_adapters_of_two_encoders_come_back_from_a_folder_each(tmp_path):
     module.vision_lora.save(tmp_path / "vision")
     module.text_lora.save(tmp_path / "text")
     torch.manual_seed(0)
-    images, text = vision(), MBartModel(text_config()).encoder
+    images, text = vision(), transformers.MBartModel(text_config()).encoder
     again = [load_adapted(images, tmp_path / "vision"), load_adapted(text, tmp_path / "text")]
     assert [part.settings.rank for part in again] == [2, 4]
     for part, own in zip(again, (module.vision, module.text), strict=True):

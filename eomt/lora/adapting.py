@@ -12,9 +12,9 @@ from torch import nn
 from eomt.fingerprints import is_adapter
 from eomt.lora import files
 from eomt.lora.merging import merge
-from eomt.lora.probing import unique
+from eomt.lora.ties import tied_outside, unique
 from eomt.targets import find_stacks, parts_apart, stack_name
-from lora_config import LoRASettings, Method, apply_lora, listed
+from lora_config import LoRASettings, Method, apply_lora, assert_not_adapted, listed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -113,6 +113,8 @@ def adapt(
         ImportError: PEFT is missing.
         ValueError: there are fewer blocks, or several stacks of them; and what `apply_lora` raises.
     """
+    encoder = getattr(encoder, "_orig_mod", encoder)  # what torch.compile wraps
+    assert_not_adapted(encoder)
     unfrozen = [] if lora or not unfreeze_last_n else last_blocks(encoder, unfreeze_last_n, blocks)
     encoder.requires_grad_(False)
     handle = apply_lora(encoder, lora, method) if lora else None
@@ -140,6 +142,7 @@ def load_adapted(encoder: nn.Module, directory: str | Path, is_trainable: bool =
         FileNotFoundError: the directory holds no adapter.
         ValueError: already adapted, the adapter was trained on other base weights, was edited, or does not fit.
     """
+    encoder = getattr(encoder, "_orig_mod", encoder)
     encoder.requires_grad_(False)
     handle = files.load_adapter(encoder, directory, is_trainable)
     return Adapted(encoder, encoder.lora_settings, handle)
@@ -161,15 +164,3 @@ def last_blocks(encoder: nn.Module, count: int, blocks: Sequence[nn.Module] | No
     if not 0 < count <= len(blocks):
         raise ValueError(f"unfreeze_last_n {count}: the backbone has {len(blocks)} blocks; leave it out to train all")
     return list(blocks[-count:])
-
-
-def tied_outside(part: nn.Module, network: nn.Module) -> dict[str, list[str]]:
-    """The parameters of a part that modules outside share, by name; their names outside."""
-    own = {id(p): name for name, p in part.named_parameters()}
-    inside = {id(module) for module in part.modules()}
-    tied: dict[str, list[str]] = {}
-    for place, module in network.named_modules():
-        for name, p in module.named_parameters(recurse=False) if id(module) not in inside else ():
-            if id(p) in own:
-                tied.setdefault(own[id(p)], []).append(f"{place}.{name}" if place else name)
-    return tied

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from eomt.command_line import RunError
-from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter
+from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter, plain_name
 from eomt.lora.methods import method_of, update_norms
-from eomt.lora.probing import disabled, once_each, probing, relative_change, tensors_in, unique
+from eomt.lora.probing import bypass_detail, bypass_hint, disabled, probing, relative_change, tensors_in
+from eomt.lora.ties import once_each, tied_outside, unique
 from lora_config import LoRASettings, adapted_layers, find_targets, listed
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class LoRAAudit:
         self.network, self.base_fingerprint, self.deadline = network, base_fingerprint, deadline
         self.results: dict[str, dict[str, Any]] = {}
         self.complete = False
-        self._names = {id(p): name.replace(".base_layer.", ".") for name, p in network.named_parameters()}
+        self._names = {id(p): plain_name(name) for name, p in network.named_parameters()}
         parts = adapted_parts(network) if adapted is None else {"": adapted}
         self._parts = [
             _Part(module, settings or module.lora_settings, f"{name}." if name and len(parts) > 1 else "")
@@ -85,6 +86,11 @@ class LoRAAudit:
             if is_adapter(name)
         }
         self._elsewhere = self._trained_elsewhere() if trainable_elsewhere is None else unique(trainable_elsewhere)
+        self._tied = {
+            self._names[id(part.module.get_parameter(name))]: others
+            for part in self._parts
+            for name, others in tied_outside(part.module, network).items()
+        }
         self._without_gradient = dict(self._adapters)
         self._gradients: dict[str, float] = {}  # the last norm, where it was zero or not finite
         self._first_step: int | None = None
@@ -118,7 +124,8 @@ class LoRAAudit:
         self._check(
             "adapters_trainable", self._frozen_adapters(), f"{len(self._adapters)} adapter tensors require grad"
         )
-        self._check("only_intended_trainable", self._unintended(), f"besides adapters, {len(self._elsewhere)} tensors")
+        detail = f"besides adapters, {len(self._elsewhere)} tensors"
+        self._check("only_intended_trainable", self._unintended(), "; ".join([detail, *self._frozen_by_ties()]))
         self._check("optimizer_complete", self._optimizer_problem(optimizer), "each trainable parameter exactly once")
         hashes = self._hashes()
         base_problem = next(filter(None, (self._base_problem(part, hashes) for part in self._parts)), None)
@@ -127,7 +134,7 @@ class LoRAAudit:
         with probing(self.network), torch.enable_grad():
             outputs = tensors_in(forward())
             gradients = self._output_gradients(outputs)
-        self._check("adapters_change_output", self._bypass_problem(gradients), _bypass_detail(gradients))
+        self._check("adapters_change_output", self._bypass_problem(gradients), bypass_detail(gradients))
         self._check("output_unchanged_at_start", *self._start_problem(outputs, forward, resumed))
 
     def after_backward(self) -> None:
@@ -189,9 +196,22 @@ class LoRAAudit:
             return str(error)
         if missing := [name for name in wanted if name not in self._layers]:
             return f"requested layers carry no adapter: {listed(missing)}; call apply_lora with these settings"
+        if twice := self._registered_handle():
+            return (
+                f"the adapters stand in the state dict twice, as {twice}, too: keep PEFT's handle out of registered "
+                "submodules, as what `adapt` returns does"
+            )
         if extra := [name for name in self._layers if name not in wanted]:
             return f"layers carry adapters that were not requested: {listed(extra)}; name them in target_modules"
         return None
+
+    def _registered_handle(self) -> str | None:
+        """The second name of an adapter that the network holds both in its place and through PEFT's handle."""
+        names: dict[int, list[str]] = {}
+        for name, p in self.network.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        several = (names[id(p)] for p in self._adapters.values() if len(names.get(id(p), ())) > 1)
+        return next((name for found in several for name in found if "base_model.model." in name), None)
 
     def _frozen_adapters(self) -> str | None:
         frozen = [name for name, p in self._adapters.items() if not p.requires_grad]
@@ -202,10 +222,26 @@ class LoRAAudit:
     def _unintended(self) -> str | None:
         intended = {id(p) for p in (*self._adapters.values(), *self._elsewhere)}
         if extra := [self._names[id(p)] for p in self._trainable() if id(p) not in intended]:
-            return f"meant to be frozen, but trainable: {listed(extra)}; set requires_grad_(False) on them"
+            tied = [f"{name} is tied to {listed(others)}" for name, others in self._tied.items() if name in extra]
+            remedy = (
+                f"{listed(tied)}: give that module to `adapt` as `also`"
+                if tied
+                else "set requires_grad_(False) on them"
+            )
+            return f"meant to be frozen, but trainable: {listed(extra)}; {remedy}"
         if frozen := [self._names.get(id(p), "?") for p in self._elsewhere if not p.requires_grad]:
             return f"meant to train, but frozen: {listed(frozen)}; set requires_grad_(True) on them after apply_lora"
         return None
+
+    def _frozen_by_ties(self) -> list[str]:
+        """Says which parameters outside the adapted parts are frozen because they are tied to one inside."""
+        trained = {self._names[id(p)] for p in self._trainable()}
+        said = [
+            f"{listed(others)} frozen, tied to {name}" for name, others in self._tied.items() if name not in trained
+        ]
+        for sentence in said:
+            log.warning("LoRA audit: %s; give that module to `adapt` as `also` if it is to train", sentence)
+        return said
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]
@@ -335,7 +371,7 @@ class LoRAAudit:
             for name in part.layers
             if name in bypassed
         ]
-        hint = next((hint for parent in parents if (hint := _bypass_hint(parent))), "")
+        hint = next((hint for parent in parents if (hint := bypass_hint(parent))), "")
         return (
             f"the output does not depend on the adapters of {listed(bypassed)}: the forward pass goes around them, for "
             f"example by reading the layer's `.weight`{hint}, or by detaching; make it call the layers, or leave them "
@@ -345,17 +381,4 @@ class LoRAAudit:
 
 def adapted_parts(network: nn.Module) -> dict[str, nn.Module]:
     """The modules in a network that apply_lora or load_adapter adapted, by name."""
-    return {name: module for name, module in network.named_modules() if hasattr(module, "lora_base")}
-
-
-def _bypass_hint(parent: nn.Module) -> str:
-    if isinstance(parent, nn.MultiheadAttention):
-        return " (nn.MultiheadAttention does so with out_proj)"
-    return " (for timm's Eva set `attn.qkv_bias_separate = True`)" if hasattr(parent, "qkv_bias_separate") else ""
-
-
-def _bypass_detail(gradients: Mapping[str, Tensor | None]) -> str:
-    silent = [name for name, gradient in gradients.items() if gradient is not None and not gradient.any()]
-    if silent:  # a head or layer scale that starts at zero: the gradients during training will tell
-        return f"all layers are in use; behind {listed(silent)} the network still multiplies by zero"
-    return f"the outputs have a gradient in all {len(gradients)} layers"
+    return {name: module for name, module in network.named_modules() if "lora_base" in vars(module)}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from eomt.files import parse_json, read_json, read_tensors, replacing_files
-from eomt.fingerprints import Identity, first_misfit, identify, is_adapter
+from eomt.fingerprints import Identity, first_misfit, identify, is_adapter, plain_name
+from eomt.lora.renamed import names_here, record_layers
 from eomt.lora.saved_config import CONFIG_FILE, known_config, layers_named, read_adapter_config
 from eomt.targets import linear_names
 from lora_config import (
@@ -45,15 +46,18 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
     from safetensors.torch import save_file
 
     name, state = adapter_in_use(handle), adapter_tensors(handle)
+    layers, others = _layers_of(handle, name)
     base = getattr(handle.get_base_model(), "lora_base", None)
-    recorded = {"base_fingerprint": base.exact, "base_weights": json.dumps(base.as_dict())} if base else {}
-    metadata = {"format": "pt"} | recorded
+    metadata = {"format": "pt"}
+    if base:
+        metadata |= {"base_fingerprint": base.exact, "base_weights": json.dumps(base.as_dict())}
+        metadata["base_layers"] = json.dumps(record_layers(base, layers))
     config = copy.copy(handle.peft_config[name])
     config.inference_mode = True
     for field, value in vars(config).items():
         if isinstance(value, set):  # of layer names: the same file each time
             setattr(config, field, sorted(value))
-    config.target_modules, config.exclude_modules = _layers_of(handle, name)
+    config.target_modules, config.exclude_modules = layers, others
     with replacing_files(directory) as draft:
         save_file(state, draft / WEIGHTS_FILE, metadata=metadata)
         config.save_pretrained(str(draft))
@@ -63,15 +67,15 @@ def _layers_of(handle: PeftModel, name: str) -> tuple[list[str], list[str] | Non
     """The layers that an adapter adapts, and others that PEFT would take for them by the ends of their names."""
     module = handle.get_base_model()
     layers = adapted_layers(module).items()
-    own = sorted(n for n, layer in layers if name in getattr(layer, layer.adapter_layer_names[0]))
+    own = sorted(plain_name(n) for n, layer in layers if name in getattr(layer, layer.adapter_layer_names[0]))
     ends = tuple(f".{layer}" for layer in own)
-    return own, sorted({n for n in linear_names(module) if n.endswith(ends)} - {*own}) or None
+    return own, sorted({n for n in map(plain_name, linear_names(module)) if n.endswith(ends)} - {*own}) or None
 
 
 def adapter_tensors(handle: PeftModel) -> dict[str, Tensor]:
     """The tensors of the adapter in use, under their names in its file; ValueError if none is."""
     state = _adapter_state(handle, adapter_in_use(handle))
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    return {plain_name(key): tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
 def _adapter_state(handle: PeftModel, name: str) -> dict[str, Tensor]:
@@ -129,24 +133,35 @@ def _check_adapter(
             raise FileNotFoundError(f"{directory / file} is missing: give the folder that save_adapter wrote")
     tensors, metadata = read_tensors(directory / WEIGHTS_FILE)
     try:
-        facts = parse_json(metadata.get("base_weights", "null"))
+        facts, recorded = (parse_json(metadata.get(name, "null")) for name in ("base_weights", "base_layers"))
         trained_on = Identity.from_dict(metadata.get("base_fingerprint"), facts)
-    except ValueError as error:
+        renamed = names_here(recorded or {}, base)
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{directory / WEIGHTS_FILE}: {error}") from error
-    if trained_on.exact and (difference := trained_on.difference(base)):
+    if trained_on.exact and not renamed and (difference := trained_on.difference(base)):
         raise ValueError(
             f"the adapter in {directory} was trained on other base weights ({difference}): first load those, at the "
             "same sizes and precision"
         )
     known = known_config(directory, config)
-    names = linear_names(module)
-    layers = layers_named(read_json(directory / CONFIG_FILE), names)
-    if config and (other := {*layers} ^ {*layers_named(vars(config), names)}):
+    names, content = {plain_name(name): name for name in linear_names(module)}, read_json(directory / CONFIG_FILE)
+    if renamed:
+        content["target_modules"] = [renamed.get(name, name) for name in content["target_modules"]]
+    layers = layers_named(content, [*names])
+    if config and (other := {*layers} ^ {*layers_named(vars(config), [*names])}):
         raise ValueError(
             f"the adapter in {directory} does not fit this module ({CONFIG_FILE} and the settings disagree about "
             f"{listed(sorted(other))}): load it on the network it was trained with"
         )
-    return tensors, known, layers
+    places = {there: names.get(here, here) for there, here in (renamed or {name: name for name in layers}).items()}
+    return _renamed(tensors, places), known, [names[name] for name in layers]
+
+
+def _renamed(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of an adapter's file, under the names that its layers have here."""
+    prefix = "base_model.model."
+    pattern = re.compile(rf"{re.escape(prefix)}({'|'.join(map(re.escape, places))})\.")
+    return {pattern.sub(lambda found: f"{prefix}{places[found[1]]}.", key): t for key, t in tensors.items()}
 
 
 def _misfit(handle: PeftModel, name: str, saved: Mapping[str, Tensor]) -> str | None:

@@ -47,7 +47,6 @@ def merge(handle: PeftModel) -> nn.Module:
             "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"
         )
     module = handle.float().base_model.merge_and_unload(safe_merge=True)
-    if hasattr(module, "lora_base"):
-        del module.lora_base
-    module.__dict__.pop("adapter_method", None)
+    for name in ("lora_base", "lora_settings", "lora_also", "adapter_method"):
+        vars(module).pop(name, None)
     return module

@@ -10,16 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def once_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the first of their names: tied ones have several."""
-    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    return {name: tensor for name, tensor in tensors.items() if first[id(tensor)] == name}
-
-
-def unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Each parameter once, in order."""
-    return list({id(p): p for p in parameters}.values())
+from lora_config import listed
 
 
 def relative_change(a: Tensor, b: Tensor) -> float:
@@ -41,6 +32,21 @@ def tensors_in(outputs: Any) -> list[Tensor]:
     elif isinstance(outputs, (str, bytes)) or not isinstance(outputs, Iterable):
         return []
     return [tensor for output in outputs for tensor in tensors_in(output)]
+
+
+def bypass_hint(parent: nn.Module) -> str:
+    """What is known of a module that goes around its layers."""
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f" (torch's nn.{type(parent).__name__} does so)"
+    return " (for timm's Eva set `attn.qkv_bias_separate = True`)" if hasattr(parent, "qkv_bias_separate") else ""
+
+
+def bypass_detail(gradients: Mapping[str, Tensor | None]) -> str:
+    """What gradients of the outputs, by adapter, say of a network that uses them all."""
+    silent = [name for name, gradient in gradients.items() if gradient is not None and not gradient.any()]
+    if silent:  # a head or layer scale that starts at zero: the gradients during training will tell
+        return f"all layers are in use; behind {listed(silent)} the network still multiplies by zero"
+    return f"the outputs have a gradient in all {len(gradients)} layers"
 
 
 @contextmanager
