@@ -1,11 +1,15 @@
 """LoRA on networks of others: targets by role, stacks, one order of freezing, the audit and its callback."""
 
+import re
+from pathlib import Path
+
 import lightning
 import pytest
 import torch
 from conftest import fit
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import SumMetric
 
 from eomt.lora.adapting import adapt, load_adapted
 from eomt.lora.audit import AuditError
@@ -80,3 +84,70 @@ def test_adapters_of_two_encoders_come_back_from_a_folder_each(tmp_path):
     for part, own in zip(again, (module.vision, module.text), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(part.module.parameters(), own.parameters(), strict=True))
     assert not any("vision_lora" in key for key in module.state_dict())
+
+
+class Small(lightning.LightningModule):
+    """A network of two layers that counts what it saw."""
+
+    def __init__(self, lora=True, by_hand=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.seen = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), SumMetric()
+        self.lora = adapt(self.encoder, LoRASettings(rank=1, target_modules=["0", "2"]) if lora else None)
+        self.head = nn.Linear(2, 1)
+        self.automatic_optimization = not by_hand
+
+    def training_step(self, batch, batch_idx):
+        self.seen.update(len(batch))
+        loss = self.head(self.encoder(batch)).square().mean()
+        self.log("loss", loss)
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return {"loss": loss, "batch_size": len(batch)}
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(parameter_groups(self, lr=1e-2))
+
+
+def vectors():
+    return DataLoader(torch.rand(8, 3, generator=torch.Generator().manual_seed(1)), batch_size=2)
+
+
+def test_the_probe_leaves_metrics_as_they_were():
+    module, audit = Small(), AuditAdapters()
+    trainer = fit(module, vectors(), audit, max_steps=4)
+    assert audit.audit.complete and module.seen.compute() == 8
+    assert trainer.logged_metrics.keys() == {"loss"} and "log" not in vars(module)
+
+
+def test_manual_optimisation_needs_a_probe_and_passes_with_one():
+    with pytest.raises(ValueError, match=r"Small optimises by hand: give AuditAdapters\(forward="):
+        fit(Small(by_hand=True), vectors(), AuditAdapters())
+    audit = AuditAdapters(forward=lambda module, batch: module.head(module.encoder(batch)))
+    fit(Small(by_hand=True), vectors(), audit, max_steps=4)
+    assert audit.audit.complete
+
+
+def test_a_module_without_adapters_trains_without_an_audit():
+    audit = AuditAdapters()
+    fit(Small(lora=False), vectors(), audit)
+    assert audit.audit is None
+
+
+def test_bf16_true_is_named_before_a_step_is_taken():
+    with pytest.raises(AuditError, match=r"bf16-true does; set trainer\.precision=bf16-mixed"):
+        fit(Small(), vectors(), AuditAdapters(), precision="bf16-true")
+
+
+def test_the_guide_s_lines_run(tmp_path, monkeypatch):
+    guide = (Path(__file__).parent.parent / "docs" / "lora.md").read_text()
+    section = guide.split("## LoRA on your own network")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 2
+    loader = DataLoader(TensorDataset(images, labels), batch_size=2)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"loader": loader, "__name__": "guide"})
+    assert LoRASettings.from_adapter("adapter").rank == 4

@@ -35,7 +35,7 @@ class _Part:
     """A module that was adapted: what was asked for, and the layers that carry adapters, by their names in messages."""
 
     module: nn.Module
-    settings: LoRASettings
+    settings: LoRASettings | None
     prefix: str
 
     def __post_init__(self) -> None:
@@ -79,6 +79,9 @@ class LoRAAudit:
             for name, module in parts.items()
         ]
         self._layers = {name: layer for part in self._parts for name, layer in part.layers.items()}
+        known = {id(layer) for layer in self._layers.values()}
+        if by_hand := [name for name, layer in adapted_layers(network).items() if id(layer) not in known]:
+            raise AuditError(f"LoRA audit: {listed(by_hand)} carry adapters without `adapt`; let it put them there")
         self._adapters = {
             self._names.get(id(p), name): p
             for layer in self._layers.values()
@@ -191,9 +194,11 @@ class LoRAAudit:
 
     def _targets_problem(self) -> str | None:
         try:
-            wanted = [f"{p.prefix}{name}" for p in self._parts for name in find_targets(p.module, p.settings)]
+            known = [part for part in self._parts if part.settings]  # not of another method's saved adapter
+            wanted = [f"{part.prefix}{name}" for part in known for name in find_targets(part.module, part.settings)]
         except ValueError as error:
             return str(error)
+        given = [name for part in known for name in part.layers]
         if missing := [name for name in wanted if name not in self._layers]:
             return f"requested layers carry no adapter: {listed(missing)}; call apply_lora with these settings"
         if twice := self._registered_handle():
@@ -201,7 +206,7 @@ class LoRAAudit:
                 f"the adapters stand in the state dict twice, as {twice}, too: keep PEFT's handle out of registered "
                 "submodules, as what `adapt` returns does"
             )
-        if extra := [name for name in self._layers if name not in wanted]:
+        if extra := [name for name in given if name not in wanted]:
             return f"layers carry adapters that were not requested: {listed(extra)}; name them in target_modules"
         return None
 

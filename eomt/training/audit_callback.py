@@ -8,8 +8,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
-from eomt.lora.audit import LoRAAudit, adapted_parts
+from eomt.lora.audit import LoRAAudit
 from eomt.training.finite_steps import FiniteSteps
+from lora_config import adapted_layers
 
 
 class AuditAdapters(Callback):
@@ -31,7 +32,7 @@ class AuditAdapters(Callback):
 
     def make_audit(self, module: LightningModule) -> LoRAAudit | None:
         """The audit of a module; None if it has no adapters."""
-        return LoRAAudit(module) if adapted_parts(module) else None
+        return LoRAAudit(module) if adapted_layers(module) else None
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.audit, self.begun = self.make_audit(module), False
