@@ -1,4 +1,4 @@
-"""LoRA on any torch module: settings from YAML, and applying them.
+"""LoRA on the linear layers of any torch module: settings from YAML, and applying them.
 
 Low-rank adaptation (https://arxiv.org/abs/2106.09685) keeps a linear layer's weight W [out, in] frozen and trains an
 update `scaling * B A`, with A [r, in] and B [out, r]. PEFT (https://github.com/huggingface/peft) does the adapting and
@@ -235,14 +235,16 @@ def find_targets(module: nn.Module, settings: LoRASettings) -> list[str]:
 
 
 def _find_targets_with_warnings(module: nn.Module, settings: LoRASettings) -> list[str]:
-    from eomt.targets import QKV, resolve
+    from eomt.targets import PARTS, resolve
 
     found = resolve(module, settings.target_modules, settings.blocks)
     for layer, asked in found.fused.items():
-        others = [part for part in QKV if part not in asked]
+        parts = PARTS[layer.lower()]
+        others = [part for part in parts if part not in asked]
         also = f"{' and '.join(others)} {'adapts' if len(others) == 1 else 'adapt'} as well"
-        effect = also if others else "all three share one update of this rank"
-        log.warning("LoRA targets %s: q, k and v are one fused %s layer here, so %s", ", ".join(asked), layer, effect)
+        effect = also if others else f"all {len(parts)} share one update of this rank"
+        named = f"{', '.join(part[0] for part in parts[:-1])} and {parts[-1][0]}"
+        log.warning("LoRA targets %s: %s are one fused %s layer here, so %s", ", ".join(asked), named, layer, effect)
     if found.left_out:
         log.warning(
             "LoRA leaves out %s: such layers of decoders, of attention to another sequence or outside of the numbered "

@@ -130,9 +130,9 @@ def resolve(module: nn.Module, targets: Sequence[str], blocks: int | str = "all"
         chosen.update(kept)
         found.left_out += [name for name in matches if name not in kept]
         for name in kept:
-            parts = PARTS.get(_last(name), ())
-            if len(parts) > 1 and (part := _part(target)) in QKV and _last(target) != _last(name):
-                asked = found.fused.setdefault(_last(name), [])
+            last = name.rpartition(".")[2]
+            if len(PARTS.get(last.lower(), ())) > 1 and (part := _part(target)) and target != name:
+                asked = found.fused.setdefault(last, [])
                 asked += [part] if part not in asked else []
     if blocks != "all":
         chosen = _in_last_blocks(chosen, targets, blocks, stacks, places)

@@ -240,6 +240,11 @@ def test_reentrant_checkpointing_is_not_blamed_on_the_learning_rate():
     network = Tied()
     adapt(network.encoder, SETTINGS)
     network.head.weight = nn.Parameter(network.head.weight.detach().clone())
+    with pytest.warns(UserWarning), pytest.raises(AuditError, match=r"use_reentrant=False, or leave"):
+        begin(network, lambda: network.head(checkpoint(network.encoder, TOKENS, use_reentrant=True)))
+    first, second = (layer["attn"] for layer in network.encoder.layers)
+    with pytest.raises(AuditError, match="re-entrant activation checkpointing cuts adapters off"):
+        begin(network, lambda: network.head(checkpoint(second, first(torch.rand(1, 4)), use_reentrant=True)))
     audit = begin(network)
     loss = lambda: network.head(checkpoint(network.encoder, TOKENS, use_reentrant=True)).sum()  # noqa: E731
     with pytest.warns(UserWarning), pytest.raises(AuditError, match=r"checkpointing .* use_reentrant=False") as error:

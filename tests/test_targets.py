@@ -93,6 +93,10 @@ def test_a_fused_layer_says_which_parts_adapt_with_the_one_that_was_asked_for(ca
     with caplog.at_level(logging.WARNING):
         apply_lora(module, LoRASettings(rank=1, target_modules=["query", "value"]))
     assert "query, value: q, k and v are one fused qkv layer here, so key adapts as well" in caplog.text
+    module = nn.ModuleList([attention("q", "kv", "proj"), attention("q", "kv", "proj")])
+    with caplog.at_level(logging.WARNING):
+        apply_lora(module, LoRASettings(rank=1, target_modules=["query", "value"]))
+    assert "targets value: k and v are one fused kv layer here, so key adapts as well" in caplog.text
 
 
 def test_a_role_can_be_asked_for_in_one_part_of_the_network():

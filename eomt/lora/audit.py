@@ -25,6 +25,8 @@ from lora_config import LoRASettings, adapted_layers, find_targets, listed
 
 log = logging.getLogger(__name__)
 
+REENTRANT = "re-entrant activation checkpointing cuts adapters off their gradient: checkpoint with use_reentrant=False"
+
 
 class AuditError(RunError):
     """LoRA would not train what it should; the sentence names the layers."""
@@ -136,7 +138,12 @@ class LoRAAudit:
         self._frozen = {name: hashes[id(tensor)] for name, tensor in self._frozen_tensors().items()}
         with probing(self.network), torch.enable_grad():
             outputs = tensors_in(forward())
-            gradients = self._output_gradients(outputs)
+            try:
+                gradients = self._output_gradients(outputs)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise AuditError(f"LoRA audit: {REENTRANT}") from error
         self._check("adapters_change_output", self._bypass_problem(gradients), bypass_detail(gradients))
         self._check("output_unchanged_at_start", *self._start_problem(outputs, forward, resumed))
 
@@ -358,10 +365,7 @@ class LoRAAudit:
     def _cause(self, missing: Collection[str]) -> str:
         """What keeps adapters from having a gradient, and what to do."""
         if not any(name in self._gradients for name in missing):
-            return (
-                "the loss does not reach them: it is computed without these layers, or re-entrant activation "
-                "checkpointing cuts them off; checkpoint with use_reentrant=False"
-            )
+            return f"the loss does not reach them: it is computed without these layers, or {REENTRANT}"
         if not all(math.isfinite(self._gradients.get(name, 0)) for name in missing):
             return "their gradients are not finite; lower the learning rate, or look for a division by zero in the loss"
         return "their gradients are zero: the other factor has not moved, its learning rate is still 0"
@@ -379,8 +383,8 @@ class LoRAAudit:
         hint = next((hint for parent in parents if (hint := bypass_hint(parent))), "")
         return (
             f"the output does not depend on the adapters of {listed(bypassed)}: the forward pass goes around them, for "
-            f"example by reading the layer's `.weight`{hint}, or by detaching; make it call the layers, or leave them "
-            "out of target_modules"
+            f"example by reading the layer's `.weight`{hint}, by detaching, or in re-entrant activation checkpoints; "
+            "make it call the layers, checkpoint with use_reentrant=False, or leave them out of target_modules"
         )
 
 
