@@ -126,10 +126,10 @@ def adapt(
     encoder.lora_also = unique(p for parameters in parts for p in parameters)  # a plain list, for the audit
     for p in encoder.lora_also:
         p.requires_grad_(True)
-    for name, others in tied_outside(encoder, network).items() if network else ():
-        trains = encoder.get_parameter(name).requires_grad
-        state = "trains with it" if trains else "frozen, too; give that module in `also` if it is to train"
-        log.warning("%s of the adapted part is tied to %s, which is %s", name, listed(others), state)
+    for name, others in tied_outside(encoder, network).items() if network is not None else ():
+        if not encoder.get_parameter(name).requires_grad:
+            remedy = "give that module in `also` if it is to train"
+            log.warning("%s of the adapted part is tied to %s, which is frozen, too; %s", name, listed(others), remedy)
     adapted = Adapted(encoder, lora, handle)
     log.info("%s: %s", type(encoder).__name__, adapted.summary)
     return adapted
