@@ -159,7 +159,7 @@ def test_a_tied_head_that_is_frozen_with_the_encoder_is_named_once(caplog):
     assert "embed.weight of the adapted part is tied to head.weight, which is frozen, too" in caplog.text
     caplog.clear()
     audit = begin(network)
-    assert "head.weight frozen, tied to encoder.embed.weight; give that module to `adapt` as `also`" in caplog.text
+    assert "head.weight is tied to encoder.embed.weight, which is frozen; give that module to `adapt`" in caplog.text
     network.head.weight.data += 1
     audit._steps = 3
     audit.complete = True
@@ -180,8 +180,13 @@ def test_a_tied_head_that_was_unfrozen_by_hand_is_told_how():
     network = Tied()
     adapt(network.encoder, SETTINGS)
     network.head.weight.requires_grad_(True)
-    with pytest.raises(AuditError, match=r"embed\.weight is tied to head\.weight: give that module to `adapt`"):
+    with pytest.raises(
+        AuditError, match=r"head\.weight is tied to encoder\.embed\.weight: give that module to `adapt`"
+    ):
         begin(network)
+    head_first = nn.ModuleDict({"head": network.head, "encoder": network.encoder})
+    with pytest.raises(AuditError, match=r"trainable: head\.weight; head\.weight is tied to encoder\.embed\.weight"):
+        begin(head_first, lambda: network(TOKENS))
 
 
 # The audit

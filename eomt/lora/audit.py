@@ -91,11 +91,12 @@ class LoRAAudit:
             if is_adapter(name)
         }
         self._elsewhere = self._trained_elsewhere() if trainable_elsewhere is None else unique(trainable_elsewhere)
-        self._tied = {
-            self._names[id(part.module.get_parameter(name))]: others
+        places = {id(module): f"{name}." if name else "" for name, module in network.named_modules()}
+        self._tied = [
+            (part.module.get_parameter(name), f"{listed(others)} is tied to {places.get(id(part.module), '')}{name}")
             for part in self._parts
             for name, others in tied_outside(part.module, network).items()
-        }
+        ]
         self._without_gradient = dict(self._adapters)
         self._gradients: dict[str, float] = {}  # the last norm, where it was zero or not finite
         self._first_step: int | None = None
@@ -233,24 +234,20 @@ class LoRAAudit:
 
     def _unintended(self) -> str | None:
         intended = {id(p) for p in (*self._adapters.values(), *self._elsewhere)}
-        if extra := [self._names[id(p)] for p in self._trainable() if id(p) not in intended]:
-            tied = [f"{name} is tied to {listed(others)}" for name, others in self._tied.items() if name in extra]
-            remedy = (
-                f"{listed(tied)}: give that module to `adapt` as `also`"
-                if tied
-                else "set requires_grad_(False) on them"
+        if extra := [p for p in self._trainable() if id(p) not in intended]:
+            tied = [sentence for p, sentence in self._tied if any(p is other for other in extra)]
+            also = f"{listed(tied)}: give that module to `adapt` as `also`"
+            names = listed(self._names[id(p)] for p in extra)
+            return (
+                f"meant to be frozen, but trainable: {names}; {also if tied else 'set requires_grad_(False) on them'}"
             )
-            return f"meant to be frozen, but trainable: {listed(extra)}; {remedy}"
         if frozen := [self._names.get(id(p), "?") for p in self._elsewhere if not p.requires_grad]:
             return f"meant to train, but frozen: {listed(frozen)}; set requires_grad_(True) on them after apply_lora"
         return None
 
     def _frozen_by_ties(self) -> list[str]:
         """Says which parameters outside the adapted parts are frozen because they are tied to one inside."""
-        trained = {self._names[id(p)] for p in self._trainable()}
-        said = [
-            f"{listed(others)} frozen, tied to {name}" for name, others in self._tied.items() if name not in trained
-        ]
+        said = [f"{sentence}, which is frozen" for p, sentence in self._tied if not p.requires_grad]
         for sentence in said:
             log.warning("LoRA audit: %s; give that module to `adapt` as `also` if it is to train", sentence)
         return said

@@ -10,9 +10,9 @@ from eomt.fingerprints import Identity
 
 
 def record_layers(base: Identity, layers: Iterable[str]) -> dict[str, Any]:
-    """What tells the layers of an adapter by their base weights, whatever they are called."""
+    """What tells the layers of an adapter by their base weights, whatever they are called; tied tensors count once."""
     weights = {layer: base.hashes.get(f"{layer}.weight") for layer in layers}
-    return {"tensors": _digest(base.hashes.values()), "names": _digest(base.hashes), "weights": weights}
+    return {"tensors": _digest(set(base.hashes.values())), "names": _digest(base.hashes), "weights": weights}
 
 
 def names_here(record: Mapping[str, Any], base: Identity) -> dict[str, str] | None:
