@@ -223,6 +223,16 @@ def test_two_adapted_parts_pass_one_audit_and_a_fault_names_its_part():
         begin(network, lambda: network["a"](TOKENS), trainable_elsewhere=[])
 
 
+def test_naming_one_adapted_part_does_not_ask_to_freeze_the_other():
+    network = nn.ModuleDict({"a": Encoder(), "b": Encoder(), "head": nn.Linear(4, 2)})
+    adapt(network["a"], SETTINGS)
+    adapt(network["b"], LoRASettings(rank=1, target_modules=["query"]))
+    forward = lambda: network["head"](network["a"](TOKENS) + network["b"](TOKENS))  # noqa: E731
+    heads = list(network["head"].parameters())
+    audit = begin(network, forward, adapted=network["a"], settings=SETTINGS, trainable_elsewhere=heads)
+    assert audit.results["targets_found"]["detail"] == "6 layers adapted"
+
+
 def test_layers_that_were_adapted_by_hand_are_not_passed_over():
     import peft
 

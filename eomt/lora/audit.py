@@ -10,7 +10,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from eomt.command_line import RunError
 from eomt.fingerprints import base_tensors, combine_hashes, hash_tensors, is_adapter, plain_name
-from eomt.lora.methods import method_of, update_norms
+from eomt.lora.methods import update_norms
+from eomt.lora.parts import AuditedPart, parts_to_audit
 from eomt.lora.probing import bypass_detail, bypass_hint, disabled, probing, relative_change, tensors_in
 from eomt.lora.ties import once_each, tied_outside, unique
 from lora_config import LoRASettings, adapted_layers, find_targets, listed
@@ -32,19 +32,6 @@ class AuditError(RunError):
     """LoRA would not train what it should; the sentence names the layers."""
 
 
-@dataclass
-class _Part:
-    """A module that was adapted: what was asked for, and the layers that carry adapters, by their names in messages."""
-
-    module: nn.Module
-    settings: LoRASettings | None
-    prefix: str
-
-    def __post_init__(self) -> None:
-        self.layers = {f"{self.prefix}{name}": layer for name, layer in adapted_layers(self.module).items()}
-        self.method = method_of(self.module)
-
-
 class LoRAAudit:
     """Proof that LoRA trains what it should, in all adapted parts of a network.
 
@@ -54,8 +41,8 @@ class LoRAAudit:
 
     Args:
         network: everything that trains; its names appear in the messages.
-        adapted: the module inside it (or itself) that apply_lora adapted. None: all that were adapted.
-        settings: what was asked for. None: what the parts were adapted with.
+        adapted: a module inside it (or itself) that apply_lora adapted. All others that were adapted count as well.
+        settings: what was asked for there. None: what it was adapted with, as for the others.
         trainable_elsewhere: parameters besides the adapters that are meant to train, such as queries and heads. None:
             whatever trains outside the adapted parts, and what was given to `adapt` as `also`.
         base_fingerprint: fingerprint(adapted) taken right after the base weights were loaded, if there is one.
@@ -71,15 +58,11 @@ class LoRAAudit:
         base_fingerprint: str | None = None,
         deadline: int = 20,
     ) -> None:
-        self.network, self.base_fingerprint, self.deadline = network, base_fingerprint, deadline
+        self.network, self.deadline = network, deadline
         self.results: dict[str, dict[str, Any]] = {}
         self.complete = False
         self._names = {id(p): plain_name(name) for name, p in network.named_parameters()}
-        parts = adapted_parts(network) if adapted is None else {"": adapted}
-        self._parts = [
-            _Part(module, settings or module.lora_settings, f"{name}." if name and len(parts) > 1 else "")
-            for name, module in parts.items()
-        ]
+        self._parts = parts_to_audit(network, adapted, settings, base_fingerprint)
         self._layers = {name: layer for part in self._parts for name, layer in part.layers.items()}
         known = {id(layer) for layer in self._layers.values()}
         if by_hand := [name for name, layer in adapted_layers(network).items() if id(layer) not in known]:
@@ -274,11 +257,11 @@ class LoRAAudit:
         modules = (self.network, *(part.module for part in self._parts))
         return hash_tensors({id(tensor): tensor for module in modules for tensor in base_tensors(module).values()})
 
-    def _base_problem(self, part: _Part, hashes: Mapping[int, str]) -> str | None:
+    def _base_problem(self, part: AuditedPart, hashes: Mapping[int, str]) -> str | None:
         base = getattr(part.module, "lora_base", None)
         recorded = base and base.hashes
         expected = getattr(part.module, "lora_cast_hashes", recorded)
-        if recorded is None and self.base_fingerprint is None:
+        if recorded is None and part.fingerprint is None:
             return None  # adapted by hand with PEFT: nothing to compare with
         tensors = base_tensors(part.module)
         now = {name: hashes[id(tensor)] for name, tensor in tensors.items()}
@@ -296,7 +279,7 @@ class LoRAAudit:
         if changed:
             names = listed(f"{part.prefix}{name}" for name in changed)
             return f"base weights changed after the adapters were applied: {names}; {remedy}"
-        if self.base_fingerprint not in (None, combine_hashes(recorded or now)):
+        if part.fingerprint not in (None, combine_hashes(recorded or now)):
             return f"base weights are not the ones that were loaded (their fingerprint differs); {remedy}"
         return None
 
@@ -383,8 +366,3 @@ class LoRAAudit:
             f"example by reading the layer's `.weight`{hint}, by detaching, or in re-entrant activation checkpoints; "
             "make it call the layers, checkpoint with use_reentrant=False, or leave them out of target_modules"
         )
-
-
-def adapted_parts(network: nn.Module) -> dict[str, nn.Module]:
-    """The modules in a network that apply_lora or load_adapter adapted, by name."""
-    return {name: module for name, module in network.named_modules() if "lora_base" in vars(module)}
