@@ -391,6 +391,15 @@ def test_several_adapters_of_one_part_are_added_and_used(saved):
     assert torch.equal(part.module(TOKENS), saved[0])
 
 
+def test_a_loaded_adapter_trains_on_under_the_audit(saved):
+    network = Tied()
+    network.encoder = Encoder()
+    part = load_adapted(network.encoder, saved[1], is_trainable=True)
+    audit = begin(network)
+    train(network, audit, lambda: network(TOKENS).square().mean(), steps=3)
+    assert audit.complete and len(part.parameters()) == 8
+
+
 def test_a_part_without_adapters_has_none_to_save(tmp_path):
     with pytest.raises(ValueError, match="Encoder has no adapters: give `adapt` LoRASettings"):
         adapt(Encoder()).save(tmp_path)

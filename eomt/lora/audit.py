@@ -104,7 +104,8 @@ class LoRAAudit:
             forward: runs the network on a probe input and returns its outputs: tensors, in whatever nesting of lists,
                 mappings and dataclasses. It is called twice, in eval mode and outside autocast for the strictest
                 comparison; gradients, modes and random state are left as they were.
-            resumed: adapters were loaded from a checkpoint, so they may change the output from the start.
+            resumed: adapters were loaded from a checkpoint, so they may change the output from the start, as those of
+                `load_adapter` may.
 
         Raises:
             AuditError: a check failed.
@@ -129,6 +130,7 @@ class LoRAAudit:
                     raise
                 raise AuditError(f"LoRA audit: {REENTRANT}") from error
         self._check("adapters_change_output", self._bypass_problem(gradients), bypass_detail(gradients))
+        resumed = resumed or any(hasattr(part.module, "lora_loaded") for part in self._parts)
         self._check("output_unchanged_at_start", *self._start_problem(outputs, forward, resumed))
 
     def after_backward(self) -> None:

@@ -119,6 +119,7 @@ def load_adapter(
         handle.eval()
     is_lora = read_adapter_config(Path(directory))["peft_type"] == "LORA"
     finish_adapting(module, base, LoRASettings.from_adapter(directory) if is_lora else None)
+    module.lora_loaded = True  # the adapter may change the output from the start
     if method:
         module.adapter_method = method
     return handle
@@ -206,7 +207,7 @@ def add_adapter(handle: PeftModel, directory: str | Path, name: str, config: Pef
         handle.delete_adapter(name)
         raise ValueError(f"the adapter in {directory} {wrong}")
     import_peft().set_peft_model_state_dict(handle, tensors, adapter_name=name)
-    finish_adapting(module, base, module.lora_settings)
+    finish_adapting(module, base, getattr(module, "lora_settings", None))
     if was_base:  # layers that are new here are not
         handle.base_model.disable_adapter_layers()
 

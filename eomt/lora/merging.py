@@ -47,6 +47,6 @@ def merge(handle: PeftModel) -> nn.Module:
             "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"
         )
     module = handle.float().base_model.merge_and_unload(safe_merge=True)
-    for name in ("lora_base", "lora_settings", "lora_also", "adapter_method"):
+    for name in ("lora_base", "lora_settings", "lora_also", "lora_loaded", "adapter_method"):
         vars(module).pop(name, None)
     return module
