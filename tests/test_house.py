@@ -29,6 +29,7 @@ ORDER = (  # a room may import those that stand before it; README shows the same
     "eomt.inference",
     "eomt.anomaly",
     "eomt.training",
+    "eomt.exchange",
     "eomt.cost",
     "eomt.reporting",
     "eomt.comparison",
