@@ -163,7 +163,7 @@ class RunFacts:
             state, found = read_start_backbone(path, self.init)
             changed = recorded.stored not in (None, found.stored)
         else:
-            state, size, _ = read_checkpoint(path)
+            state, size, *_ = read_checkpoint(path)
             own = self.module.network.state_dict().get(POS_EMBED)
             tokens = None if own is None else own.shape[1]
             resampled = resample(state, size, self.init["img_size"], self.init["patch_size"], tokens)

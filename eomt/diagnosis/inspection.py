@@ -264,7 +264,7 @@ def check_fit(facts: dict[str, Any], trained_on: Identity, base: str | Path, ini
     verdict = {"base": str(base)}
     if plain_backbone(base):
         return verdict | fit_of_backbone(facts, trained_on, base, init)
-    state, base_size, _ = read_checkpoint(find_weights(base))
+    state, base_size, *_ = read_checkpoint(find_weights(base))
     if not any(key.startswith(BACKBONE) for key in state):
         raise ValueError(f"{base} holds no backbone (no key begins with {BACKBONE}): give an EoMT checkpoint")
     if other := other_shape(facts, state):

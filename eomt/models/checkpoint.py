@@ -15,10 +15,13 @@ from torch import Tensor
 from eomt.files import parse_json, read_tensors
 from eomt.fingerprints import first_misfit, is_adapter
 from eomt.models.backbone_weights import combine
+from eomt.models.other_eomts import map_eomt
 from eomt.models.resampling import fit_pos_embed, record_resampling
 from eomt.settings.backbone_choice import refuse_backbone
-from eomt.settings.backbone_files import flat
+from eomt.settings.backbone_files import USUAL, flat, read_state, shards
 from eomt.settings.backbone_names import name_tensors
+from eomt.settings.eomt_files import describe_file, weights_in
+from eomt.settings.eomt_names import PUBLISHED, program_of, sizes_of
 
 if TYPE_CHECKING:  # reading alone needs no timm
     from eomt.models.eomt import EoMT
@@ -29,7 +32,6 @@ PIXEL_STD = "encoder.pixel_std"
 BACKBONE = "encoder.backbone."
 POS_EMBED = f"{BACKBONE}pos_embed"
 NORM_WEIGHT = re.compile(r"^encoder\.backbone\..*norm\d?\.weight$")
-BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 # State of the published training module that is no weight of the network.
 NOT_WEIGHTS = ("criterion.", "metrics.", "encoder.backbone.rope_embeddings.", "encoder.backbone.patch_embed.mask_token")
 DINOV3 = re.compile(r"^encoder\.backbone\.blocks\.\d+\.attention\.[qkv]_proj\.")
@@ -40,6 +42,7 @@ class LoadReport:
     """The fate of every tensor: `str(report)` is a short table for the log."""
 
     path: str
+    content: str = ""  # in words, of another program's file
     loaded: list[str] = field(default_factory=list)
     resampled: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -48,7 +51,7 @@ class LoadReport:
     num_heads: int | None = None  # of the attention, as the file says
 
     def __str__(self) -> str:
-        lines = [f"CHECKPOINT {self.path}"]
+        lines = [f"CHECKPOINT {self.path}{f': {self.content}' if self.content else ''}"]
         for name in ("loaded", "resampled", "skipped", "reinitialised"):
             keys = getattr(self, name)
             shown = (
@@ -68,6 +71,9 @@ class Stored(NamedTuple):
     tensors: dict[str, Tensor]
     img_size: tuple[int, int] | None
     num_heads: int | None
+    content: str = ""  # in words, of another program's file
+    left_out: tuple[str, ...] = ()  # names in the file of tensors that make none of the network's
+    norm_eps: float | None = None  # of the backbone, where another program says it
 
 
 def read_checkpoint(path: str | Path) -> Stored:
@@ -83,9 +89,9 @@ def read_checkpoint(path: str | Path) -> Stored:
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path {path}: no such file")
     try:
-        content = (
-            read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
+        content = read_content(path)
+    except FileNotFoundError:  # a part of a folder
+        raise
     except Exception as error:
         raise ValueError(
             f"ckpt_path {path} cannot be read as tensors ({type(error).__name__}); the file may be half-downloaded, or "
@@ -99,16 +105,39 @@ def read_checkpoint(path: str | Path) -> Stored:
     content = content.get("state_dict", content)
     if not isinstance(content, Mapping):
         raise ValueError(f"ckpt_path {path} holds a {type(content).__name__} as state_dict: nothing would be loaded")
-    refuse_backbone(path, {key: list(value.shape) for key, value in flat(content) if isinstance(value, Tensor)})
+    shapes = {key: list(value.shape) for key, value in flat(content) if isinstance(value, Tensor)}
+    refuse_backbone(path, shapes)
     tensors = {clean_key(str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"ckpt_path {path} holds no tensors: nothing would be loaded")
     if any(map(is_adapter, tensors)):
         raise ValueError(
             f"ckpt_path {path} is the checkpoint of a LoRA run, which holds no backbone: continue that run with "
             "resume=, or open its adapter/ folder with MaskClassificationSemantic.from_pretrained"
         )
+    if shapes and program_of(shapes) != PUBLISHED:
+        return read_other(path, content)
+    if not tensors:
+        raise ValueError(f"ckpt_path {path} holds no tensors: nothing would be loaded")
     return Stored(map_dinov3(tensors, path), img_size, num_heads)
+
+
+def read_content(path: Path) -> Any:
+    """What a file of weights holds; the index of a folder in parts means all of them."""
+    if path.suffix == ".json":
+        return {key: tensor for part in shards(path) for key, tensor in read_state(part).items()}
+    return read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+
+
+def read_other(path: Path, content: Mapping[str, Any]) -> Stored:
+    """`read_checkpoint` of another program's EoMT; ValueError where it is none."""
+    stored = {key: value for key, value in flat(weights_in(content)) if isinstance(value, Tensor)}
+    shapes = {key: list(value.shape) for key, value in stored.items()}
+    try:
+        file = describe_file(path, [path], shapes, content)
+    except ValueError as error:
+        raise ValueError(f"ckpt_path {error}") from error
+    tensors, left_out = map_eomt(stored, file)
+    said = file.said
+    return Stored(tensors, said.img_size, said.num_heads, str(file), tuple(left_out), said.norm_eps)
 
 
 def stored_sizes(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, int] | None, int | None]:
@@ -135,8 +164,9 @@ def weight_files(path: str | Path) -> list[Path]:
         )
     if not path.is_dir():
         return [path]
-    files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-    return [file for file in files if file.is_file()] or files[:1]
+    files = [path / name for name in USUAL]
+    indices = [path / f"{name}.index.json" for name in USUAL]  # of transformers, in parts
+    return [file for file in files if file.is_file()] or [file for file in indices if file.is_file()] or files[:1]
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
@@ -186,19 +216,7 @@ def describe_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns the sizes of the network that the tensors belong to, as far as they tell."""
-    blocks = [int(number[1]) for key in state if (number := BLOCK.search(key))]
-    facts = {  # key, dimensions, size
-        "num_q": ("q.weight", 2, lambda t: t.shape[0]),
-        "num_blocks": ("attn_mask_probs", 1, lambda t: t.shape[0]),
-        "num_classes": ("class_head.weight", 2, lambda t: t.shape[0] - 1),
-        "patch_size": ("encoder.backbone.patch_embed.proj.weight", 4, lambda t: t.shape[-1]),
-        "embed_dim": ("q.weight", 2, lambda t: t.shape[1]),
-    }
-    found = {
-        name: read(state[key]) for name, (key, ndim, read) in facts.items() if key in state and state[key].ndim == ndim
-    }
-    found |= describe_head(state)
-    return found | ({"depth": max(blocks) + 1} if blocks else {})
+    return sizes_of({key: list(tensor.shape) for key, tensor in state.items()}) | describe_head(state)
 
 
 def holds_differences(state: Mapping[str, Tensor]) -> bool | None:
@@ -273,17 +291,20 @@ def load_checkpoint(
 
 def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bool | None) -> LoadReport:
     """`load_checkpoint` of one file; the network changes only if the whole file fits."""
-    state, img_size, num_heads = read_checkpoint(path)
-    own = network.state_dict()
+    stored = read_checkpoint(path)
+    state, own = stored.tensors, network.state_dict()
     fresh = [] if load_class_head else [key for key in own if key.startswith(CLASS_HEAD)]
-    report = LoadReport(str(path), reinitialised=fresh, num_heads=num_heads)
-    check_agreement(network, describe(state) | ({"num_heads": num_heads} if num_heads else {}), path, load_class_head)
+    report = LoadReport(str(path), stored.content, reinitialised=fresh, num_heads=stored.num_heads)
+    said = {"num_heads": stored.num_heads, "norm_eps": stored.norm_eps}
+    found = describe(state) | {name: value for name, value in said.items() if value is not None}
+    check_agreement(network, found, path, load_class_head)
     differences = resolve_differences(state, delta_weights, path)
     if differences:
         state = {key: tensor for key, tensor in state.items() if key not in OPTIONAL_KEYS}  # zeros there
 
     report.skipped = [key for key in state if key not in own]
     check_complete(own, state, report)  # before shapes, which say little about another backbone
+    report.skipped += stored.left_out
     if differences:
         check_base(own, path)
     weights = {}
@@ -295,15 +316,15 @@ def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bo
             prefix = own[key].shape[1] - math.prod(encoder.grid_size)
             if tensor.ndim != 3 or tensor.shape[1] <= prefix:
                 raise ValueError(f"ckpt_path {path}: {key} is {list(tensor.shape)}, this network's {[*own[key].shape]}")
-            tensor, report.grid = fit_pos_embed(tensor, prefix, encoder.grid_size, encoder.patch_size, img_size)
+            tensor, report.grid = fit_pos_embed(tensor, prefix, encoder.grid_size, encoder.patch_size, stored.img_size)
             report.resampled += [key] if report.grid else []
         weights[key] = tensor
     if misfit := first_misfit(weights, own):
         raise ValueError(f"ckpt_path {path} {misfit}")
-    stored = {key.removeprefix(BACKBONE): state[key] for key in weights if key.startswith(BACKBONE)}
-    if stored:
+    backbone = {key.removeprefix(BACKBONE): state[key] for key in weights if key.startswith(BACKBONE)}
+    if backbone:
         names = [key.removeprefix(BACKBONE) for key in report.resampled]
-        record_resampling(network.encoder.backbone, stored, names, differences)
+        record_resampling(network.encoder.backbone, backbone, names, differences)
     if differences:
         weights = {k: v + own[k] if k.startswith(BACKBONE) else v for k, v in weights.items()}
         weights["attn_mask_probs"] = weights["attn_mask_probs"].clamp(0, 1)  # the published code adds it to ones
@@ -335,6 +356,7 @@ def check_agreement(network: EoMT, found: Mapping[str, Any], path: str | Path, l
         "embed_dim": network.encoder.embed_dim,
         "depth": len(network.encoder.blocks),
         "num_heads": attention_heads(network),
+        "norm_eps": getattr(network.encoder.norm, "eps", None),
     }
     if load_class_head:
         configured = describe_head(network.state_dict()) | configured | {"num_classes": network.num_classes}
@@ -344,6 +366,8 @@ def check_agreement(network: EoMT, found: Mapping[str, Any], path: str | Path, l
         remedy = f"set {name}={found[name]}"
         if name in ("head", "arcface_scale", "num_classes"):
             remedy += ", or load_ckpt_class_head=false to train a fresh class head"
+        elif name == "norm_eps":
+            remedy = f"set backbone_kwargs={{norm_eps: {found[name]}}}"
         elif name in ("embed_dim", "depth", "num_heads"):
             remedy = "choose the backbone_name (and backbone_kwargs) that the checkpoint was trained with"
         raise ValueError(f"ckpt_path {path} has {name} {found[name]}, the configuration says {value}: {remedy}")
@@ -355,8 +379,9 @@ def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], repor
     unknown = [key for key in report.skipped if not key.startswith(known)]
     missing = sorted(own.keys() - state.keys() - set(report.reinitialised) - set(OPTIONAL_KEYS))
     if missing or unknown:
+        holds = f" holds {report.content} and" if report.content else ""
         raise ValueError(
-            f"ckpt_path {report.path} does not fit this network: {len(missing)} of its {len(own)} weights are missing "
-            f"there ({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown here "
+            f"ckpt_path {report.path}{holds} does not fit this network: {len(missing)} of its {len(own)} weights are "
+            f"missing there ({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown here "
             f"({', '.join(unknown[:3]) or 'none'}); check backbone_name and backbone_kwargs"
         )

@@ -30,7 +30,8 @@ class ViT(nn.Module):
         pretrained: take timm's weights from the hub.
         weights: take those of a file in their place, see `load_backbone`.
         backbone_kwargs: passed to `timm.create_model`; `{embed_dim: 64, depth: 6, num_heads: 2}` makes a tiny one.
-            DINOv3 has `rope_rescale_coords: 2.0` unless it is given (null: off), see `own_kwargs`.
+            DINOv3 has `rope_rescale_coords: 2.0` unless it is given (null: off), see `own_kwargs`. `norm_eps` is ours:
+            what all norms add to the variance, where it is not timm's, as in transformers' EoMT on DINOv3.
 
     Raises:
         ValueError: impossible image size, unknown name, a model that is no plain ViT, or a file of other weights.
@@ -50,7 +51,11 @@ class ViT(nn.Module):
         self.img_size = check_img_size(img_size, patch_size)
         self.patch_size = patch_size
         pretrained = pretrained and not weights
-        self.backbone = create_backbone(backbone_name, self.img_size, patch_size, pretrained, backbone_kwargs or {})
+        kwargs = dict(backbone_kwargs or {})
+        norm_eps = kwargs.pop("norm_eps", None)
+        self.backbone = create_backbone(backbone_name, self.img_size, patch_size, pretrained, kwargs)
+        if norm_eps is not None:
+            set_norm_eps(self.backbone, norm_eps)
         self.report: BackboneReport | None = None
         if weights:
             self.report = load_backbone(self.backbone, backbone_name, weights, self.img_size, patch_size)
@@ -191,6 +196,15 @@ def create_backbone(
         raise ValueError(no_plain_vit)
     apply_projection_layers(backbone)
     return backbone
+
+
+def set_norm_eps(backbone: nn.Module, eps: Any) -> None:
+    """Sets what the layer norms add to the variance; ValueError where it is no positive number."""
+    if not isinstance(eps, float) or not eps > 0:
+        raise ValueError(f"backbone_kwargs norm_eps {eps!r}: a small positive number is meant, as 1.0e-6")
+    for module in backbone.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
 
 
 def shorten(error: Exception, limit: int = 300) -> str:

@@ -30,7 +30,7 @@ def weight_files(path: str | Path) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
         if (index := path / f"{name}.index.json").is_file():
-            return _shards(index)
+            return shards(index)
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
         raise FileNotFoundError(f"backbone_weights {path} has no file that ends in {', '.join(SUFFIXES)}")
@@ -39,13 +39,18 @@ def weight_files(path: str | Path) -> list[Path]:
     return found
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path) -> list[Path]:
+    """Returns the files that an index of a folder in parts names.
+
+    Raises:
+        FileNotFoundError: one is not there. ValueError: it is no such index.
+    """
     places = read_json(index).get("weight_map")
     if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files: fetch it again")
     files = [index.parent / Path(name).name for name in sorted(set(places.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"backbone_weights {index.parent} lacks {', '.join(missing)}: fetch the folder again")
+        raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}: fetch the folder again")
     return files
 
 

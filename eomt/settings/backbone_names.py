@@ -26,7 +26,7 @@ def _rules(*pairs: tuple[str, str]) -> Rules:
 BLOCK = r"^(blocks\.\d+"
 RENAMED = _rules(
     (r"^(embeddings|patch_embed)\.(cls|mask)_token$", r"\2_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.position_embeddings(\.weight)?$", "pos_embed"),
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^((embeddings|patch_embed)\.)?register_tokens$|^storage_tokens$", "reg_token"),
     (r"^(embeddings|patch_embed)\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
@@ -35,7 +35,7 @@ RENAMED = _rules(
     (r"^layernorm\.", "norm."),
     (BLOCK + r")\.layernorm_before\.", r"\1.norm1."),
     (BLOCK + r")\.layernorm_after\.", r"\1.norm2."),
-    (BLOCK + r")\.attention\.(output\.dense|o_proj)\.", r"\1.attn.proj."),
+    (BLOCK + r")\.attention\.(output\.dense|o_proj|out_proj)\.", r"\1.attn.proj."),
     (BLOCK + r")\.attention\.(attention\.)?(query|q_proj)\.", r"\1.attn.q."),
     (BLOCK + r")\.attention\.(attention\.)?(key|k_proj)\.", r"\1.attn.k."),
     (BLOCK + r")\.attention\.(attention\.)?(value|v_proj)\.", r"\1.attn.v."),

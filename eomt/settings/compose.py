@@ -14,6 +14,7 @@ from eomt.files import read_yaml
 from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.config_check import check_config, targets_in
 from eomt.settings.run import check_data
+from eomt.settings.start import taken_over
 
 ROOT = Path(__file__).resolve().parents[2]  # holds configs/, train_with_lora.py and scripts/
 RESERVED = re.compile(r"_.*_")  # keys that tell `instantiate` how
@@ -147,10 +148,18 @@ def absolute_paths(config: Any) -> None:
 
 
 def name_backbone(config: Any) -> None:
-    """Puts the name of timm's model in the place of null, so that a run's records say it; see `choose_backbone`."""
-    if "backbone_name" in config.model:
-        weights = config.model.get("backbone_weights")
-        config.model.backbone_name = choose_backbone(config.model.backbone_name, weights)
+    """Puts what files of weights decide into the settings, so that a run's records say it.
+
+    That is the name of timm's model in the place of null, see `choose_backbone`, and what `taken_over` says.
+    """
+    model = config.model
+    if "backbone_name" in model:
+        model.backbone_name = choose_backbone(model.backbone_name, model.get("backbone_weights"))
+    if "num_q" in model:
+        kwargs = model.get("backbone_kwargs")
+        found = taken_over(model.get("ckpt_path"), model.get("load_ckpt_class_head", True), model.num_q, kwargs)
+        for name, value in found.items():
+            model[name] = value
 
 
 def saved_yaml(config: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from eomt.indices import IGNORE
 from eomt.lora.methods import check_method_name
 from eomt.settings.backbone_choice import check_backbone_weights, check_no_backbone, choose_backbone
+from eomt.settings.start import taken_over
 from lora_config import LoRASettings
 
 Part = Literal["backbone", "queries", "class_head", "mask_head", "upscale"]
@@ -271,7 +272,8 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         img_size: (height, width) of training crops and evaluation windows, multiples of `patch_size`.
         num_classes: K of the data set.
         ckpt_path: EoMT weights to start from (see `load_checkpoint`).
-        load_ckpt_class_head: False trains a fresh class head, for another set of classes or another `head`.
+        load_ckpt_class_head: False trains a fresh class head, for another set of classes or another `head`; the number
+            of queries is then that of `ckpt_path`, see `taken_over`.
         delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints), which
             `pretrained` or `backbone_weights` gives;
             None: as the file says.
@@ -329,8 +331,10 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         return not (self.pretrained or self.backbone_weights or self.ckpt_path)
 
     def with_backbone(self) -> ModelSettings:
-        """The same settings with the `backbone_name` that they come to; see `choose_backbone`."""
-        return replace(self, backbone_name=choose_backbone(self.backbone_name, self.backbone_weights))
+        """The same settings with the `backbone_name` that they come to; see `choose_backbone`, and `taken_over`."""
+        name = choose_backbone(self.backbone_name, self.backbone_weights)
+        found = taken_over(self.ckpt_path, self.load_ckpt_class_head, self.num_q, self.backbone_kwargs)
+        return replace(self, backbone_name=name, **found)
 
     def _check_base_dtype(self) -> None:
         if self.base_dtype == "float32":

@@ -1,0 +1,49 @@
+"""What the weights that training starts from decide of a network, before it is built; torch is not needed for that.
+
+Of files other than `.safetensors`, only torch can say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eomt.settings.eomt_files import read_eomt_file
+from eomt.settings.eomt_names import TRANSFORMERS
+
+logger = logging.getLogger(__name__)
+
+
+def taken_over(
+    ckpt_path: str | None, load_class_head: bool, num_q: int, backbone_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Returns the settings that a checkpoint decides, where they are not so yet; the log says which.
+
+    With a fresh class head, training starts from a network for other classes, or for another task, panoptic or
+    instance segmentation: its queries are taken, however many they are. The norms of transformers' EoMT have the
+    `layer_norm_eps` of its config.json.
+
+    Args:
+        ckpt_path, load_class_head, num_q, backbone_kwargs: as in `ModelSettings`.
+    """
+    if not ckpt_path or not Path(ckpt_path).expanduser().exists():
+        return {}
+    changes: dict[str, Any] = {}
+    try:
+        file = read_eomt_file(ckpt_path)
+    except (ValueError, OSError):  # which loading it says, in full
+        return {}
+    queries = file.sizes.get("num_q", num_q)
+    if not load_class_head and queries != num_q:
+        logger.info("ckpt_path %s has %d queries, which are taken over: num_q is %d now", ckpt_path, queries, queries)
+        changes["num_q"] = queries
+    eps, kwargs = file.said.norm_eps, backbone_kwargs or {}
+    timms = 1e-5 if file.program == TRANSFORMERS and file.backbone.rotary else 1e-6
+    if eps is not None and "norm_eps" not in kwargs and eps != timms:
+        logger.info(
+            "ckpt_path %s has norms with layer_norm_eps %g, as its config.json says: taken over", ckpt_path, eps
+        )
+        changes["backbone_kwargs"] = {**kwargs, "norm_eps": eps}
+    return changes
