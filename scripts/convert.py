@@ -26,7 +26,15 @@ def to_eomt(args: argparse.Namespace) -> None:
     open_network(args).save_pretrained(args.out)
 
 
-TARGETS: dict[str, Callable[[argparse.Namespace], None]] = {"eomt": to_eomt}
+def to_hf(args: argparse.Namespace) -> None:
+    """A folder that transformers opens."""
+    from eomt.exchange.hf import write_hf
+
+    difference = write_hf(open_network(args), args.out)
+    print(f"The logits of transformers' network differ by {difference:.1e} of the largest, on random pixels")
+
+
+TARGETS: dict[str, Callable[[argparse.Namespace], None]] = {"eomt": to_eomt, "hf": to_hf}
 ONE_FILE: tuple[str, ...] = ()  # targets that are a file, not a folder
 
 
