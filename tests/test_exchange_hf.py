@@ -67,9 +67,7 @@ def test_transformers_opens_what_was_written_and_gives_the_same_class_map(name, 
     ours = module.predict(picture)
     assert len(ours.unique()) > 1
     assert (ours == their_classes(tmp_path, picture, backend="pil")).float().mean() > 0.9999
-    assert (
-        ours == their_classes(tmp_path, picture)
-    ).float().mean() > 0.99  # torchvision resizes, and rounds otherwise
+    assert (ours == their_classes(tmp_path, picture)).float().mean() > 0.99  # torchvision resizes, and rounds otherwise
 
 
 def test_names_and_colours_of_the_classes_go_along(tmp_path):

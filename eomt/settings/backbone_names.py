@@ -111,7 +111,7 @@ def name_tensors(keys: Iterable[str]) -> Names:
     parts: dict[str, dict[int, Part]] = {}
     wanted: dict[str, int] = {}
     for key in (key for key in timms if key not in set(left_out)):
-        for name, place, count, third in _places(timms[key], rotary, gated):
+        for name, place, count, third in places(timms[key], rotary, gated):
             if place in parts.setdefault(name, {}):
                 raise ValueError(f"{key} and {parts[name][place].key} are both {name}: keep one backbone in the file")
             parts[name][place], wanted[name] = Part(key, third), count
@@ -124,8 +124,12 @@ def name_tensors(keys: Iterable[str]) -> Names:
     return Names(made_of, [*students, *left_out])
 
 
-def _places(name: str, rotary: bool, gated: bool) -> list[tuple[str, int, int, int | None]]:
-    """Where a renamed tensor goes: timm's name, its place among how many parts, and which third of it that is."""
+def places(name: str, rotary: bool, gated: bool) -> list[tuple[str, int, int, int | None]]:
+    """Where a tensor goes that `renamed` has named.
+
+    Returns:
+        timm's name, the place among how many parts, and which third of the tensor that is.
+    """
     if found := QKV.fullmatch(name):
         return [(f"{found[1]}.qkv.{found[3]}", "qkv".index(found[2]), 3, None)]
     if (found := GATE.fullmatch(name)) and gated and not rotary:

@@ -26,15 +26,14 @@ class Said:
 
     Args:
         img_size: height, width. num_heads: of the attention. norm_eps: of the backbone's norms.
-        mlp_ratio: of the MLPs' width. class_names: by index. pixels: mean and deviation of the images.
-        num_blocks: that see the queries.
+        class_names, class_colors: by index. pixels: mean and deviation of the images. num_blocks: that see the queries.
     """
 
     img_size: tuple[int, int] | None = None
     num_heads: int | None = None
     norm_eps: float | None = None
-    mlp_ratio: float | None = None
     class_names: tuple[str, ...] | None = None
+    class_colors: tuple[tuple[int, ...], ...] | None = None
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     num_blocks: int | None = None
 
@@ -175,15 +174,14 @@ def _config(file: Path) -> dict[str, Any]:
 def said_by_transformers(file: Path, _: Mapping[str, Any]) -> Said:
     """What transformers' config.json and preprocessor_config.json beside a file say."""
     config, pixels = _config(file.parent / "config.json"), _config(file.parent / "preprocessor_config.json")
-    size, width, inner = (config.get(name) for name in ("image_size", "hidden_size", "intermediate_size"))
-    labels = config.get("id2label")
+    size, labels, colors = (config.get(name) for name in ("image_size", "id2label", "class_colors"))
     mean, std = pixels.get("image_mean"), pixels.get("image_std")
     return Said(
         img_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
         num_heads=config.get("num_attention_heads"),
         norm_eps=config.get("layer_norm_eps"),
-        mlp_ratio=inner / width if width and inner else config.get("mlp_ratio"),
         class_names=tuple(str(labels[key]) for key in sorted(labels, key=int)) if labels else None,
+        class_colors=tuple(map(tuple, colors)) if colors else None,
         pixels=(tuple(mean), tuple(std)) if mean and std else None,
     )
 
