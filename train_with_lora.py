@@ -144,6 +144,7 @@ def check_composed(cfg, output_dir: Path | None = None) -> None:  # noqa: ANN001
         check_output_dir(output_dir, cfg.resume)
     check_run(plain, OmegaConf.missing_keys(cfg))
     name_backbone(cfg)
+    plain["model"] = OmegaConf.to_container(cfg.model, resolve=True)
     if plain["model"].get("num_classes") is None:
         plain["model"]["num_classes"] = 1  # the data set says, later
     import_method(plain["model"].get("lora_method", "lora"))

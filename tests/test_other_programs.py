@@ -11,11 +11,13 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from eomt.diagnosis.inspection import inspect_model
 from eomt.models.checkpoint import load_checkpoint, read_checkpoint
 from eomt.models.eomt import EoMT
 from eomt.models.vit import ViT
 from eomt.settings.compose import compose_run, name_backbone
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+from train_with_lora import check_composed
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
 dinov3 = pytest.mark.skipif(
@@ -200,6 +202,31 @@ def test_the_queries_that_are_taken_over_stand_in_the_configuration_of_the_run(t
     config = compose_run(words)
     name_backbone(config)
     assert config.model.num_q == 14
+
+
+def test_a_run_goes_on_with_the_queries_that_it_took_over(tmp_path):
+    theirs_of(REGISTERS, queries=14).save_pretrained(tmp_path)
+    torch.save({"optimizer_states": [], "hyper_parameters": {"num_q": 14}}, tmp_path / "last.ckpt")
+    words = ["experiment=toy_source", f"model.ckpt_path={tmp_path}", "model.load_ckpt_class_head=false"]
+    check_composed(compose_run([*words, f"resume={tmp_path / 'last.ckpt'}"]))
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_what_starts_from_a_folder_of_transformers_is_saved_and_opened_again(use_lora, tmp_path):
+    theirs = theirs_of(REGISTERS)
+    theirs.save_pretrained(tmp_path / "hf")
+    module = MaskClassificationSemantic(**settings_of(REGISTERS, ckpt_path=str(tmp_path / "hf"), use_lora=use_lora))
+    module.save_pretrained(tmp_path / "saved")
+    assert_same(MaskClassificationSemantic.from_pretrained(tmp_path / "saved").network, theirs)
+    if use_lora:
+        assert inspect_model(tmp_path / "saved")["fit"]["fits"]
+
+
+def test_inspecting_says_whose_network_it_is(tmp_path):
+    theirs_of(REGISTERS).save_pretrained(tmp_path)
+    facts = inspect_model(tmp_path)
+    assert facts["kind"].startswith("transformers' EoMT: a DINOv2 ViT") and facts["network"]["num_q"] == 6
+    assert facts["parts"]["backbone"]["tensors"] > 40
 
 
 CONTRADICTIONS = {

@@ -26,6 +26,8 @@ from eomt.cost.flops import flop_counter
 from eomt.lora.merging import cast_base
 from eomt.models.vit import attention_in_two
 from eomt.settings.backbone_choice import choose_backbone
+from eomt.settings.model import completed
+from eomt.settings.start import taken_over
 from eomt.training.build import build_loss
 from eomt.training.mask_classification_loss import MaskClassificationLoss, Matches, total
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -154,6 +156,9 @@ def build_without_weights(settings: Mapping[str, Any]) -> MaskClassificationSema
     no_weights = {"pretrained": False, "ckpt_path": None, "delta_weights": False, "compile": False}
     name = choose_backbone(settings.get("backbone_name"), settings.get("backbone_weights"))
     no_weights |= {"backbone_name": name, "backbone_weights": None}
+    start = completed(settings)
+    names = ("ckpt_path", "load_ckpt_class_head", "num_q", "backbone_kwargs")
+    no_weights |= taken_over(*(start[name] for name in names))
     no_weights["base_dtype"] = "float32"
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # that the backbone is random

@@ -37,6 +37,9 @@ from eomt.models.checkpoint import (
 )
 from eomt.models.resampling import find_grid, fit_pos_embed
 from eomt.settings.backbone_choice import plain_backbone
+from eomt.settings.backbone_files import flat
+from eomt.settings.eomt_files import weights_in
+from eomt.settings.eomt_names import LIGHTLY, TRANSFORMERS, program_of
 from eomt.settings.model import completed
 
 BASE_RECORD = ("base_fingerprint", "base_weights")
@@ -65,7 +68,7 @@ def inspect_model(path: str | Path, base: str | Path | None = None) -> dict[str,
     adapted = any(is_adapter(key) for key in state)
     facts = {
         "path": str(path),
-        "kind": kind(path, adapted, bool(init)),
+        "kind": content.get("kind") or kind(path, adapted, bool(init)),
         "network": describe_network(init, state),
         "parts": count_parts(state),
         "files": {file.name: file.stat().st_size for file in files},
@@ -107,6 +110,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
         if not (isinstance(init, Mapping) and isinstance(state, Mapping)):
             raise ValueError(f"{path} holds no weights and settings by name: it is no checkpoint")
         init = own_settings(init, path)
+        keys = [key for key, value in flat(weights_in(content)) if isinstance(value, Tensor)]
+        if program_of(keys) in (TRANSFORMERS, LIGHTLY):
+            stored = read_checkpoint(path)
+            said = {"hyper_parameters": {}, "state_dict": stored.tensors, "kind": stored.content}
+            return {**said, "lora": None}, [path]
         state = {clean_key(str(key)): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         if not state:
             raise ValueError(f"{path} holds no tensors")

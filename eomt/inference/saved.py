@@ -69,7 +69,7 @@ def find_weights(path: str | Path) -> Path:
     """Returns the file of weights or the folder that is meant; raises as `find_artefact` does."""
     path = Path(path).expanduser()
     if path.is_dir() and not (path / CONFIG_FILE).is_file():  # as downloaded from a hub
-        for name in (WEIGHTS_FILE, "pytorch_model.bin"):
+        for name in (WEIGHTS_FILE, "pytorch_model.bin", f"{WEIGHTS_FILE}.index.json"):
             if (path / name).is_file():
                 return path / name
     in_folder = path.is_file() and (path.parent / CONFIG_FILE).is_file() and path.name != BASE_FILE
