@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
-from eomt.exchange.opening import recognised
+from eomt.exchange.opening import need_transformers, recognised
 from eomt.files import check_place
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
@@ -39,6 +39,7 @@ def to_adapter(args: argparse.Namespace) -> None:
 
 def to_hf(args: argparse.Namespace) -> None:
     """A folder that transformers opens."""
+    need_transformers()  # before the network is opened
     from eomt.exchange.hf import write_hf
 
     difference = write_hf(open_network(args), args.out)

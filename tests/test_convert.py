@@ -71,6 +71,21 @@ def test_an_export_of_lightlytrain_loads_with_masks_off_and_what_it_leaves_out_i
     assert read_checkpoint(path).img_size == (64, 64)
 
 
+@pytest.mark.parametrize(
+    ("made_with", "message"),
+    [
+        (None, "without its model_init_args"),
+        ({"num_joint_blocks": "2"}, "num_joint_blocks '2'"),
+        ({"num_joint_blocks": 2, "image_size": 64}, "image_size 64"),
+        ({"num_joint_blocks": 2, "classes": ["road"]}, "classes "),
+    ],
+)
+def test_an_export_of_lightlytrain_that_does_not_say_what_is_needed_is_refused(made_with, message, tmp_path):
+    path = lightly_of(network_of(DINOV3), tmp_path / "exported_last.pt", model_init_args=made_with)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(path)
+
+
 def test_an_export_of_lightlytrain_that_upscales_otherwise_is_refused_by_its_name(tmp_path):
     module = network_of(DINOV3)
     path = lightly_of(module, tmp_path / "exported_last.pt")

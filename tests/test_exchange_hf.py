@@ -1,7 +1,7 @@
 """Networks written for transformers: its own classes open them and give the same class maps."""
 
+import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def test_a_network_that_transformers_has_not_is_refused_by_what_it_lacks(message
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch, tmp_path):
-    module = network_of(REGISTERS)
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    module, find = network_of(REGISTERS), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
     with pytest.raises(ImportError, match=r"eomt-lora\[hf\]"):
         write_hf(module, tmp_path)

@@ -251,6 +251,37 @@ def test_a_config_that_contradicts_its_weights_is_refused_naming_both(name, tmp_
         read_checkpoint(tmp_path)
 
 
+IMPOSSIBLE = [
+    ("config.json", "image_size", "64"),
+    ("config.json", "image_size", [64]),
+    ("config.json", "num_attention_heads", "3"),
+    ("config.json", "layer_norm_eps", "small"),
+    ("config.json", "id2label", ["road"]),
+    ("config.json", "id2label", {"a": "road"}),
+    ("config.json", "rope_parameters", 3),
+    ("config.json", "class_colors", [3]),
+    ("preprocessor_config.json", "image_mean", 0.5),
+]
+
+
+@pytest.mark.parametrize(("file", "name", "value"), IMPOSSIBLE)
+def test_values_that_a_config_cannot_have_are_named_with_it(file, name, value, tmp_path):
+    theirs_of(REGISTERS).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=rf"{file}: {name} "):
+        MaskClassificationSemantic(**settings_of(REGISTERS, ckpt_path=str(tmp_path)))
+
+
+def test_pixels_are_normalised_as_the_image_processor_says(tmp_path):
+    theirs_of(REGISTERS).save_pretrained(tmp_path)
+    said = {"image_mean": [0.5, 0.25, 0.125], "image_std": [1.0, 0.5, 0.25]}
+    for more, mean in (({}, 0.25), ({"do_normalize": False}, 0)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | more))
+        module = MaskClassificationSemantic(**settings_of(REGISTERS, ckpt_path=str(tmp_path)))
+        assert module.network.encoder.pixel_mean[0, 1].item() == mean
+
+
 @pytest.mark.parametrize("heads", [2, 4])
 def test_another_number_of_heads_than_the_config_says_is_refused(heads, tmp_path):
     theirs_of(REGISTERS).save_pretrained(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from eomt.exchange.opening import need_transformers
 from eomt.files import check_room, replacing_files
 from eomt.fingerprints import first_misfit
 from eomt.models.eomt import EoMT
@@ -55,7 +55,9 @@ def write_hf(module: MaskClassificationSemantic, directory: str | Path) -> float
         ImportError: transformers is not installed. OSError: the disk has no room.
         ValueError: transformers' EoMT cannot be this network; nothing is written.
     """
-    transformers = import_transformers()
+    need_transformers()
+    import transformers
+
     check_kind(module)
     rotary = is_rotary(module.network)
     kind = "EomtDinov3" if rotary else "Eomt"
@@ -70,15 +72,6 @@ def write_hf(module: MaskClassificationSemantic, directory: str | Path) -> float
         model.save_pretrained(draft)
         processor_of(module, transformers).save_pretrained(draft)
     return difference
-
-
-def import_transformers() -> Any:
-    """Returns transformers; ImportError naming the extra where it is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError("transformers is not installed: pip install 'eomt-lora[hf]'")
-    import transformers
-
-    return transformers
 
 
 def is_rotary(network: EoMT) -> bool:

@@ -14,10 +14,27 @@ from eomt.files import parse_json, read_json, read_pickle
 from eomt.settings.backbone_files import flat, header_shapes, shards
 from eomt.settings.backbone_names import Names, Part, name_tensors
 from eomt.settings.backbones import DINOV2, DINOV3, Backbone, recognise
+from eomt.settings.config_check import check_type
 from eomt.settings.eomt_names import BACKBONE, KNOWN, LIGHTLY, PUBLISHED, TRANSFORMERS, bare, name_eomt, program_of
 from eomt.settings.eomt_names import sizes_of as sizes_of_shapes
 
 USUAL = ("model.safetensors", "pytorch_model.bin")
+CONFIG_TYPES = {
+    "image_size": int | list[int],
+    "num_attention_heads": int,
+    "layer_norm_eps": float,
+    "id2label": dict[str, str],
+    "class_colors": list[list[int]],
+    "rope_parameters": dict,
+}
+PROCESSOR_TYPES = {"image_mean": list[float], "image_std": list[float], "do_normalize": bool}
+LIGHTLY_TYPES = {
+    "image_size": Sequence[int],
+    "num_joint_blocks": int,
+    "classes": dict[int, str],
+    "image_normalize": dict[str, Sequence[float]],
+}
+OWN_TYPES = {"img_size": Sequence[int], "num_heads": int}
 
 
 @dataclass(frozen=True)
@@ -172,30 +189,45 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def said_by_transformers(file: Path, _: Mapping[str, Any]) -> Said:
-    """What transformers' config.json and preprocessor_config.json beside a file say."""
-    config, pixels = _config(file.parent / "config.json"), _config(file.parent / "preprocessor_config.json")
+    """What transformers' config.json and preprocessor_config.json beside a file say; ValueError for what cannot be."""
+    config = _entries(_config(file.parent / "config.json"), CONFIG_TYPES, file.parent / "config.json")
+    place = file.parent / "preprocessor_config.json"
+    pixels = _entries(_config(place), PROCESSOR_TYPES, place)
     size, labels, colors = (config.get(name) for name in ("image_size", "id2label", "class_colors"))
+    if labels and sorted(labels) != sorted(map(str, range(len(labels)))):
+        raise ValueError(f"{file.parent / 'config.json'}: id2label names {', '.join(labels)}: 0 to K - 1 are meant")
     mean, std = pixels.get("image_mean"), pixels.get("image_std")
+    if pixels.get("do_normalize") is False:
+        mean, std = [0.0] * 3, [1.0] * 3
     return Said(
         img_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
         num_heads=config.get("num_attention_heads"),
         norm_eps=config.get("layer_norm_eps"),
-        class_names=tuple(str(labels[key]) for key in sorted(labels, key=int)) if labels else None,
+        class_names=tuple(labels[str(k)] for k in range(len(labels))) if labels else None,
         class_colors=tuple(map(tuple, colors)) if colors else None,
         pixels=(tuple(mean), tuple(std)) if mean and std else None,
     )
 
 
-def said_by_lightly(_: Path, content: Mapping[str, Any]) -> Said:
-    """What LightlyTrain keeps beside the weights: the arguments that its network is made with."""
+def said_by_lightly(file: Path, content: Mapping[str, Any]) -> Said:
+    """What LightlyTrain keeps beside the weights: the arguments that its network is made with.
+
+    Raises:
+        ValueError: they are impossible, or do not say how many blocks see the queries, which no tensor tells.
+    """
     made_with = content.get("model_init_args")
-    made_with = made_with if isinstance(made_with, Mapping) else {}
+    if not isinstance(made_with, Mapping) or "num_joint_blocks" not in made_with:
+        raise ValueError(
+            f"{file} is {LIGHTLY} without its model_init_args, which say how many blocks see the queries: give the "
+            "exported_models/exported_last.pt of its run as it is"
+        )
+    _entries(made_with, LIGHTLY_TYPES, file)
     classes, pixels, size = (made_with.get(name) for name in ("classes", "image_normalize", "image_size"))
     return Said(
         img_size=tuple(size) if size else None,
-        class_names=tuple(map(str, classes.values())) if isinstance(classes, Mapping) else None,
-        pixels=(tuple(pixels["mean"]), tuple(pixels["std"])) if isinstance(pixels, Mapping) else None,
-        num_blocks=made_with.get("num_joint_blocks"),
+        class_names=tuple(classes.values()) if classes else None,
+        pixels=(tuple(pixels["mean"]), tuple(pixels["std"])) if pixels and pixels.keys() >= {"mean", "std"} else None,
+        num_blocks=made_with["num_joint_blocks"],
     )
 
 
@@ -206,7 +238,19 @@ def said_by_ours(file: Path, content: Mapping[str, Any]) -> Said:
     if file.suffix == ".safetensors":
         metadata = read_metadata(file)
         size, heads = (parse_json(metadata.get(name, "null")) for name in ("img_size", "num_heads"))
+    _entries({"img_size": size, "num_heads": heads}, OWN_TYPES, file)
     return Said(img_size=tuple(size) if size else None, num_heads=heads)
+
+
+def _entries(mapping: Mapping[str, Any], hints: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
+    """The mapping, after its entries are of their types; ValueError for the first one that is not."""
+    for name, hint in hints.items():
+        value = mapping.get(name)
+        if value is not None:
+            check_type(value, hint, f"{place}: {name}")
+            if name in ("image_size", "img_size") and not isinstance(value, int) and len(value) != 2:
+                raise ValueError(f"{place}: {name} {value!r}: two numbers are meant, height and width")
+    return mapping
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -225,13 +269,14 @@ def _check_config(file: EomtFile, config_file: Path) -> None:
             f"{file.path} is {file}: transformers computes one activation in its gated MLPs and its heads, where the "
             "published networks have two (SiLU, GELU), so that no network here computes the same"
         )
+    patch = config.get("patch_size")
     said = {
         "model_type": (config.get("model_type"), "eomt_dinov3" if backbone.rotary else "eomt"),
         "hidden_size": (config.get("hidden_size"), backbone.width),
         "num_hidden_layers": (config.get("num_hidden_layers"), backbone.depth),
         "num_queries": (config.get("num_queries"), sizes.get("num_q")),
         "num_blocks": (config.get("num_blocks"), sizes.get("num_blocks")),
-        "patch_size": (config.get("patch_size"), backbone.patch_size),
+        "patch_size": (patch[0] if isinstance(patch, list) and patch else patch, backbone.patch_size),
         "num_register_tokens": (config.get("num_register_tokens"), backbone.registers),
         "id2label": (len(config["id2label"]) if config.get("id2label") else None, sizes.get("num_classes")),
         "hidden_act": (config.get("hidden_act"), "gelu"),
