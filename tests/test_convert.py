@@ -6,11 +6,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_exchange_hf import network_of, picture, their_classes  # noqa: F401
-from test_other_programs import CLASSES, DINOV3, GATED, PLAIN, REGISTERS, assert_same, dinov3, theirs_of
+from test_other_programs import (
+    CLASSES,
+    DINOV3,
+    GATED,
+    PLAIN,
+    REGISTERS,
+    assert_same,
+    dinov3,
+    published_dinov3,
+    settings_of,
+    theirs_of,
+)
 
 from eomt.exchange.adapters import write_adapter
-from eomt.exchange.opening import open_merged, recognised
+from eomt.exchange.opening import backbone_of, recognised
+from eomt.exchange.opening import settings_of as settings_of_file
 from eomt.models.checkpoint import load_checkpoint, read_checkpoint
+from eomt.settings.eomt_files import describe_file, read_eomt_file
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to convert")
@@ -115,20 +128,44 @@ def test_ours_published_and_transformers_give_one_class_map_on_a_street(name, tm
     back = MaskClassificationSemantic.from_pretrained(tmp_path / "back")
     assert back.class_names == CLASSES and back.hparams.class_colors == module.hparams.class_colors
     assert (back.predict(picture) == expected).float().mean() > 0.9999
-    assert (load_file(tmp_path / "hf/model.safetensors").keys()) == load_file(
-        tmp_path / "again/model.safetensors"
-    ).keys()
+    theirs, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back"))
+    assert theirs.keys() == load_file(tmp_path / "again/model.safetensors").keys()
+    torch.save(published_dinov3(theirs) if name == DINOV3 else ours, tmp_path / "pytorch_model.bin")
+    published = MaskClassificationSemantic(**settings_of(name, ckpt_path=str(tmp_path / "pytorch_model.bin")))
+    assert (published.predict(picture) == expected).float().mean() > 0.9999
 
 
-def test_a_published_file_becomes_a_folder_of_transformers_and_back(tmp_path, picture, call):  # noqa: F811
-    theirs = theirs_of(REGISTERS)
-    theirs.save_pretrained(tmp_path / "hf")
+def test_a_published_file_of_a_size_that_no_paper_has_does_not_say_its_heads(tmp_path, call):
+    theirs_of(REGISTERS).save_pretrained(tmp_path / "hf")
     state = {f"network.{key}": t.clone() for key, t in read_checkpoint(tmp_path / "hf").tensors.items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
     code, error = call(tmp_path / "pytorch_model.bin", tmp_path / "out", "--to", "eomt")
     assert code == 1 and "do not tell which model of timm's that is, or how many heads" in error
-    published = open_merged(tmp_path / "hf")
-    assert_same(published.network, theirs)
+
+
+@dinov3
+def test_a_published_file_without_an_image_size_asks_for_it(tmp_path):
+    theirs_of(DINOV3).save_pretrained(tmp_path / "hf")
+    torch.save(published_dinov3(load_file(tmp_path / "hf" / "model.safetensors")), tmp_path / "pytorch_model.bin")
+    file = read_eomt_file(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"does not say for which image size: give --img_size"):
+        settings_of_file(file)
+    with pytest.raises(ValueError, match=r"how many heads"):
+        settings_of_file(file, [64, 64])
+
+
+SIZES = [(384, 12, 6, "small"), (768, 12, 12, "base"), (1024, 24, 16, "large")]
+
+
+@pytest.mark.parametrize(("width", "depth", "heads", "size"), SIZES)
+def test_every_size_of_transformers_folders_is_known_by_timms_name(width, depth, heads, size, tmp_path):
+    config = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "image_size": 64}
+    with torch.device("meta"):
+        model = transformers.EomtForUniversalSegmentation(transformers.EomtConfig(**config))
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    (tmp_path / "config.json").write_text(model.config.to_json_string())
+    file = describe_file(tmp_path, [tmp_path / "model.safetensors"], shapes, {})
+    assert backbone_of(file) == (f"vit_{size}_patch14_reg4_dinov2", None) and file.said.num_heads == heads
 
 
 def test_an_adapter_is_merged_before_it_is_written_for_transformers(tmp_path, picture, call):  # noqa: F811

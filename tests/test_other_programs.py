@@ -72,6 +72,16 @@ def theirs_of(name, classes=CLASSES, queries=6, size=64, **options):
     return scatter(getattr(transformers, f"{kind}ForUniversalSegmentation")(config))
 
 
+def published_dinov3(state):
+    """transformers' tensors under the names of the published code."""
+    published = {}
+    for key, tensor in state.items():
+        for begins, ours in PUBLISHED_DINOV3.items():
+            if key.startswith(begins):
+                published["network." + (ours + key.removeprefix(begins)).replace(".layernorm2d.", ".norm.")] = tensor
+    return published
+
+
 def settings_of(name, **changes):
     """Ours for the same network."""
     ratio = {"mlp_ratio": 4 * 4 / 3} if name == GATED else {}
@@ -163,13 +173,7 @@ def test_the_published_dinov3_and_transformers_give_the_same_network(tmp_path):
     theirs = theirs_of(DINOV3, layer_norm_eps=1e-5)
     theirs.save_pretrained(tmp_path / "hf")
     one = MaskClassificationSemantic(**settings_of(DINOV3, ckpt_path=str(tmp_path / "hf")))
-    published = {}
-    for key, tensor in theirs.state_dict().items():
-        for begins, ours in PUBLISHED_DINOV3.items():
-            if key.startswith(begins):
-                name = (ours + key.removeprefix(begins)).replace(".layernorm2d.", ".norm.")
-                published[f"network.{name}"] = tensor
-    torch.save(published, tmp_path / "pytorch_model.bin")
+    torch.save(published_dinov3(theirs.state_dict()), tmp_path / "pytorch_model.bin")
     other = MaskClassificationSemantic(**settings_of(DINOV3, ckpt_path=str(tmp_path / "pytorch_model.bin")))
     for key, tensor in other.state_dict().items():
         assert torch.equal(tensor, one.state_dict()[key]), key
