@@ -105,7 +105,7 @@ def test_an_export_of_lightlytrain_that_upscales_otherwise_is_refused_by_its_nam
     content = torch.load(path)
     extra = {k.replace("upscale.1", "upscale.2"): v for k, v in content["train_model"].items() if "upscale.1" in k}
     torch.save(content | {"train_model": content["train_model"] | extra}, path)
-    with pytest.raises(ValueError, match=r"holds LightlyTrain's EoMT: .*unknown here \(upscale.2"):
+    with pytest.raises(ValueError, match=r"is LightlyTrain's EoMT: .* it doubles its features 3 times, .* EoMT 2, so"):
         load_checkpoint(network_of(DINOV3).network, path)
 
 

@@ -5,6 +5,7 @@ torch is needed only for files other than `.safetensors`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -159,6 +160,8 @@ def describe_file(
     firsts = {name: shapes[parts[0].key] for name, parts in names.made_of.items()}
     said = {TRANSFORMERS: said_by_transformers, LIGHTLY: said_by_lightly}.get(program, said_by_ours)
     file = EomtFile(path, list(files), program, names, firsts, said(files[0], content))
+    if program != PUBLISHED:
+        _check_upscaling(file)
     if program == TRANSFORMERS:
         _check_config(file, files[0].parent / "config.json")
     return file
@@ -259,6 +262,18 @@ def read_metadata(file: Path) -> dict[str, str]:
 
     with safe_open(file, "np") as opened:
         return opened.metadata() or {}
+
+
+def _check_upscaling(file: EomtFile) -> None:
+    """Raises ValueError where features are doubled more or less often than in the published EoMT with such patches."""
+    there = len({key.split(".")[1] for key in file.shapes if key.startswith("upscale.")})
+    patch = file.backbone.patch_size
+    here = max(1, int(math.log2(patch)) - 2)
+    if there != here:
+        raise ValueError(
+            f"{file.path} is {file}: with patches of {patch} it doubles its features {there} times, and the published "
+            f"EoMT {here}, so that no network here computes the same"
+        )
 
 
 def _check_config(file: EomtFile, config_file: Path) -> None:
