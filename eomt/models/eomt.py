@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eomt.models.cosine_head import CosineHead
 from eomt.models.scale_block import ScaleBlock
+from eomt.models.tracing import is_traced
 from eomt.models.vit import QueryMask, attend
 
 
@@ -44,8 +45,9 @@ class Prediction(NamedTuple):
 
 def multiply(embeddings: Tensor, features: Tensor) -> Tensor:
     """[B, Q, C] times [B, C, h, w] -> [B, Q, h, w], so that the gradient of the features has channels last, too."""
-    masks = features.flatten(2).mT @ embeddings.mT  # [B, h * w, Q]
-    return masks.mT.unflatten(2, features.shape[2:])
+    # transpose(1, 2) is mT, which exporters to ONNX do not all know
+    masks = features.flatten(2).transpose(1, 2) @ embeddings.transpose(1, 2)  # [B, h * w, Q]
+    return masks.transpose(1, 2).unflatten(2, features.shape[2:])
 
 
 class Encoder(Protocol):
@@ -141,7 +143,8 @@ class EoMT(nn.Module):
 
         Returns:
             Mask logits [B, Q, H/4, W/4] and class logits [B, Q, K + 1], a list entry per prediction: L + 1 with masked
-            attention, otherwise the final one alone.
+            attention, otherwise the final one alone. In evaluation mode, what is compiled, exported or traced is the
+            deployed network, with the final one alone: a graph cannot read the masks' probabilities.
         """
         predictions = self.predictions(images)
         return [p.mask_logits() for p in predictions], [p.class_logits for p in predictions]
@@ -166,13 +169,15 @@ class EoMT(nn.Module):
 
         queries = self.q.weight.expand(x.shape[0], -1, -1)
         x = torch.cat((queries, x), dim=1)  # [B, Q + P + N, C]
+        if not self.masked_attn_enabled or (is_traced() and not self.training):
+            for block in blocks[-self.num_blocks :]:
+                x = attend(block, x, rope)
+            return [self.predict(x)]
+
         predictions = []
         for block, prob in zip(blocks[-self.num_blocks :], self.attn_mask_probs.tolist(), strict=True):
-            mask = None
-            if self.masked_attn_enabled:
-                predictions.append(self.predict(x))
-                mask = self.attention_mask(predictions[-1], prob)
-            x = attend(block, x, rope, mask)
+            predictions.append(self.predict(x))
+            x = attend(block, x, rope, self.attention_mask(predictions[-1], prob))
         return [*predictions, self.predict(x)]
 
     @contextmanager

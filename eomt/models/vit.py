@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eomt.models.backbone_weights import BackboneReport, load_backbone
 from eomt.models.resampling import create_resized
+from eomt.models.tracing import is_traced
 from eomt.settings.model import check_img_size
 
 DECIDED = {"img_size", "patch_size", "num_classes", "global_pool", "checkpoint_path", "pretrained_cfg"}  # elsewhere
@@ -87,7 +88,7 @@ class ViT(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to the mean and deviation that the backbone was pretrained with; done here alone."""
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             if not images.is_floating_point():
                 raise ValueError(
                     f"images are {images.dtype}, but the model takes floats in [0, 1]: divide uint8 by 255"
