@@ -12,7 +12,7 @@ from eomt.anomaly.cutouts import FolderCutOuts
 from eomt.anomaly.datasets import AnomalyDataset
 from eomt.data import camvid, cityscapes, folder
 from eomt.data.listing import LEFT_BY_SYSTEMS, LISTED_ALREADY, OTHER_KINDS, is_left_by_system, list_pictures
-from eomt.diagnosis.merging import find_images
+from eomt.inference.crops import find_images
 from eomt.inference.inputs import find_inputs
 
 PNG = encoded(Image.new("L", (2, 2)), "PNG")
