@@ -13,7 +13,7 @@ from eomt.command_line import fail, reports_errors
 if TYPE_CHECKING:  # torch and what needs it is imported late: --help answers at once
     from eomt.data.labels import LabelSet
     from eomt.inference.folder_prediction import Tally
-    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+    from eomt.inference.prediction import Scorer
 
 EXAMPLES = """examples:
   python scripts/predict.py outputs/full/model street.jpg predictions
@@ -21,11 +21,13 @@ EXAMPLES = """examples:
   python scripts/predict.py outputs/lora/adapter "photos/**/*_front.jpg" predictions --precision bf16-mixed
   python scripts/predict.py outputs/full/model drive.mp4 predictions
   python scripts/predict.py outputs/lora/adapter leftImg8bit/test submission --cityscapes-submission
+  python scripts/predict.py network.onnx photos/ predictions --confidence
 
 OUTPUT/overlay/NAME.png is the image under its class colours, color/NAME.png the colours alone, index/NAME.png the
-class of each pixel, 0 to K - 1 (8 bits); NAME keeps the sub-folders of INPUT. legend.png names the colours. A video
-becomes overlay.mp4, and pictures of its frames if --write names any. Exit code 1 after an error or where files were
-skipped, 2 for a mistyped command."""
+class of each pixel, 0 to K - 1 (8 bits); confidence/NAME.png the score that its class won with, in thousandths
+(16 bits; scores are sums over queries, and may be above 1); NAME keeps the sub-folders of INPUT. legend.png names the
+colours. A video becomes overlay.mp4, and pictures of its frames if --write names any. Exit code 1 after an error or
+where files were skipped, 2 for a mistyped command."""
 
 KINDS = ("overlay", "index", "color")
 
@@ -50,21 +52,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, or a checkpoint, of a run")
+    add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, a checkpoint, or an ONNX file")
     add("input", metavar="INPUT", help='an image, a folder of images, a "quoted pattern" of images, or a video')
     add("output", metavar="OUTPUT", type=Path, help="folder to write to")
     add("--write", nargs="+", choices=KINDS, help="which pictures (default: all; of a video's frames: none)")
+    add("--confidence", action="store_true", help="write the winning score of each pixel, too")
     add("--cityscapes-submission", action="store_true", help="only label ids, named as the benchmark server wants")
     add("--batch-size", type=positive, default=4, metavar="N", help="images per forward (default: %(default)s)")
     add("--workers", type=positive, default=4, metavar="N", help="threads that read and write (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
-    add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="(default: %(default)s)")
+    add("--precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
     args = parser.parse_args(argv)
     if args.cityscapes_submission and args.write:
         parser.error("--cityscapes-submission writes label ids and nothing else: leave --write out")
+    if args.cityscapes_submission and args.confidence:
+        parser.error("--cityscapes-submission writes label ids and nothing else: leave --confidence out")
+    if is_onnx(args.model):
+        for name in ("precision", "ckpt_path", "backbone_weights"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} is for networks of torch; an ONNX file has everything in it: leave it out")
     return args
+
+
+def is_onnx(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx"
 
 
 def positive(text: str) -> int:
@@ -80,30 +93,21 @@ def run(args: argparse.Namespace) -> "Tally":
         ValueError, OSError: input, output or network are not what they should be.
     """
     from eomt.inference.inputs import find_inputs
-    from eomt.inference.saved import check_artefact
 
     inputs = find_inputs(args.input, args.output, args.cityscapes_submission)
-    check_artefact(args.model)
+    score, classes = open_onnx(args) if is_onnx(args.model) else open_network(args)
     is_video = not isinstance(inputs, dict)
 
-    import torch
+    from eomt.inference.folder_prediction import CONFIDENCE, SUBMISSION, FolderPrediction
 
-    from eomt.inference.folder_prediction import SUBMISSION, FolderPrediction
-    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; leave it out to compute on the CPU")
-    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path, args.backbone_weights).to(device)
-    classes = classes_of(module)
+    kinds = [*(args.write or ([] if is_video else KINDS)), *([CONFIDENCE] if args.confidence else [])]
     predict = FolderPrediction(
-        module.network,
+        score,
         classes,
         args.output,
-        [SUBMISSION] if args.cityscapes_submission else args.write or ([] if is_video else KINDS),
+        [SUBMISSION] if args.cityscapes_submission else kinds,
         batch_size=args.batch_size,
         workers=args.workers,
-        autocast=args.precision == "bf16-mixed",
     )
     tally = predict(inputs, args.input)
     show(classes, tally)
@@ -111,17 +115,33 @@ def run(args: argparse.Namespace) -> "Tally":
     return tally
 
 
-def classes_of(module: "MaskClassificationSemantic") -> "LabelSet":
-    """Returns names and colours; where a network was saved without colours, hues around the circle."""
-    from colorsys import hsv_to_rgb
+def open_network(args: argparse.Namespace) -> "tuple[Scorer, LabelSet]":
+    """Opens what a run saved, on the device that computes."""
+    from eomt.inference.saved import check_artefact
+
+    check_artefact(args.model)
+
+    import torch
 
     from eomt.data.labels import LabelSet
+    from eomt.inference.prediction import TorchScorer
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-    names = tuple(module.class_names)
-    colors = module.hparams.class_colors or [
-        [round(255 * channel) for channel in hsv_to_rgb(k / len(names), 0.9, 0.9)] for k in range(len(names))
-    ]
-    return LabelSet(names, tuple(map(tuple, colors)))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; leave it out to compute on the CPU")
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path, args.backbone_weights).to(device)
+    classes = LabelSet.of(module.class_names, module.hparams.class_colors)
+    return TorchScorer(module.network, autocast=args.precision == "bf16-mixed"), classes
+
+
+def open_onnx(args: argparse.Namespace) -> "tuple[Scorer, LabelSet]":
+    """Opens an ONNX file; on the GPU only if asked to, since another one may be meant for torch."""
+    from eomt.data.labels import LabelSet
+    from eomt.exchange.onnx_scorer import OnnxScorer
+
+    score = OnnxScorer(args.model, "cuda" if args.device == "cuda" else "cpu")
+    return score, LabelSet.of(score.facts["class_names"], score.facts["class_colors"])
 
 
 def show(classes: "LabelSet", tally: "Tally") -> None:

@@ -11,6 +11,7 @@ from eomt.command_line import RunError, memory_explained, out_of_memory, reports
 from eomt.cost.memory_errors import explain_memory
 from eomt.data.toy_streets import toy_streets
 from eomt.inference.folder_prediction import FolderPrediction
+from eomt.inference.prediction import TorchScorer
 from eomt.training.evaluation import evaluate
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -126,7 +127,7 @@ def test_evaluation_and_prediction_say_what_to_lower(data, tmp_path):
     with pytest.raises(RunError, match=r"the GPU ran out of memory: all windows of .* --precision bf16-mixed"):
         evaluate(module, data, precision="32-true", accelerator="cpu")
     for batch_size, remedy in ((2, "lower --batch-size, it is 2"), (1, "--precision bf16-mixed")):
-        predict = FolderPrediction(module.network, data.classes, tmp_path, batch_size=batch_size)
+        predict = FolderPrediction(TorchScorer(module.network), data.classes, tmp_path, batch_size=batch_size)
         with pytest.raises(RunError, match=f"the GPU ran out of memory: .*{remedy}"):
             list(predict._predict(iter([(str(k), torch.zeros(3, 64, 128, dtype=torch.uint8)) for k in range(2)])))
 

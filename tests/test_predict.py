@@ -16,6 +16,7 @@ from PIL import Image
 
 from eomt.data.camvid import CAMVID
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
+from eomt.inference.folder_prediction import confidence_picture
 from eomt.inference.prediction import overlay, predict, predict_images, read_image, to_image
 from eomt.inference.windows import segment, segment_images
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -202,6 +203,26 @@ def test_a_folder_is_written_with_its_subfolders_and_a_broken_file_is_skipped(mo
         assert np.array_equal(values(out / "overlay" / f"{name}.png"), overlay(read_image(path), labels, CITYSCAPES))
 
 
+def test_confidence_is_the_winning_score_of_each_pixel_in_thousandths_of_16_bits(module, model, tmp_path, monkeypatch):
+    for name, size in SIZES.items():
+        save(draw(size), tmp_path / "in" / f"{name}.png")
+    arguments = (model, tmp_path / "in", tmp_path / "out", "--confidence", "--device", "cpu")
+    assert main(monkeypatch, *arguments, "--write", "index") == 0
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert written == {f"{kind}/{name}.png" for kind in ("index", "confidence") for name in SIZES} | {"legend.png"}
+    for name, size in SIZES.items():
+        found = Image.open(tmp_path / "out" / "confidence" / f"{name}.png")
+        best, labels = segment(module.network, read_image(tmp_path / "in" / f"{name}.png")).max(0)
+        assert found.mode == "I;16" and found.size == size[::-1] and best.max() > 1  # no share of a whole
+        assert np.abs(np.array(found) / 1000 - best.numpy()).max() <= 1e-3
+        assert (values(tmp_path / "out" / "index" / f"{name}.png") == labels).float().mean() > 0.999
+
+
+def test_a_score_beyond_16_bits_is_the_largest_value():
+    picture = confidence_picture(torch.tensor([[0.0, 0.0004, 0.0006, 65.535, 70.0]]))
+    assert np.array(picture).tolist() == [[0, 0, 1, 65535, 65535]]
+
+
 def test_a_pattern_chooses_images_and_write_chooses_pictures(model, tmp_path):
     for name in ("day/1_front.png", "day/1_rear.png", "night/1_front.png"):
         save(draw((64, 128)), tmp_path / "in" / name)
@@ -293,6 +314,7 @@ def test_a_missing_input_model_or_gpu_and_an_output_that_is_a_file_are_named(tmp
         (["--batch-size", "0"], "0: give a whole number from 1 on"),
         (["--write", "masks"], "invalid choice: 'masks'"),
         (["--write", "index", "--cityscapes-submission"], "leave --write out"),
+        (["--confidence", "--cityscapes-submission"], "leave --confidence out"),
     ],
 )
 def test_a_mistyped_command_ends_with_code_2(monkeypatch, capsys, arguments, sentence):

@@ -1,4 +1,4 @@
-"""Whatever records the network's operations, to export, compile or save them, gets the deployed one in plain operations."""
+"""What records the operations of a network, to export, compile or save them, gets plain ones of the deployed one."""
 
 import io
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the older exporters, whi
 
 
 def build(name=FAMILIES[0]):
-    """As `from_pretrained` gives it: masked attention is on, its probabilities are a buffer that tracing cannot read."""
+    """As `from_pretrained` gives it: masked attention is on, with probabilities that tracing cannot read."""
     torch.manual_seed(0)
     encoder = ViT((32, 64), 16, name, False, {"embed_dim": 32, "depth": 2, "num_heads": 2})
     return EoMT(encoder, num_classes=3, num_q=6, num_blocks=1).eval().requires_grad_(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,13 @@ class LabelSet:
         for name, color in zip(self.names, self.colors, strict=True):
             if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
                 raise ValueError(f"The colour of {name!r} must be three values 0..255, got {color}; write [R, G, B].")
+
+    @classmethod
+    def of(cls, names: Sequence[str], colors: Sequence[Sequence[int]] | None) -> LabelSet:
+        """Classes with these colours, or where a network was saved without colours, with hues around the circle."""
+        hues = [hsv_to_rgb(k / len(names), 0.9, 0.9) for k in range(len(names))]
+        colors = colors or [[round(255 * channel) for channel in hue] for hue in hues]
+        return cls(tuple(names), tuple(map(tuple, colors)))
 
     def __len__(self) -> int:
         return len(self.names)

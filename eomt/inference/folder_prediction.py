@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -23,12 +24,14 @@ from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
 from eomt.data.labels import LabelSet
 from eomt.files import replacing
 from eomt.inference.inputs import OVERLAY_VIDEO
-from eomt.inference.prediction import need_less, overlay, predict_images, read_image
+from eomt.inference.prediction import Scorer, overlay, read_image
 from eomt.inference.video import Video, frame_image, write_video
-from eomt.models.eomt import EoMT
 
 KINDS = ("overlay", "index", "color")
+CONFIDENCE = "confidence"
+CONFIDENCE_STEPS = 1000  # of a 16-bit picture, per 1 of a score: up to 65.535, as much as 65 queries can give together
 SUBMISSION = "label ids"
+Predicted = tuple[str, Tensor, Tensor, Tensor]  # name, image uint8 [3, H, W], class map uint8 and winning scores [H, W]
 
 
 @dataclass
@@ -45,22 +48,20 @@ class FolderPrediction:
     """Predicts with one network and writes into one folder.
 
     Args:
-        network: on the device that computes.
+        score: gives pixels their classes.
         classes: their names and colours.
         output: the folder to write to.
-        kinds: the pictures of each image, among `KINDS`, or `SUBMISSION` alone.
+        kinds: the pictures of each image, among `KINDS` and `CONFIDENCE`, or `SUBMISSION` alone.
         batch_size: images in one forward.
         workers: threads that read, and as many that write.
-        autocast: whether to compute in bfloat16.
     """
 
-    network: EoMT
+    score: Scorer
     classes: LabelSet
     output: Path
     kinds: Sequence[str] = KINDS
     batch_size: int = 4
     workers: int = 4
-    autocast: bool = False
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def __call__(self, inputs: Video | dict[str, Path], source: str) -> Tally:
@@ -111,30 +112,28 @@ class FolderPrediction:
             else:
                 yield name, image
 
-    def _predict(self, images: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yields name, image and class map uint8 [H, W] of each image; a batch goes through the network together."""
-        device = self.network.q.weight.device.type
+    def _predict(self, images: Iterator[tuple[str, Tensor]]) -> Iterator[Predicted]:
+        """Yields what is predicted of each image; a batch goes through the network together."""
         while batch := list(islice(images, self.batch_size)):
             names, pixels = zip(*batch, strict=True)
-            explained = memory_explained(partial(self._need_less, pixels))
-            with explained, torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-                maps = predict_images(self.network, pixels)
-            yield from zip(names, pixels, maps, strict=True)
+            with memory_explained(partial(self._need_less, pixels)):
+                maps = self.score(pixels)
+            yield from ((name, image, *found) for name, image, found in zip(names, pixels, maps, strict=True))
 
     def _need_less(self, images: Sequence[Tensor]) -> str:
         """What to lower where these images take too much memory."""
         if len(images) > 1:
             return f"lower --batch-size, it is {self.batch_size}"
-        return need_less(self.network.encoder.img_size, "bf16-mixed" if self.autocast else "32-true")
+        return self.score.need_less
 
-    def _writer(self, is_video: bool) -> Callable[[tuple[str, Tensor, Tensor]], tuple[Image.Image | None, Tensor]]:
+    def _writer(self, is_video: bool) -> Callable[[Predicted], tuple[Image.Image | None, Tensor]]:
         """Returns a function that writes a prediction, and returns its overlay, if drawn, and pixels per class."""
         draw = _drawings(self.classes)
         drawn = {*self.kinds, "overlay"} if is_video else self.kinds
 
-        def write(prediction: tuple[str, Tensor, Tensor]) -> tuple[Image.Image | None, Tensor]:
-            name, image, labels = prediction
-            pictures = {kind: draw[kind](image, labels) for kind in drawn}
+        def write(prediction: Predicted) -> tuple[Image.Image | None, Tensor]:
+            name, image, labels, scores = prediction
+            pictures = {kind: draw[kind](image, labels, scores) for kind in drawn}
             for kind in self.kinds:
                 path = self.output / ("" if kind == SUBMISSION else kind) / f"{name}.png"
                 with replacing(path) as draft:
@@ -144,16 +143,23 @@ class FolderPrediction:
         return write
 
 
-def _drawings(classes: LabelSet) -> dict[str, Callable[[Tensor, Tensor], Image.Image]]:
-    """Returns for each kind of picture what draws it from image and class map."""
+def _drawings(classes: LabelSet) -> dict[str, Callable[[Tensor, Tensor, Tensor], Image.Image]]:
+    """Returns for each kind of picture what draws it from image, class map and winning scores."""
     id_of_train_id = {train_id: label_id for label_id, train_id in TRAIN_ID_OF_ID.items()}
     label_ids = torch.tensor([id_of_train_id[k] for k in range(len(CITYSCAPES))], dtype=torch.uint8)
     return {
-        "overlay": lambda image, labels: overlay(image, labels, classes),
-        "index": lambda image, labels: Image.fromarray(labels.numpy()),
-        "color": lambda image, labels: Image.fromarray(classes.colorize(labels).numpy()),
-        SUBMISSION: lambda image, labels: Image.fromarray(label_ids[labels.long()].numpy()),
+        "overlay": lambda image, labels, scores: overlay(image, labels, classes),
+        "index": lambda image, labels, scores: Image.fromarray(labels.numpy()),
+        "color": lambda image, labels, scores: Image.fromarray(classes.colorize(labels).numpy()),
+        CONFIDENCE: lambda image, labels, scores: confidence_picture(scores),
+        SUBMISSION: lambda image, labels, scores: Image.fromarray(label_ids[labels.long()].numpy()),
     }
+
+
+def confidence_picture(scores: Tensor) -> Image.Image:
+    """Winning scores, float [H, W], as gray values of 16 bits, in steps of 1 / `CONFIDENCE_STEPS`."""
+    steps = (scores * CONFIDENCE_STEPS).round().clamp(0, np.iinfo(np.uint16).max)
+    return Image.fromarray(steps.numpy().astype(np.uint16))
 
 
 def _check_cityscapes(classes: LabelSet) -> None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from eomt.data.labels import LabelSet
 from eomt.data.pictures import decode_picture, to_rgb, upright
-from eomt.inference.windows import classify_images
+from eomt.inference.windows import score_images, winners
 from eomt.models.eomt import EoMT
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -28,8 +30,39 @@ def predict(network: EoMT, image: ImageLike) -> Tensor:
 
 def predict_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
     """Class maps uint8 [H, W], on the CPU, of images uint8 [3, H, W] that may differ in size, in one forward."""
-    with evaluating(network):
-        return [labels.cpu() for labels in classify_images(network, images)]
+    return [labels for labels, _ in TorchScorer(network)(images)]
+
+
+class Scorer(Protocol):
+    """What gives pixels their classes: a network in torch, or an ONNX file."""
+
+    @property
+    def need_less(self) -> str:
+        """What to change where one image takes too much memory."""
+        ...
+
+    def __call__(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """For each image, uint8 [3, H, W], its class map uint8 [H, W] and the winning scores, float32 [H, W]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TorchScorer:
+    """A network on the device that computes; `autocast`: in bfloat16."""
+
+    network: EoMT
+    autocast: bool = False
+
+    @property
+    def need_less(self) -> str:
+        return need_less(self.network.encoder.img_size, "bf16-mixed" if self.autocast else "32-true")
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """See `Scorer`; all images go through the network in one forward."""
+        device = self.network.q.weight.device.type
+        with evaluating(self.network), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            return [tuple(each.cpu() for each in winners(strips)) for strips in score_images(self.network, images)]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From images of any size to class scores per pixel, by sliding windows as in the published evaluation."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -86,8 +86,7 @@ def window_scores(mask_logits: Tensor, votes: Tensor, window: tuple[int, int], r
 
 
 def merged_scores(
-    mask_logits: Tensor,
-    votes: Tensor,
+    windows: Sequence[Callable[[range], Tensor]],
     origins: list[tuple[int, int]],
     window: tuple[int, int],
     width: int,
@@ -96,16 +95,18 @@ def merged_scores(
     """Class scores [K, rows, width] of some rows of the resized image, the mean of the windows that see a pixel.
 
     Args:
-        mask_logits: [n, Q, h, w]. votes: [n, Q, K]. origins: (top, left) of the n windows.
+        windows: each gives class scores [K, rows, w] of some of its rows. origins: (top, left) of each.
     """
-    total = votes.new_zeros(votes.shape[2], len(rows), width)
-    count = torch.zeros_like(total[0])
-    for masks, of_window, (y, x) in zip(mask_logits, votes, origins, strict=True):
-        seen = range(max(rows.start - y, 0), min(rows.stop - y, window[0]))
-        if seen:
-            top = seen.start + y - rows.start
-            here = slice(top, top + len(seen)), slice(x, x + window[1])
-            total[(slice(None), *here)] += window_scores(masks, of_window, window, seen)
+    seen = [range(max(rows.start - y, 0), min(rows.stop - y, window[0])) for y, _ in origins]
+    total = count = None
+    for of_window, (y, x), part in zip(windows, origins, seen, strict=True):
+        if part:
+            scores = of_window(part)
+            total = scores.new_zeros(len(scores), len(rows), width) if total is None else total
+            count = torch.zeros_like(total[0]) if count is None else count
+            top = part.start + y - rows.start
+            here = slice(top, top + len(part)), slice(x, x + window[1])
+            total[(slice(None), *here)] += scores
             count[here] += 1
     return total / count
 
@@ -126,12 +127,30 @@ def score_strips(
         origins: (top, left) of the n windows. image_size: (H, W).
     """
     votes = class_logits.softmax(-1)[..., :-1]
+    windows = [
+        partial(window_scores, masks, of_window, window) for masks, of_window in zip(mask_logits, votes, strict=True)
+    ]
+    return merged_strips(windows, mask_logits.shape[1], origins, window, image_size)
+
+
+def merged_strips(
+    windows: Sequence[Callable[[range], Tensor]],
+    channels: int,
+    origins: list[tuple[int, int]],
+    window: tuple[int, int],
+    image_size: tuple[int, int],
+) -> Iterator[Tensor]:
+    """`score_strips` from what gives the class scores of each window, see `merged_scores`.
+
+    Args:
+        channels: maps that a row of a window takes at a time; the more of them, the fewer rows a strip has.
+    """
     height, width = resized_size(image_size, window)
-    resized_rows = max(1, STRIP_CELLS // (mask_logits.shape[1] * window[1]))
+    resized_rows = max(1, STRIP_CELLS // (channels * window[1]))
     step = max(1, resized_rows * image_size[0] // height)
     for top in range(0, image_size[0], step):
         rows = range(top, min(top + step, image_size[0]))
-        scores = partial(merged_scores, mask_logits, votes, origins, window, width)
+        scores = partial(merged_scores, windows, origins, window, width)
         yield interpolate_rows(scores, height, image_size, rows)
 
 
@@ -168,16 +187,21 @@ def window_logits(network: EoMT, images: Sequence[Tensor]) -> list[WindowLogits]
     counts = [len(of_image) for of_image in windows]
     with network.deployed():
         (mask_logits,), (class_logits,) = network(torch.cat(windows).to(device) / 255)
-    if first_not_finite({"masks": mask_logits, "classes": class_logits}):
-        raise ValueError(
-            "the network's outputs are not finite (NaN or infinity): its weights have grown out of range, or it needs "
-            "a precision of more range; take an earlier network, or precision 32-true"
-        )
+    check_outputs({"masks": mask_logits, "classes": class_logits})
     parts = zip(mask_logits.float().split(counts), class_logits.float().split(counts), origins, images, strict=True)
     return [
         WindowLogits(masks, classes, of_image, window, tuple(image.shape[-2:]))
         for masks, classes, of_image, image in parts
     ]
+
+
+def check_outputs(outputs: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a network returned NaN or infinity."""
+    if first_not_finite(outputs):
+        raise ValueError(
+            "the network's outputs are not finite (NaN or infinity): its weights have grown out of range, or it needs "
+            "a precision of more range; take an earlier network, or precision 32-true"
+        )
 
 
 def score_images(network: EoMT, images: Sequence[Tensor]) -> list[Iterator[Tensor]]:
@@ -200,13 +224,16 @@ def segment(network: EoMT, image: Tensor) -> Tensor:
     return segment_images(network, [image])[0]
 
 
+def winners(strips: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """From strips of class scores [K, rows, W], the best class of each pixel, uint8 [H, W], and its score, [H, W]."""
+    best = [strip.max(0) for strip in strips]  # argmax is 20 times as slow on a CPU
+    return torch.cat([each.indices.byte() for each in best]), torch.cat([each.values for each in best])
+
+
 @torch.no_grad()
 def classify_images(network: EoMT, images: Sequence[Tensor]) -> list[Tensor]:
     """The class of the highest of these scores, uint8 [H, W], for each pixel of each image, in far less memory."""
-    return [
-        torch.cat([strip.max(0).indices.byte() for strip in strips])  # argmax is 20 times as slow on a CPU
-        for strips in score_images(network, images)
-    ]
+    return [winners(strips)[0] for strips in score_images(network, images)]
 
 
 def classify(network: EoMT, image: Tensor) -> Tensor:

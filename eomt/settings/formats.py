@@ -27,6 +27,8 @@ SCORES = {"miou": NUMBER, "class_iou": dict, "classes": list, "images": list}
 EVALUATION = Format(1, needs=SCORES)  # evaluation/NAME.json
 ANOMALY = Format(1)  # anomaly/BENCHMARK.json
 MATRIX = Format(1, needs={"variants": list})  # matrix.json of a comparison
+NEEDS = {"img_size": list, "class_names": list, "class_colors": list, "outputs": TEXT, "images": TEXT}
+EXPORTED = Format(1, key="schema", needs=NEEDS)  # the metadata of an ONNX file or a package of torch.export
 TUNING = Format(1, needs={"chosen": dict, "trials": list})  # tuning/VARIANT.json of a matrix
 CELL = Format(1, needs={"status": TEXT})  # cell.json of one of its runs
 REPORT = Format(1, needs={"table": list})  # report.json of a comparison
@@ -45,6 +47,12 @@ def read_format(path: str | Path, kind: Format, default: Any = REQUIRED) -> dict
         FileNotFoundError: there is no file, and no default was given.
     """
     content = read_json(path, default)
+    check_format(content, kind, path)
+    return content
+
+
+def check_format(content: Mapping[str, Any] | None, kind: Format, path: str | Path) -> None:
+    """Raises ValueError where what a file of this kind holds is of a version to come, or without what it needs."""
     number = (content or {}).get(kind.key, 1)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"{path} says {kind.key} {number!r}: a number from 1 to {kind.newest} is meant; look at it")
@@ -56,4 +64,3 @@ def read_format(path: str | Path, kind: Format, default: Any = REQUIRED) -> dict
     for name, wanted in kind.needs.items() if content else ():
         if not isinstance(content.get(name), wanted):
             raise ValueError(f"{path} has no {name} as it was written: put the file back or write it again")
-    return content

@@ -1,0 +1,151 @@
+"""The network as it is deployed, one plain module from images to scores, and whether an exported file agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eomt.data.labels import LabelSet
+from eomt.inference.prediction import evaluating
+from eomt.models.eomt import EoMT
+from eomt.settings.formats import EXPORTED, stamped
+
+if TYPE_CHECKING:
+    from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+Outputs = Literal["classes", "queries"]
+Images = Literal["uint8", "float"]
+NAMES = {"classes": ("logits",), "queries": ("mask_logits", "class_logits")}  # of what a file returns
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a file takes and returns.
+
+    Args:
+        outputs: `classes`: the score of each class for each pixel, [B, K, H, W]; `queries`: the mask logits
+            [B, Q, H/4, W/4] and class logits [B, Q, K + 1] that they are made of.
+        images: `uint8`: 0 to 255, as decoded; `float`: float32 in [0, 1]. [B, 3, H, W], RGB, never normalised.
+        batch: B, or None for any.
+    """
+
+    outputs: Outputs = "classes"
+    images: Images = "uint8"
+    batch: int | None = None
+
+
+ANY_BATCH = Signature()
+
+
+class Deployed(nn.Module):
+    """Images [B, 3, H, W], see `Signature`, to scores of classes or to queries, normalisation and all."""
+
+    def __init__(self, network: EoMT, outputs: Outputs = "classes") -> None:
+        super().__init__()
+        self.network, self.outputs = network, outputs
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the tensors of `NAMES`, in float32."""
+        pixels = images / 255 if images.dtype == torch.uint8 else images
+        with self.network.deployed():
+            (mask_logits,), (class_logits,) = self.network(pixels)
+        mask_logits, class_logits = mask_logits.float(), class_logits.float()
+        if self.outputs == "queries":
+            return mask_logits, class_logits
+        return (class_scores(mask_logits, class_logits, tuple(images.shape[-2:])),)
+
+
+def class_scores(mask_logits: Tensor, class_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scores [B, K, H, W]: the whole of what `window_scores` gives in strips of rows."""
+    masks = F.interpolate(mask_logits, size, mode="bilinear").sigmoid()
+    votes = class_logits.softmax(-1)[..., :-1]  # [B, Q, K], of "no object" none
+    return (votes.transpose(1, 2) @ masks.flatten(2)).unflatten(2, size)
+
+
+def describe(module: MaskClassificationSemantic, signature: Signature, precision: str) -> dict[str, Any]:
+    """Returns what a file says of itself, so that it can be used without this project's folders."""
+    network = module.network
+    classes = LabelSet.of(module.class_names, module.hparams.class_colors)
+    statistics = {name: getattr(network.encoder, name, None) for name in ("pixel_mean", "pixel_std")}
+    facts = {
+        "img_size": list(network.encoder.img_size),
+        "class_names": list(classes.names),
+        "class_colors": [list(color) for color in classes.colors],
+        **asdict(signature),
+        "precision": precision,
+        "artefact_id": module.artefact_id,
+        # for information: the graph has it inside
+        **{name: value.flatten().tolist() for name, value in statistics.items() if value is not None},
+    }
+    return stamped(EXPORTED, facts)
+
+
+def examples(module: MaskClassificationSemantic, signature: Signature) -> Tensor:
+    """Images of the shape and type that a file takes, two of them where it takes any number."""
+    dtype = torch.uint8 if signature.images == "uint8" else torch.float32
+    return torch.zeros(signature.batch or 2, 3, *module.network.encoder.img_size, dtype=dtype)
+
+
+def in_batches(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor, signature: Signature) -> list[Tensor]:
+    """What a file returns for images uint8 [n, 3, H, W], as many at a time as it takes, the last ones repeated."""
+    images = images if signature.images == "uint8" else images / 255
+    size = signature.batch or len(images)
+    parts = []
+    for batch in images.split(size):
+        filled = torch.cat([batch, batch[-1:].expand(size - len(batch), -1, -1, -1)])
+        parts.append([output[: len(batch)] for output in run(filled)])
+    return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+
+class Agreement(NamedTuple):
+    """How far two networks are apart on the same images.
+
+    difference: the largest of any output, in units of the largest value of that output where that is above 1.
+    same: the share of pixels with the same class.
+    """
+
+    difference: float
+    same: float
+
+    def __str__(self) -> str:
+        return f"outputs differ by at most {self.difference:.1e}, the same class on {self.same:.2%} of the pixels"
+
+
+@torch.no_grad()
+def compare(
+    module: MaskClassificationSemantic, run: Callable[[Tensor], Sequence[Tensor]], signature: Signature, crops: Tensor
+) -> Agreement:
+    """Compares what a file returns with what the network does in torch, on crops uint8 [n, 3, H, W].
+
+    Args:
+        run: the file: images as the signature says, to the tensors of `NAMES`.
+    """
+    with evaluating(module.network):
+        expected = in_batches(Deployed(module.network, signature.outputs), crops, signature)
+    found = in_batches(run, crops, signature)
+    largest = [
+        ((a.float() - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(found, expected, strict=True)
+    ]
+    maps = [classes_of(outputs, signature, tuple(crops.shape[-2:])) for outputs in (found, expected)]
+    return Agreement(torch.tensor(largest).max().item(), (maps[0] == maps[1]).float().mean().item())
+
+
+def classes_of(outputs: Sequence[Tensor], signature: Signature, size: tuple[int, int]) -> Tensor:
+    """Class maps [n, H, W] from what a file returned."""
+    scores = outputs[0] if signature.outputs == "classes" else class_scores(*outputs, size)
+    return scores.argmax(1)
+
+
+def check_agreement(found: Agreement, tolerance: Agreement, what: str) -> None:
+    """Raises ValueError where a file differs from the network by more than the tolerance, or is not finite."""
+    if not found.difference <= tolerance.difference or not found.same >= tolerance.same:
+        raise ValueError(
+            f"{what} differs from the network by {found.difference:.1e} (at most {tolerance.difference:.0e} is meant) "
+            f"and gives {found.same:.2%} of the pixels its class (at least {tolerance.same:.1%} are meant): nothing "
+            "was written"
+        )

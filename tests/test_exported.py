@@ -1,0 +1,252 @@
+"""ONNX files and packages of torch.export: what they hold, that they agree with the network, and predict.py on them."""
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_predict import SIZES, build, draw, main, save, values
+from test_pretrained import trained
+
+from eomt.exchange import extras, onnx_export
+from eomt.exchange.deployed import Agreement, Deployed, Signature, check_agreement
+from eomt.exchange.onnx_export import export_onnx
+from eomt.exchange.onnx_scorer import OnnxScorer
+from eomt.exchange.torch_package import DESCRIPTION
+from eomt.inference.prediction import TorchScorer, read_image
+from eomt.inference.windows import segment
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+ROOT = Path(__file__).parent.parent
+CROPS = torch.stack([draw((64, 128), seed) for seed in range(4)])
+to_onnx = onnx_export.to_onnx
+
+
+@pytest.fixture(scope="module")
+def module():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def graph(module):
+    """The graph of the default file; exporting takes the longest."""
+    return to_onnx(module, Signature())
+
+
+@pytest.fixture
+def exported(graph, monkeypatch):
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda *_: copy.deepcopy(graph))
+
+
+@pytest.fixture
+def file(module, exported, tmp_path):
+    export_onnx(module, tmp_path / "network.onnx", CROPS)
+    return tmp_path / "network.onnx"
+
+
+def convert(monkeypatch, *arguments):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("convert").main(list(map(str, arguments)))
+
+
+def same_maps(found, expected):
+    for (labels, scores), (wanted, best) in zip(found, expected, strict=True):
+        assert labels.shape == wanted.shape and labels.dtype == torch.uint8
+        assert (labels == wanted).float().mean() > 0.999
+        torch.testing.assert_close(scores, best, atol=1e-3, rtol=0)
+
+
+def test_a_file_takes_bytes_in_any_number_and_gives_the_score_of_each_class_for_each_pixel(module, file):
+    scorer = OnnxScorer(file)
+    (taken,), (given,) = scorer.session.get_inputs(), scorer.session.get_outputs()
+    assert (taken.name, taken.type, taken.shape[1:]) == ("images", "tensor(uint8)", [3, 64, 128])
+    assert (given.name, given.type, given.shape[1:]) == ("logits", "tensor(float)", [19, 64, 128])
+    assert isinstance(taken.shape[0], str)  # a name: any number
+    for batch in (CROPS[:1], CROPS[:3]):
+        (scores,) = scorer.run(batch)
+        for each, image in zip(scores, batch, strict=True):
+            torch.testing.assert_close(each, segment(module.network, image), atol=1e-3, rtol=0)
+
+
+def test_a_file_knows_its_classes_sizes_and_statistics(module, file):
+    facts = OnnxScorer(file).facts
+    assert facts["class_names"] == module.class_names and facts["class_colors"][0] == [128, 64, 128]
+    assert facts["img_size"] == [64, 128] and facts["precision"] == "fp32" and facts["batch"] is None
+    assert facts["pixel_mean"] == module.network.encoder.pixel_mean.flatten().tolist()
+
+
+def test_images_of_any_size_are_scored_by_windows_as_in_torch(module, file):
+    images = [draw(size, seed) for seed, size in enumerate(SIZES.values())]
+    same_maps(OnnxScorer(file)(images), TorchScorer(module.network)(images))
+
+
+def test_a_photograph_of_a_street_has_the_same_classes(module, file, camvid_root):
+    images = [read_image(path) for path in sorted(Path(camvid_root).rglob("*.png"))[:1]]
+    same_maps(OnnxScorer(file)(images), TorchScorer(module.network)(images))
+
+
+def test_predict_writes_the_same_files_from_an_onnx_file_alone(module, file, tmp_path, monkeypatch):
+    module.save_pretrained(tmp_path / "model")
+    for name, size in SIZES.items():
+        save(draw(size), tmp_path / "in" / f"berlin_000000_00000{name}.png")
+    for network, out in ((file, "of_onnx"), (tmp_path / "model", "of_torch")):
+        assert main(monkeypatch, network, tmp_path / "in", tmp_path / out, "--confidence", "--device", "cpu") == 0
+    written = [
+        {path.relative_to(tmp_path / out).as_posix() for path in (tmp_path / out).rglob("*.*")}
+        for out in ("of_onnx", "of_torch")
+    ]
+    assert written[0] == written[1] and len(written[0]) == 4 * len(SIZES) + 1
+    for name in written[0] - {"legend.png"}:
+        ours, theirs = (values(tmp_path / out / name).long() for out in ("of_onnx", "of_torch"))
+        apart = 1 if "confidence" in name else 0
+        assert ((ours - theirs).abs() <= apart).float().mean() > 0.999
+
+
+def test_predict_writes_a_submission_from_an_onnx_file(file, tmp_path, monkeypatch):
+    save(draw((64, 128)), tmp_path / "in" / "berlin_000000_000019_leftImg8bit.png")
+    assert main(monkeypatch, file, tmp_path / "in", tmp_path / "out", "--cityscapes-submission") == 0
+    (written,) = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert values(written).min() >= 7
+
+
+@pytest.mark.parametrize(("precision", "bytes_left"), [("fp16", 0.7), ("int8-weights", 0.7), ("int8-dynamic", 0.7)])
+def test_a_smaller_file_takes_and_gives_the_same_types(module, exported, file, tmp_path, precision, bytes_left):
+    small = tmp_path / "small.onnx"
+    found = export_onnx(module, small, CROPS, precision=precision)
+    assert found.same > 0.9 and small.stat().st_size < bytes_left * file.stat().st_size
+    session = OnnxScorer(small).session
+    assert [each.type for each in (*session.get_inputs(), *session.get_outputs())] == ["tensor(uint8)", "tensor(float)"]
+    assert OnnxScorer(small).facts["precision"] == precision
+
+
+def test_halves_leave_the_scores_in_32_bits(graph):
+    half = onnx_export.to_half(copy.deepcopy(graph))
+    scoring = set(onnx_export.behind(graph, "Resize"))
+    kept = {node.name for node in half.graph.node if node.name in scoring and "Cast" not in node.op_type}
+    assert len(kept) > 3 and kept == scoring - {node.name for node in graph.graph.node if node.op_type == "Cast"}
+
+
+def test_with_a_fixed_batch_every_shape_is_known_and_more_windows_than_that_are_taken_in_turns(module, tmp_path):
+    signature = Signature("queries", "float", batch=2)
+    export_onnx(module, tmp_path / "static.onnx", CROPS[:3], signature)
+    model = onnx.load(tmp_path / "static.onnx")
+    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    shapes = {value.name: value.type.tensor_type.shape for value in (*model.graph.value_info, *model.graph.output)}
+    made = {name for node in model.graph.node for name in node.output}
+    assert made <= shapes.keys() and all(dim.HasField("dim_value") for s in shapes.values() for dim in s.dim)
+    scorer = OnnxScorer(tmp_path / "static.onnx")
+    assert [each.name for each in scorer.session.get_outputs()] == ["mask_logits", "class_logits"]
+    images = [draw((50, 220))]  # three windows
+    same_maps(scorer(images), TorchScorer(module.network)(images))
+
+
+def test_a_file_that_disagrees_is_not_written(module, exported, tmp_path, monkeypatch):
+    monkeypatch.setitem(onnx_export.TOLERANCES, "fp16", Agreement(1e-9, 1.0))
+    with pytest.raises(ValueError, match=r"the ONNX file \(fp16\) differs from the network by .*: nothing was written"):
+        export_onnx(module, tmp_path / "network.onnx", CROPS, precision="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("found", [Agreement(float("nan"), 1.0), Agreement(1.0, float("nan")), Agreement(0.0, 0.5)])
+def test_what_is_no_number_or_another_class_disagrees(found):
+    with pytest.raises(ValueError, match="nothing was written"):
+        check_agreement(found, Agreement(1.1, 0.9), "the file")
+
+
+def test_a_network_that_one_file_cannot_hold_is_refused_before_it_is_traced(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "LIMIT", 1000)
+    with pytest.raises(ValueError, match=r"one ONNX file holds 2 GiB at most: write a package of torch\.export"):
+        export_onnx(module, tmp_path / "network.onnx", CROPS)
+
+
+def test_an_adapter_becomes_a_package_that_a_process_without_this_project_runs(tmp_path, monkeypatch, capsys):
+    base = trained(seed=3)
+    base.save_pretrained(tmp_path / "base")
+    adapted = trained(use_lora=True, ckpt_path=str(tmp_path / "base"))
+    adapted.save_pretrained(tmp_path / "run" / "adapter")
+    file = tmp_path / "network.pt2"
+    assert convert(monkeypatch, tmp_path / "run" / "adapter", file, "--to", "pt2") == 0
+    assert "4 crops of drawn toy streets, since no --images are given" in capsys.readouterr().out
+    size = adapted.network.encoder.img_size
+    images = torch.stack([draw(size, seed) for seed in range(3)])
+    with torch.no_grad():
+        expected = Deployed(adapted.network)(images)
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import json, sys\nfor name in ('eomt', 'timm', 'peft', 'lightning'): sys.modules[name] = None\nimport torch\n"
+    )
+    code += f"extra = {{{DESCRIPTION!r}: ''}}\nprogram = torch.export.load('network.pt2', extra_files=extra).module()\n"
+    code += f"facts = json.loads(extra[{DESCRIPTION!r}])\nassert facts['num' if 0 else 'img_size'] == {list(size)}\n"
+    code += "torch.save(program(torch.load('images.pt')), 'logits.pt')"
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+    (logits,) = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(logits, expected[0], atol=1e-3, rtol=0)
+
+
+def test_the_scores_are_those_that_windows_give_in_strips(module):
+    with torch.no_grad():
+        (scores,) = Deployed(module.network)(CROPS)
+    for each, image in zip(scores, CROPS, strict=True):
+        torch.testing.assert_close(each, segment(module.network, image), atol=1e-4, rtol=0)
+
+
+def test_an_onnx_file_of_another_program_a_broken_and_a_missing_one_are_named(
+    module, graph, tmp_path, monkeypatch, capsys
+):
+    image = save(draw((8, 8)), tmp_path / "a.png")
+    onnx.save(graph, tmp_path / "foreign.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"no network")
+    later = copy.deepcopy(graph)
+    later.metadata_props.add(key="eomt", value=json.dumps({"schema": 99}))
+    onnx.save(later, tmp_path / "later.onnx")
+    for name, sentence in (
+        ("foreign", "is an ONNX file of another program (it takes images tensor(uint8)"),
+        ("broken", "broken.onnx cannot be opened by onnxruntime"),
+        ("later", "install the version that wrote it, or a later one"),
+        ("missing", "missing.onnx: no such file"),
+    ):
+        assert main(monkeypatch, tmp_path / f"{name}.onnx", image, tmp_path / "out") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and sentence in line
+
+
+def test_without_its_packages_the_extra_to_install_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    assert convert(monkeypatch, tmp_path, tmp_path / "network.onnx", "--to", "onnx") == 1
+    said = capsys.readouterr().err
+    assert said == 'error: --to onnx needs onnx and onnxscript and onnxruntime: pip install "eomt-lora[onnx]"\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["out", "--to", "onnx"], "OUT out: the file is known by its ending; name it out.onnx"),
+        (["out", "--to", "eomt", "--batch", "2"], "--batch is not for --to eomt"),
+        (["out.pt2", "--to", "pt2", "--precision", "fp16"], "--precision is not for --to pt2"),
+        (["out.onnx", "--to", "onnx", "--batch", "0"], "0: give a whole number from 1 on"),
+    ],
+)
+def test_options_that_a_target_does_not_have_are_refused(arguments, sentence, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        convert(monkeypatch, "model", *arguments)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--precision", "32-true"], ["--ckpt_path", "x"], ["--backbone_weights", "x"]])
+def test_what_an_onnx_file_has_in_it_is_not_given_again(option, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, "network.onnx", "in", "out", *option)
+    assert f"{option[0]} is for networks of torch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_where_a_saved_network_is_meant_an_exported_one_is_named(ending, tmp_path, call_script):
+    (tmp_path / f"network.{ending}").touch()
+    code, said = call_script("evaluate.py", tmp_path / f"network.{ending}")
+    assert code == 1 and f"network.{ending} is an exported network" in said
