@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=positive, default=4, metavar="N", help="threads that read and write (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
     add("--precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
+    add("--int8", choices=("weights", "dynamic"), help="round linear layers to 8 bits: weights alone, or inputs, too")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
     args = parser.parse_args(argv)
@@ -70,9 +71,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.cityscapes_submission and args.confidence:
         parser.error("--cityscapes-submission writes label ids and nothing else: leave --confidence out")
     if is_onnx(args.model):
-        for name in ("precision", "ckpt_path", "backbone_weights"):
+        for name in ("precision", "int8", "ckpt_path", "backbone_weights"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for networks of torch; an ONNX file has everything in it: leave it out")
+    if args.int8 and args.precision == "bf16-mixed":
+        parser.error("--int8 computes the rest in float32: leave --precision bf16-mixed out")
     return args
 
 
@@ -117,20 +120,28 @@ def run(args: argparse.Namespace) -> "Tally":
 
 def open_network(args: argparse.Namespace) -> "tuple[Scorer, LabelSet]":
     """Opens what a run saved, on the device that computes."""
+    from eomt.exchange.extras import require
     from eomt.inference.saved import check_artefact
 
     check_artefact(args.model)
+    if args.int8:
+        require("int8", "--int8", "torchao")
 
     import torch
 
     from eomt.data.labels import LabelSet
+    from eomt.exchange.opening import open_merged
+    from eomt.exchange.quantised import quantise
     from eomt.inference.prediction import TorchScorer
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; leave it out to compute on the CPU")
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    module = MaskClassificationSemantic.from_pretrained(args.model, args.ckpt_path, args.backbone_weights).to(device)
+    open_ = open_merged if args.int8 else MaskClassificationSemantic.from_pretrained
+    module = open_(args.model, args.ckpt_path, args.backbone_weights).to(device)
+    if args.int8:
+        quantise(module.network, args.int8)
     classes = LabelSet.of(module.class_names, module.hparams.class_colors)
     return TorchScorer(module.network, autocast=args.precision == "bf16-mixed"), classes
 

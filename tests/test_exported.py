@@ -16,6 +16,7 @@ from eomt.exchange import extras, onnx_export
 from eomt.exchange.deployed import Agreement, Deployed, Signature, check_agreement
 from eomt.exchange.onnx_export import export_onnx
 from eomt.exchange.onnx_scorer import OnnxScorer
+from eomt.exchange.quantised import quantise, saved_bytes
 from eomt.exchange.torch_package import DESCRIPTION
 from eomt.inference.prediction import TorchScorer, read_image
 from eomt.inference.windows import segment
@@ -87,7 +88,7 @@ def test_images_of_any_size_are_scored_by_windows_as_in_torch(module, file):
 
 
 def test_a_photograph_of_a_street_has_the_same_classes(module, file, camvid_root):
-    images = [read_image(path) for path in sorted(Path(camvid_root).rglob("*.png"))[:1]]
+    images = [read_image(path) for path in sorted((Path(camvid_root) / "val").iterdir())[:1]]
     same_maps(OnnxScorer(file)(images), TorchScorer(module.network)(images))
 
 
@@ -178,11 +179,10 @@ def test_an_adapter_becomes_a_package_that_a_process_without_this_project_runs(t
     with torch.no_grad():
         expected = Deployed(adapted.network)(images)
     torch.save(images, tmp_path / "images.pt")
-    code = (
-        "import json, sys\nfor name in ('eomt', 'timm', 'peft', 'lightning'): sys.modules[name] = None\nimport torch\n"
-    )
+    names = ("eomt", "timm", "peft", "lightning")
+    code = f"import json, sys\nfor name in {names}: sys.modules[name] = None\nimport torch\n"
     code += f"extra = {{{DESCRIPTION!r}: ''}}\nprogram = torch.export.load('network.pt2', extra_files=extra).module()\n"
-    code += f"facts = json.loads(extra[{DESCRIPTION!r}])\nassert facts['num' if 0 else 'img_size'] == {list(size)}\n"
+    code += f"facts = json.loads(extra[{DESCRIPTION!r}])\nassert facts['img_size'] == {list(size)}\n"
     code += "torch.save(program(torch.load('images.pt')), 'logits.pt')"
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
     (logits,) = torch.load(tmp_path / "logits.pt")
@@ -250,3 +250,37 @@ def test_where_a_saved_network_is_meant_an_exported_one_is_named(ending, tmp_pat
     (tmp_path / f"network.{ending}").touch()
     code, said = call_script("evaluate.py", tmp_path / f"network.{ending}")
     assert code == 1 and f"network.{ending} is an exported network" in said
+
+
+@pytest.mark.parametrize("kind", ["weights", "dynamic"])
+def test_linear_layers_in_8_bits_keep_the_classes_and_a_part_of_the_bytes(kind):
+    pytest.importorskip("torchao")
+    module, image = build(), draw((64, 128))
+    before, size = module.predict(image), saved_bytes(module.network)
+    quantise(module.network, kind)
+    assert (module.predict(image) == before).float().mean() > 0.9
+    assert saved_bytes(module.network) < 0.75 * size
+
+
+def test_predict_merges_an_adapter_before_it_rounds_it_to_8_bits(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    trained(seed=3).save_pretrained(tmp_path / "base")
+    adapted = trained(use_lora=True, ckpt_path=str(tmp_path / "base"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    image = save(draw(adapted.network.encoder.img_size), tmp_path / "a.png")
+    arguments = (tmp_path / "adapter", image, tmp_path / "out", "--int8", "weights", "--device", "cpu")
+    assert main(monkeypatch, *arguments) == 0
+    found, expected = values(tmp_path / "out" / "index" / "a.png"), adapted.eval().predict(image)
+    assert (found == expected).float().mean() > 0.9
+
+
+def test_8_bits_without_their_package_or_in_another_precision_or_file_are_refused(tmp_path, monkeypatch, capsys):
+    build().save_pretrained(tmp_path / "model")
+    image = save(draw((64, 128)), tmp_path / "a.png")
+    for network, more in (("network.onnx", []), ("model", ["--precision", "bf16-mixed"])):
+        with pytest.raises(SystemExit, match="2"):
+            main(monkeypatch, network, image, "out", "--int8", "dynamic", *more)
+        assert "--int8" in capsys.readouterr().err
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "torchao" else name)
+    assert main(monkeypatch, tmp_path / "model", image, tmp_path / "out", "--int8", "dynamic") == 1
+    assert capsys.readouterr().err == 'error: --int8 needs torchao: pip install "eomt-lora[int8]"\n'
