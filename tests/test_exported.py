@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from eomt.exchange.deployed import Agreement, Deployed, Signature, check_agreeme
 from eomt.exchange.onnx_export import export_onnx
 from eomt.exchange.onnx_scorer import OnnxScorer
 from eomt.exchange.quantised import quantise, saved_bytes
-from eomt.exchange.torch_package import DESCRIPTION
+from eomt.exchange.torch_package import DESCRIPTION, export_package
 from eomt.inference.prediction import TorchScorer, read_image
 from eomt.inference.windows import segment
 
@@ -80,6 +81,14 @@ def test_a_file_knows_its_classes_sizes_and_statistics(module, file):
     assert facts["class_names"] == module.class_names and facts["class_colors"][0] == [128, 64, 128]
     assert facts["img_size"] == [64, 128] and facts["precision"] == "fp32" and facts["batch"] is None
     assert facts["pixel_mean"] == module.network.encoder.pixel_mean.flatten().tolist()
+
+
+def test_files_say_nothing_of_the_folders_of_the_machine_that_wrote_them(module, file, tmp_path):
+    export_package(module, tmp_path / "network.pt2", CROPS)
+    with zipfile.ZipFile(tmp_path / "network.pt2") as package:
+        written = [file.read_bytes(), *map(package.read, package.namelist())]
+    places = (b"site-packages", str(ROOT).encode(), str(Path(torch.__file__).parent).encode())
+    assert not [place for place in places for each in written if place in each]
 
 
 def test_images_of_any_size_are_scored_by_windows_as_in_torch(module, file):

@@ -104,7 +104,12 @@ def to_onnx(module: MaskClassificationSemantic, signature: Signature) -> ModelPr
             external_data=False,
             verbose=False,
         )
-    return program.model_proto
+    model = program.model_proto
+    graph = model.graph
+    parts = (graph.node, graph.value_info, graph.input, graph.output, graph.initializer)
+    for part in (model, graph, *(each for group in parts for each in group)):
+        del part.metadata_props[:]  # where each operation was traced, with folders of this machine
+    return model
 
 
 def checked(model: ModelProto) -> ModelProto:

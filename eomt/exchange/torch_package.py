@@ -51,6 +51,8 @@ def export_package(
     with evaluating(module.network), torch.no_grad():
         deployed = Deployed(module.network, signature.outputs)
         program = torch.export.export(deployed, (examples(module, signature),), dynamic_shapes=free)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # has folders of this machine
     described = json.dumps(describe(module, signature, "fp32"))
     with replacing(path, alone=True) as draft:
         torch.export.save(program, draft, extra_files={DESCRIPTION: described})
