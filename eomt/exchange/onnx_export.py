@@ -126,12 +126,9 @@ def to_half(model: ModelProto) -> ModelProto:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     sums = ["LayerNormalization", "Softmax", "ReduceMean", "Pow"]
-    return convert_float_to_float16(
-        model,
-        keep_io_types=True,
-        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *sums],
-        node_block_list=behind(model, "Resize"),
-    )
+    blocked = {"op_block_list": [*DEFAULT_OP_BLOCK_LIST, *sums], "node_block_list": behind(model, "Resize")}
+    with quietly():
+        return convert_float_to_float16(model, keep_io_types=True, **blocked)
 
 
 def behind(model: ModelProto, kind: str) -> list[str]:
