@@ -28,7 +28,8 @@ EXAMPLES = """examples:
 
 IN is a model/ or adapter/ folder, a run's folder or checkpoint of this project, a published EoMT (.bin, .ckpt,
 .safetensors), a folder of transformers' EoMT, or an exported EoMT of LightlyTrain. An adapter is merged into its base
-first, in float32, except for --to adapter. docs/exchange.md says who reads whose files, docs/exported.md what onnx and pt2 hold."""
+first, in float32, except for --to adapter. docs/exchange.md says who reads whose files, docs/exported.md what those of
+onnx and pt2 hold."""
 TOOLS = ("onnx", "onnxscript", "onnxruntime")  # that write and check ONNX files
 PRECISIONS = ("fp32", "fp16", "int8-weights", "int8-dynamic")
 EXPORT_OPTIONS = ("outputs", "input", "batch", "images")
