@@ -257,8 +257,15 @@ def test_what_an_onnx_file_has_in_it_is_not_given_again(option, monkeypatch, cap
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
 def test_where_a_saved_network_is_meant_an_exported_one_is_named(ending, tmp_path, call_script):
     (tmp_path / f"network.{ending}").touch()
-    code, said = call_script("evaluate.py", tmp_path / f"network.{ending}")
-    assert code == 1 and f"network.{ending} is an exported network" in said
+    file = tmp_path / f"network.{ending}"
+    for name, words in (
+        ("evaluate.py", [file]),
+        ("convert.py", [file, tmp_path / "out", "--to", "eomt"]),
+        ("../train_with_lora.py", ["data=toy_streets", f"model.ckpt_path={file}", f"output_dir={tmp_path / 'run'}"]),
+        ("../train_with_lora.py", ["data=toy_streets", f"model.backbone_weights={file}", f"output_dir={tmp_path}/b"]),
+    ):
+        code, said = call_script(name, *words)
+        assert code == 1 and f"network.{ending} is an exported network" in said, name
 
 
 @pytest.mark.parametrize("kind", ["weights", "dynamic"])

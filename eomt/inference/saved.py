@@ -9,7 +9,7 @@ from eomt import __version__
 from eomt.command_line import did_you_mean
 from eomt.files import read_json, restored
 from eomt.settings.config_check import argument_types, check_type
-from eomt.settings.formats import ARTEFACT, SUMMARY, read_format
+from eomt.settings.formats import ARTEFACT, SUMMARY, read_format, refuse_exported
 from eomt.settings.model import ModelSettings
 from lora_config import import_peft
 
@@ -20,10 +20,6 @@ CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "heads.safetensors",
     "base.safetensors",
 )
-EXPORTED = {  # endings of what is not opened here, and where it is
-    ".onnx": "an ONNX file, which scripts/predict.py takes and nothing else here",
-    ".pt2": "a package, which torch.export.load opens",
-}
 
 
 def find_artefact(path: str | Path) -> Path:
@@ -38,10 +34,7 @@ def find_artefact(path: str | Path) -> Path:
             return path
         if (path.parent / CONFIG_FILE).is_file():
             raise ValueError(f"{path} is a part of what was saved: give its folder, {path.parent}")
-        if path.suffix in EXPORTED:
-            raise ValueError(
-                f"{path} is an exported network ({EXPORTED[path.suffix]}): give the folder that it was exported from"
-            )
+        refuse_exported(path)
         raise ValueError(bare_weights(path))
     if not path.exists():
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -8,6 +8,7 @@ from typing import Any
 
 from eomt.command_line import one_sentence
 from eomt.files import read_json, read_pickle, read_tensors
+from eomt.settings.formats import refuse_exported
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 USUAL = ("model.safetensors", "pytorch_model.bin")
@@ -22,6 +23,7 @@ def weight_files(path: str | Path) -> list[Path]:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"backbone_weights {path}: no such file or folder")
+    refuse_exported(path)
     if not path.is_dir():
         return [path]
     if (path / "adapter_config.json").is_file():

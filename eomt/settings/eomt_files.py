@@ -18,6 +18,7 @@ from eomt.settings.backbones import DINOV2, DINOV3, Backbone, recognise
 from eomt.settings.config_check import check_type
 from eomt.settings.eomt_names import BACKBONE, KNOWN, LIGHTLY, PUBLISHED, TRANSFORMERS, bare, name_eomt, program_of
 from eomt.settings.eomt_names import sizes_of as sizes_of_shapes
+from eomt.settings.formats import refuse_exported
 
 USUAL = ("model.safetensors", "pytorch_model.bin")
 CONFIG_TYPES = {
@@ -119,6 +120,7 @@ def read_eomt_file(path: str | Path) -> EomtFile:
     files = eomt_files(path)
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{missing[0]}: no such file; give a file of weights, or a folder that holds one")
+    refuse_exported(files[0])
     if files[0].suffix == ".safetensors":
         shapes = {key: shape for file in files for key, shape in header_shapes(file).items()}
         content: Mapping[str, Any] = {}

@@ -34,6 +34,21 @@ CELL = Format(1, needs={"status": TEXT})  # cell.json of one of its runs
 REPORT = Format(1, needs={"table": list})  # report.json of a comparison
 
 
+EXPORTED_FILES = {  # endings of networks that no weights are read from, and who takes them
+    ".onnx": "an ONNX file, which scripts/predict.py takes and nothing else here",
+    ".pt2": "a package, which torch.export.load opens",
+}
+
+
+def refuse_exported(path: Path) -> None:
+    """Raises ValueError where a file is an exported network, and a saved one is meant."""
+    if path.suffix in EXPORTED_FILES:
+        raise ValueError(
+            f"{path} is an exported network ({EXPORTED_FILES[path.suffix]}): give the folder or file that it was "
+            "exported from"
+        )
+
+
 def stamped(kind: Format, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what such a file holds: the facts, behind the schema and the version that writes it."""
     return {kind.key: kind.newest, "eomt_lora": __version__, **facts}

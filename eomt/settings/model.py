@@ -16,6 +16,7 @@ from typing import Any, Literal
 from eomt.indices import IGNORE
 from eomt.lora.methods import check_method_name
 from eomt.settings.backbone_choice import check_backbone_weights, check_no_backbone, choose_backbone
+from eomt.settings.formats import refuse_exported
 from eomt.settings.start import taken_over
 from lora_config import LoRASettings
 
@@ -310,6 +311,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         if self.ckpt_path and not Path(self.ckpt_path).expanduser().exists():
             raise FileNotFoundError(f"ckpt_path {self.ckpt_path}: no such file or folder")
         if self.ckpt_path:
+            refuse_exported(Path(self.ckpt_path))
             check_no_backbone(self.ckpt_path)
         super().check()
         self.positive("num_classes", "unfreeze_last_n")
