@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_predict import SIZES, build, draw, main, save, values
 from test_pretrained import trained
 
@@ -19,6 +21,7 @@ from eomt.exchange.onnx_export import export_onnx
 from eomt.exchange.onnx_scorer import OnnxScorer
 from eomt.exchange.quantised import quantise, saved_bytes
 from eomt.exchange.torch_package import DESCRIPTION, export_package
+from eomt.inference.crops import draw_crops
 from eomt.inference.prediction import TorchScorer, read_image
 from eomt.inference.windows import segment
 
@@ -93,11 +96,6 @@ def test_files_say_nothing_of_the_folders_of_the_machine_that_wrote_them(module,
 
 def test_images_of_any_size_are_scored_by_windows_as_in_torch(module, file):
     images = [draw(size, seed) for seed, size in enumerate(SIZES.values())]
-    same_maps(OnnxScorer(file)(images), TorchScorer(module.network)(images))
-
-
-def test_a_photograph_of_a_street_has_the_same_classes(module, file, camvid_root):
-    images = [read_image(path) for path in sorted((Path(camvid_root) / "val").iterdir())[:1]]
     same_maps(OnnxScorer(file)(images), TorchScorer(module.network)(images))
 
 
@@ -300,3 +298,29 @@ def test_8_bits_without_their_package_or_in_another_precision_or_file_are_refuse
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "torchao" else name)
     assert main(monkeypatch, tmp_path / "model", image, tmp_path / "out", "--int8", "dynamic") == 1
     assert capsys.readouterr().err == 'error: --int8 needs torchao: pip install "eomt-lora[int8]"\n'
+
+
+@pytest.fixture
+def street():
+    """A real one, or a drawn one where there is none."""
+    root = os.environ.get("EOMT_CAMVID")
+    return read_image(min((Path(root) / "val").iterdir())) if root else draw_crops((64, 128))[0]
+
+
+def test_what_transformers_reads_becomes_an_onnx_file_that_gives_a_street_its_classes(tmp_path, monkeypatch, street):
+    pytest.importorskip("transformers")
+    from test_exchange_hf import network_of, their_classes
+    from test_other_programs import REGISTERS
+
+    module = network_of(REGISTERS)
+    module.save_pretrained(tmp_path / "ours")
+    assert convert(monkeypatch, tmp_path / "ours", tmp_path / "hf", "--to", "hf") == 0
+    assert convert(monkeypatch, tmp_path / "hf", tmp_path / "network.onnx", "--to", "onnx") == 0
+    ((labels, _),) = OnnxScorer(tmp_path / "network.onnx")([street])
+    picture = Image.fromarray(street.permute(1, 2, 0).numpy())
+    for each in (module.predict(street), their_classes(tmp_path / "hf", picture, backend="pil")):
+        assert len(each.unique()) > 1 and (labels == each).float().mean() > 0.999
+
+
+def test_a_photograph_of_a_street_has_the_same_classes(module, file, street):
+    same_maps(OnnxScorer(file)([street]), TorchScorer(module.network)([street]))
