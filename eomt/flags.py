@@ -212,7 +212,7 @@ usage: python train_with_lora.py [flags] [group=choice ...] [key=value ...]
 Examples
   python train_with_lora.py --config-name cityscapes_lora \\
       data.root=/data/cityscapes model.lora_rank=8
-  python train_with_lora.py --use_lora --lora_rank 16 --epochs 50 --batch_size 4 \\
+  python train_with_lora.py --use_lora --lora_rank 16 --epochs 50 \\
       --model vit_small --images photos/ --masks masks/ --classes classes.yaml
   python train_with_lora.py experiment=toy_source # no data, download or GPU
 
