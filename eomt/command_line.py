@@ -102,6 +102,7 @@ def quiet_libraries() -> None:
     import lightning  # noqa: F401  it sets its logger's level when imported
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that faster kernels exist
     notes = "LeafSpec|num_workers|logging interval|is not empty|before the epoch ended|use .self.log|WeightAveraging"
     warnings.filterwarnings("ignore", message=f".*({notes}).*")
 

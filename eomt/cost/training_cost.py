@@ -23,7 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eomt.cost.flops import flop_counter
+from eomt.inference.artefacts import PLAIN_BASE
 from eomt.lora.merging import cast_base
+from eomt.lora.quantised import count_parameters as count_all
+from eomt.lora.quantised import quantise_base
 from eomt.models.vit import attention_in_two
 from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.model import completed
@@ -159,7 +162,7 @@ def build_without_weights(settings: Mapping[str, Any]) -> MaskClassificationSema
     start = completed(settings)
     names = ("ckpt_path", "load_ckpt_class_head", "num_q", "backbone_kwargs")
     no_weights |= taken_over(*(start[name] for name in names))
-    no_weights["base_dtype"] = "float32"
+    no_weights |= PLAIN_BASE
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # that the backbone is random
     try:
@@ -169,6 +172,7 @@ def build_without_weights(settings: Mapping[str, Any]) -> MaskClassificationSema
         logging.disable(disabled)
     if settings.get("base_dtype") == "bfloat16":
         cast_base(module.backbone, torch.bfloat16)
+    quantise_base(module.backbone, settings.get("base_quantisation"))
     return module
 
 
@@ -201,6 +205,7 @@ def count_parameters(module: MaskClassificationSemantic) -> tuple[dict[str, int]
         **{name: list(part.parameters()) for name, part in module.heads().items()},
     }
     everything = {name: sum(p.numel() for p in part) for name, part in parts.items()}
+    everything["backbone"] += count_all(module) - sum(p.numel() for p in module.parameters())
     return everything, {name: sum(p.numel() for p in part if p.requires_grad) for name, part in parts.items()}
 
 
@@ -303,5 +308,6 @@ def variants(settings: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], st
     given = next((name for name, way in ways.items() if way == own), "as given")
     result = {name: {**settings, **way} for name, way in ways.items()}
     for way in result.values():
-        way["base_dtype"] = settings["base_dtype"] if way["use_lora"] else "float32"
+        if not way["use_lora"]:
+            way |= PLAIN_BASE
     return result | ({} if given in ways else {given: settings}), given

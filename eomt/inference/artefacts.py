@@ -31,6 +31,7 @@ from eomt.lora import files as lora_files
 from eomt.lora.files import BASE
 from eomt.lora.merging import merge
 from eomt.lora.methods import find_method
+from eomt.lora.quantised import quantise_base
 from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.finite import check_finite
 from eomt.settings.formats import ARTEFACT, stamped
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
 
 BACKBONE = "network.encoder.backbone."
 # What rebuilding is not about.
-ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, "base_dtype": "float32"}
+PLAIN_BASE = {"base_dtype": "float32", "base_quantisation": None}
+ALL_TRAINABLE = {"freeze": (), "unfreeze_last_n": None, "compile": False, **PLAIN_BASE}
 # what adapters of one network share
-ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size", "lora_method")
+ALIKE = ("num_classes", "class_names", "num_q", "num_blocks", "img_size", "lora_method", "base_quantisation")
 
 
 class Module(Protocol):
@@ -214,6 +216,7 @@ def open_adapter(cls: type[Module], directory: Path, config: Mapping[str, Any], 
     method = find_method(init["lora_method"])
     peft_config = meant_config(module, init)
     module.attach(lora_files.load_adapter(module.backbone, directory, method=method, config=peft_config))
+    quantise_base(module.backbone, init["base_quantisation"])  # it was scored on these weights
     load_heads(module, read_tensors(directory / HEADS_FILE)[0], directory / HEADS_FILE)
     set_settings(module, init)
     return module
@@ -380,4 +383,5 @@ def merge_adapter(module: Module) -> None:
     merge(module.lora)
     module.__dict__["lora"], module.base, module.adapters, module.strict_loading = None, None, {}, True
     module.artefact_id = None
-    set_settings(module, {**module.hparams, "use_lora": False, "delta_weights": False, **dict.fromkeys(PLACES)})
+    merged = {"use_lora": False, "delta_weights": False, **PLAIN_BASE, **dict.fromkeys(PLACES)}
+    set_settings(module, {**module.hparams, **merged})

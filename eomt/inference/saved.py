@@ -155,7 +155,7 @@ def check_settings(
             check_type(value, hints[name], f"{file}: {name}")
     try:
         kind.of(
-            {**init, "ckpt_path": None, "backbone_weights": None, "base_dtype": "float32"}
+            {**init, "ckpt_path": None, "backbone_weights": None, "base_dtype": "float32"} | {"base_quantisation": None}
         )  # the base is looked for later
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

@@ -9,6 +9,7 @@ from torch import nn
 
 from eomt.fingerprints import tensor_hashes
 from eomt.lora.files import adapter_in_use
+from eomt.lora.quantised import dequantise_base
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +35,8 @@ def cast_base(module: nn.Module, dtype: torch.dtype) -> None:
 def merge(handle: PeftModel) -> nn.Module:
     """Adds the updates to the base weights, in float32, and returns the plain module with its original keys.
 
+    A base in 8 or 4 bits is decoded first: the result is the network that was trained and scored.
+
     The whole module becomes float32, since rounding a small update into bfloat16 weights loses part of it; cast it
     down afterwards if that loss is acceptable. The parameters stay frozen. Of several adapters, the one in use is
     merged and the others are lost.
@@ -42,6 +45,7 @@ def merge(handle: PeftModel) -> nn.Module:
         ValueError: no adapter is in use, or the base was rounded by `cast_base`.
     """
     adapter_in_use(handle)
+    dequantise_base(handle.base_model.model)
     if hasattr(handle.base_model.model, "lora_cast_hashes"):
         raise ValueError(
             "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"

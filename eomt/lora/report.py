@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eomt.fingerprints import ADAPTER_PREFIXES, is_adapter
+from eomt.lora.quantised import count_parameters
 
 OWN = "|".join(ADAPTER_PREFIXES)
 
@@ -35,7 +36,7 @@ def trainable_report(module: nn.Module, title: str | None = None, parts: Mapping
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in module.parameters())
+    total = count_parameters(module)
     if title is None:
         has_adapters = any(is_adapter(name) for name, _ in module.named_parameters())
         title = "TRAINABLE PARAMETERS (LoRA)" if has_adapters else "TRAINABLE PARAMETERS"

@@ -19,6 +19,7 @@ from eomt.cost.memory_errors import cost_of_run
 from eomt.cost.training_cost import Cost
 from eomt.files import Tolerated, read_json
 from eomt.fingerprints import Identity, checksums, identify
+from eomt.lora.quantised import count_parameters
 from eomt.lora.report import trainable_report
 from eomt.processes import Interrupted
 from eomt.reporting.run_summary import file_sizes, peak_memory, write_summary
@@ -126,7 +127,7 @@ def finish_run(
         "skipped_steps": callbacks["finite_steps"].skipped,
         "overflows": callbacks["finite_steps"].overflows,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad and trainer.max_steps),
-        "total_parameters": sum(p.numel() for p in module.parameters()),
+        "total_parameters": count_parameters(module),
         "artefact": folder.name,
         "artefact_id": save_best.artefact_id,
         "files": sizes_of(*saved, output_dir / "checkpoints"),

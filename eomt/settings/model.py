@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eomt.indices import IGNORE
-from eomt.lora.methods import check_method_name
+from eomt.lora.methods import METHODS, check_method_name
 from eomt.settings.backbone_choice import check_backbone_weights, check_no_backbone, choose_backbone
 from eomt.settings.formats import refuse_exported
 from eomt.settings.start import taken_over
@@ -285,6 +285,8 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         checkpoint_predictions: a step takes longer and keeps less; see `EoMT`.
         base_dtype: "bfloat16" keeps the frozen base of a LoRA run in half the bytes while it trains. The results are
             those of float32, which bf16-mixed rounds in every step. To predict or merge, load the saved adapter.
+        base_quantisation: "8bit" or "4bit" keeps the linear layers of the frozen base of a LoRA run in that many bits,
+            by bitsandbytes; the network that is trained, scored and saved is the one with the rounded weights.
         compile: `torch.compile` the blocks and the upscaling.
 
     Raises:
@@ -303,6 +305,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
     class_colors: Sequence[Sequence[int]] | None = None
     checkpoint_predictions: bool = False
     base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_quantisation: Literal["8bit", "4bit"] | None = None
     compile: bool = False
 
     def check(self) -> None:
@@ -320,6 +323,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
                 f"num_classes {self.num_classes}: label maps are uint8 and {IGNORE} is ignored; at most 254"
             )
         self._check_base_dtype()
+        self._check_base_quantisation()
         self._check_lengths()
         if self.class_weights and (min(self.class_weights) < 0 or not any(self.class_weights)):
             raise ValueError(f"class_weights {list(self.class_weights)}: none is negative, and not all are 0")
@@ -351,6 +355,20 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
             )
         if (self.lora_options or {}).get("use_dora"):
             raise ValueError("base_dtype bfloat16 with use_dora: DoRA takes norms of the base weights; use float32")
+
+    def _check_base_quantisation(self) -> None:
+        kind = self.base_quantisation
+        self.chosen("base_quantisation", (None, "8bit", "4bit"))
+        for wrong, reason in (
+            (not self.use_lora, "without use_lora: weights that train are not rounded; leave it out"),
+            (self.random_base, "with a random base: it exists nowhere else to be rounded again; give a ckpt_path"),
+            (self.base_dtype != "float32", f"with base_dtype {self.base_dtype}: one of them rounds the base"),
+            (self.compile, "with compile: the compiler cannot look into the decoding of weights; leave one out"),
+            ((self.lora_options or {}).get("use_dora"), "with use_dora: DoRA takes norms of the base weights"),
+            (self.lora_method not in METHODS, f"with lora_method {self.lora_method}: it may read the base weights"),
+        ):
+            if kind and wrong:
+                raise ValueError(f"base_quantisation {kind} {reason}")
 
     def _check_lengths(self) -> None:
         for name, length in (

@@ -3,6 +3,7 @@
 Everything here takes plain, resolved mappings. What needs torch is checked by `check_config` and by what is built.
 """
 
+import importlib.util
 import inspect
 import sys
 from collections.abc import Collection, Mapping
@@ -119,7 +120,11 @@ def check_model(model: Mapping[str, Any]) -> None:
                 raise ValueError(f"model.{name} is unknown{did_you_mean(name, [*hints, *MODEL_PARTS])}")
             if not (isinstance(value, Mapping) and "_target_" in value):
                 check_type(value, hints[name], f"model.{name}")
-    ModelSettings.of(settings)
+    if ModelSettings.of(settings).base_quantisation and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"model.base_quantisation={settings['base_quantisation']} needs the package bitsandbytes, which is not "
+            "installed: pip install 'eomt-lora[quantised]', or leave it out"
+        )
 
 
 MODEL_PARTS = ("encoder", "loss", "optimizer")  # objects that YAML may describe

@@ -149,6 +149,11 @@ def check_callbacks(callbacks: Mapping[str, Mapping[str, Any]], model: Mapping[s
                 f"callbacks.{name} {kind}: its average rounds frozen weights, too, so that they would no longer be "
                 f"those of the base; give callbacks=ema callbacks.ema.decay={node.get('decay', 0.999)}"
             )
+        if kind == "WeightAveraging" and model.get("base_quantisation"):
+            raise ValueError(
+                f"callbacks.{name} {kind} with base_quantisation {model['base_quantisation']}: it would average the "
+                "codes of the base, which are no numbers; give callbacks=ema"
+            )
     bars = [name for name, kind in classes.items() if kind in BARS]
     if len(bars) > 1:
         raise ValueError(

@@ -31,6 +31,7 @@ from eomt.lora.adapting import adapt
 from eomt.lora.files import BASE
 from eomt.lora.merging import cast_base
 from eomt.lora.methods import find_method
+from eomt.lora.quantised import quantise_base
 from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
@@ -140,6 +141,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
             adapted = adapt(self.backbone, lora, last, norm, self.network, method, blocks)
             if adapted.handle:
                 self.attach(adapted.handle)
+                quantise_base(self.backbone, settings.base_quantisation)
         self.freeze_heads(settings.freeze)
 
     @property
