@@ -43,6 +43,7 @@ from eomt.models.checkpoint import (
 )
 from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.formats import EVALUATION, SUMMARY, read_format
+from eomt.settings.hub import local_path
 from eomt.training.index_check import check_indices, indices_of
 
 if TYPE_CHECKING:
@@ -129,12 +130,12 @@ class RunFacts:
         if not path:
             first = "timm's pretrained" if self.init.get("pretrained") else "random"
             raise NothingToCheck(f"the run started from {first} weights, which are not here")
-        if not Path(path).expanduser().exists():
-            raise NothingToCheck(f"the weights that the run started from are not there: {path}")
         try:
-            return Path(path) if plain_backbone(path) else find_weights(path)
-        except FileNotFoundError as error:
-            raise NothingToCheck(f"the run started from {path}, which holds no weights") from error
+            place = local_path(path)
+            return place if plain_backbone(place) else find_weights(place)
+        except OSError as error:
+            lack = f"the run started from {path}, which holds no weights" if Path(path).expanduser().exists() else error
+            raise NothingToCheck(f"{lack}") from error
 
     def halves(self) -> tuple[set[str], set[str]]:
         """Returns the layers whose A the adapter holds, and those whose B it holds."""

@@ -35,6 +35,7 @@ from eomt.lora.quantised import quantise_base
 from eomt.models.checkpoint import attention_heads, load_checkpoint
 from eomt.models.finite import check_finite
 from eomt.settings.formats import ARTEFACT, stamped
+from eomt.settings.hub import hub_place, named_on_hub, pinned
 from eomt.settings.model import completed
 from lora_config import find_targets, listed
 
@@ -61,6 +62,7 @@ class Module(Protocol):
     base: Identity | None
     trained_precision: str | None
     artefact_id: str | None
+    source: str | None
     settings_type: ClassVar[type]
 
     @classmethod
@@ -127,7 +129,7 @@ def saved_settings(module: Module) -> dict[str, Any]:
     """The settings as JSON holds them."""
     init = dict(module.hparams)
     for name in PLACES:
-        if init[name]:
+        if init[name] and not hub_place(init[name]):
             init[name] = str(Path(init[name]).expanduser().resolve())
     return json.loads(json.dumps(init))
 
@@ -162,8 +164,10 @@ def precision(module: Module) -> str | None:
 
 def load_pretrained(cls: type[Module], path: str | Path, given: Places) -> Module:
     """Restores a trained network, bit for bit, in evaluation mode; see `MaskClassificationSemantic.from_pretrained`."""
-    path = find_artefact(path)
-    return open_checkpoint(cls, path, given) if path.is_file() else open_folder(cls, path, given)
+    place, path = named_on_hub(path), find_artefact(path)
+    module = open_checkpoint(cls, path, given) if path.is_file() else open_folder(cls, path, given)
+    module.source = pinned(str(place)) if place else None
+    return module
 
 
 def open_folder(cls: type[Module], path: Path, given: Places) -> Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 from eomt.fingerprints import Identity
 from eomt.inference.saved import BASE_FILE
+from eomt.settings.hub import local_path, pinned
 
 PLACES = ("ckpt_path", "backbone_weights")  # settings that name files of weights, which may move
 Places = Mapping[str, str | Path | None]
@@ -22,7 +23,7 @@ def refuse_base(path: Path, given: Places) -> None:
 
 def moved(init: Mapping[str, Any], given: Places) -> dict[str, Any]:
     """The settings, with the base where it is now: saved again, the adapter names that."""
-    return {**init, **{name: str(place) for name, place in given.items() if place and init[name]}}
+    return {**init, **{name: str(pinned(place)) for name, place in given.items() if place and init[name]}}
 
 
 def find_base(path: Path, init: Mapping[str, Any], given: Places) -> dict[str, str | None]:
@@ -42,7 +43,7 @@ def find_base(path: Path, init: Mapping[str, Any], given: Places) -> dict[str, s
             f"ckpt_path=.../adapter/{BASE_FILE}"
         )
     for name, place in places.items():
-        if place and not given.get(name) and not Path(place).expanduser().exists():
+        if place and not given.get(name) and not local_path(place).exists():
             raise FileNotFoundError(
                 f"{path} was trained from {place}, which is not there: give the place of these weights with {name}"
             )

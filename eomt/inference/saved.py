@@ -10,6 +10,7 @@ from eomt.command_line import did_you_mean
 from eomt.files import read_json, restored
 from eomt.settings.config_check import argument_types, check_type
 from eomt.settings.formats import ARTEFACT, SUMMARY, read_format, refuse_exported
+from eomt.settings.hub import here, local_path, named_on_hub
 from eomt.settings.model import ModelSettings
 from lora_config import import_peft
 
@@ -25,10 +26,12 @@ CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
 def find_artefact(path: str | Path) -> Path:
     """Returns the adapter or model folder that is meant, or the Lightning checkpoint; a run folder means what it holds.
 
+    A repository of the hub, `user/name@revision`, is fetched.
+
     Raises:
         FileNotFoundError: there is nothing of the kind. ValueError: bare weights, or a run folder that holds both.
     """
-    path = Path(path).expanduser()
+    path = here(path)
     if path.is_file():
         if path.suffix == ".ckpt":
             return path
@@ -68,7 +71,7 @@ def check_artefact(path: str | Path) -> Path:
 
 def find_weights(path: str | Path) -> Path:
     """Returns the file of weights or the folder that is meant; raises as `find_artefact` does."""
-    path = Path(path).expanduser()
+    path = here(path)
     if path.is_dir() and not (path / CONFIG_FILE).is_file():  # as downloaded from a hub
         for name in (WEIGHTS_FILE, "pytorch_model.bin", f"{WEIGHTS_FILE}.index.json"):
             if (path / name).is_file():
@@ -89,6 +92,8 @@ def results_of(path: str | Path, kind: str) -> Path:
     It is `kind` in the run's folder for what the run ships, and in there a folder of its own for a merged network, a
     checkpoint or the like. Raises as `find_artefact` does.
     """
+    if place := named_on_hub(path):
+        raise ValueError(f"{place} is on the hub, and no run's folder lies around it: give a folder with --output")
     path = Path(path).expanduser()
     run, found = run_of(path), find_artefact(path)
     if is_shipped(found, run):
@@ -200,5 +205,5 @@ def check_shipped(directory: Path) -> None:
 
 def check_ckpt_path(ckpt_path: str | Path | None) -> None:
     """Raises FileNotFoundError where weights are named that are not there."""
-    if ckpt_path and not Path(ckpt_path).expanduser().exists():
+    if ckpt_path and not local_path(ckpt_path).exists():
         raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file or folder")

@@ -22,6 +22,7 @@ from eomt.settings.backbone_files import USUAL, flat, read_state, shards
 from eomt.settings.backbone_names import name_tensors
 from eomt.settings.eomt_files import describe_file, weights_in
 from eomt.settings.eomt_names import PUBLISHED, program_of, sizes_of
+from eomt.settings.hub import local_path
 
 if TYPE_CHECKING:  # reading alone needs no timm
     from eomt.models.eomt import EoMT
@@ -156,7 +157,7 @@ def stored_sizes(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, int
 
 def weight_files(path: str | Path) -> list[Path]:
     """The file itself, or those of a folder that hold weights, the preferred one first; an adapter is a ValueError."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     if (path / "adapter_config.json").is_file():
         raise ValueError(
             f"ckpt_path {path} is an adapter, not a network: open it with MaskClassificationSemantic.from_pretrained, "

@@ -15,6 +15,7 @@ from eomt.fingerprints import is_adapter
 from eomt.settings.backbone_files import USUAL, header_shapes, read_shapes, weight_files
 from eomt.settings.backbone_names import Names, name_tensors
 from eomt.settings.backbones import DEFAULT_BACKBONE, DEIT, DINOV2, DINOV3, MAE, TOLD, VIT, Backbone, recognise
+from eomt.settings.hub import local_path
 
 QUERIES = ("q.weight", "class_head.weight", "mask_head.0.weight")  # of an EoMT, under the published names
 PEER_QUERIES = ("query.weight", "class_predictor.weight")  # and under transformers'
@@ -178,7 +179,7 @@ def check_backbone_weights(path: str | Path, backbone_name: str | None, kwargs: 
 
 def check_no_backbone(path: str | Path) -> None:
     """Raises what `refuse_backbone` does for a file that `ckpt_path` names, as far as it is known without torch."""
-    file = Path(path).expanduser()
+    file = local_path(path)
     if file.is_dir():
         file = next((file / name for name in USUAL if (file / name).is_file()), file)
     if file.suffix != ".safetensors" or not file.is_file():

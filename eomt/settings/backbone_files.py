@@ -9,6 +9,7 @@ from typing import Any
 from eomt.command_line import one_sentence
 from eomt.files import read_json, read_pickle, read_tensors
 from eomt.settings.formats import refuse_exported
+from eomt.settings.hub import local_path
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 USUAL = ("model.safetensors", "pytorch_model.bin")
@@ -20,7 +21,7 @@ def weight_files(path: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none. ValueError: it is an adapter, a saved EoMT, or not clear which is meant.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.exists():
         raise FileNotFoundError(f"backbone_weights {path}: no such file or folder")
     refuse_exported(path)

@@ -13,6 +13,7 @@ from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, path_in, qu
 from eomt.files import read_yaml
 from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.config_check import check_config, targets_in
+from eomt.settings.hub import hub_place, pinned
 from eomt.settings.run import check_data
 from eomt.settings.start import taken_over
 
@@ -130,7 +131,10 @@ def read_mappings(config: Any) -> None:
 
 
 def absolute_paths(config: Any) -> None:
-    """Makes paths begin at the root, so that a run's records hold anywhere; `~` too, which no shell expands here."""
+    """Makes paths begin at the root, so that a run's records hold anywhere; `~` too, which no shell expands here.
+
+    Places on the hub get the commit that they are at now.
+    """
     from omegaconf import OmegaConf
 
     for key in PATH_KEYS:
@@ -142,7 +146,8 @@ def absolute_paths(config: Any) -> None:
         ):  # a value that is not to be written down
             continue
         if isinstance(path, str) and key.startswith(("data.", "model.", "resume")):
-            absolute = os.path.abspath(os.path.expanduser(path))
+            on_hub = key.startswith("model.") and hub_place(path)
+            absolute = pinned(path) if on_hub else os.path.abspath(os.path.expanduser(path))
             if absolute != path:  # what is absolute already keeps its interpolations
                 OmegaConf.update(config, key, absolute)
 

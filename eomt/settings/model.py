@@ -10,13 +10,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from eomt.indices import IGNORE
 from eomt.lora.methods import METHODS, check_method_name
 from eomt.settings.backbone_choice import check_backbone_weights, check_no_backbone, choose_backbone
 from eomt.settings.formats import refuse_exported
+from eomt.settings.hub import local_path, pinned
 from eomt.settings.start import taken_over
 from lora_config import LoRASettings
 
@@ -272,7 +272,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
     Args:
         img_size: (height, width) of training crops and evaluation windows, multiples of `patch_size`.
         num_classes: K of the data set.
-        ckpt_path: EoMT weights to start from (see `load_checkpoint`).
+        ckpt_path: EoMT weights to start from (see `load_checkpoint`): a path, or `hf://user/name@revision/file`.
         load_ckpt_class_head: False trains a fresh class head, for another set of classes or another `head`; the number
             of queries is then that of `ckpt_path`, see `taken_over`.
         delta_weights: `ckpt_path` holds differences to the pretrained backbone (published DINOv3 checkpoints), which
@@ -311,10 +311,10 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
     def check(self) -> None:
         """See `Checked.check`."""
         check_img_size(self.img_size, self.patch_size)
-        if self.ckpt_path and not Path(self.ckpt_path).expanduser().exists():
+        if self.ckpt_path and not local_path(self.ckpt_path).exists():
             raise FileNotFoundError(f"ckpt_path {self.ckpt_path}: no such file or folder")
         if self.ckpt_path:
-            refuse_exported(Path(self.ckpt_path))
+            refuse_exported(local_path(self.ckpt_path))
             check_no_backbone(self.ckpt_path)
         super().check()
         self.positive("num_classes", "unfreeze_last_n")
@@ -337,10 +337,11 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
         return not (self.pretrained or self.backbone_weights or self.ckpt_path)
 
     def with_backbone(self) -> ModelSettings:
-        """The same settings with the `backbone_name` that they come to; see `choose_backbone`, and `taken_over`."""
+        """The same settings with what they come to: `backbone_name`, commits on the hub, and what is `taken_over`."""
+        places = {"ckpt_path": pinned(self.ckpt_path), "backbone_weights": pinned(self.backbone_weights)}
         name = choose_backbone(self.backbone_name, self.backbone_weights)
         found = taken_over(self.ckpt_path, self.load_ckpt_class_head, self.num_q, self.backbone_kwargs)
-        return replace(self, backbone_name=name, **found)
+        return replace(self, backbone_name=name, **places, **found)
 
     def _check_base_dtype(self) -> None:
         if self.base_dtype == "float32":

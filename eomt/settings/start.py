@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from eomt.settings.eomt_files import read_eomt_file
 from eomt.settings.eomt_names import TRANSFORMERS
+from eomt.settings.hub import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,12 @@ def taken_over(
     Args:
         ckpt_path, load_class_head, num_q, backbone_kwargs: as in `ModelSettings`.
     """
-    if not ckpt_path or not Path(ckpt_path).expanduser().exists():
+    place = local_path(ckpt_path) if ckpt_path else None
+    if place is None or not place.exists():
         return {}
     changes: dict[str, Any] = {}
     try:
-        file = read_eomt_file(ckpt_path)
+        file = read_eomt_file(place)
     except (ValueError, OSError):  # which loading it says, in full
         return {}
     queries = file.sizes.get("num_q", num_q)

@@ -16,14 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from eomt.fingerprints import checksums, identify, is_adapter
 from eomt.indices import IGNORE, OUTLIER
-from eomt.inference.artefacts import (
-    Adapter,
-    add_adapter,
-    load_pretrained,
-    precision,
-    save_pretrained,
-    use_adapter,
-)
+from eomt.inference.artefacts import Adapter, add_adapter, load_pretrained, precision, save_pretrained, use_adapter
 from eomt.inference.bases import check_base, record_base
 from eomt.inference.prediction import ImageLike, predict
 from eomt.inference.windows import classify
@@ -98,6 +91,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.adapters: dict[str, Adapter] = {}  # those not in use, and the base's heads
         self.trained_precision: str | None = None  # of the run that a saved network comes from
         self.artefact_id: str | None = None  # of what was opened or saved last
+        self.source: str | None = None  # its place on the hub, with its commit, if it was opened from there
         self.lora_settings = chosen.lora
         self.choose_trainable()
 
@@ -348,7 +342,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
         """Restores a trained network, bit for bit, in evaluation mode.
 
         Args:
-            path: an `adapter/` or `model/` folder, a run's folder, or its `checkpoints/best.ckpt`.
+            path: an `adapter/` or `model/` folder, a run's folder, or its `checkpoints/best.ckpt`; or a repository of
+                the hub, `user/name` or `user/name@revision`.
             ckpt_path, backbone_weights: the base weights of an adapter, if they have moved since.
 
         Raises:

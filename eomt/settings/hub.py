@@ -1,0 +1,134 @@
+"""Places on the Hugging Face hub, `hf://user/name@revision/file`: pinned to a commit, fetched into the hub's own cache.
+
+A branch or a tag may mean other files tomorrow, so a place without a commit is given the one that it has now, and that
+is what records hold. Needs no torch, and huggingface_hub only where something is fetched.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from eomt.command_line import one_sentence
+
+log = logging.getLogger(__name__)
+
+NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # of a repository
+PLACE = re.compile(rf"(?P<repo>{NAME})(?:@(?P<revision>[^/@\s]+))?(?:/(?P<file>[^\s@]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WANTED = ("*.json", "*.safetensors", "pytorch_model*.bin")  # of a folder; nothing else is ever opened
+
+
+class HubPlace(NamedTuple):
+    """A file on the hub, or a folder (`file` without an ending, or None for the whole repository)."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        revision, file = (f"@{self.revision}" if self.revision else ""), (f"/{self.file}" if self.file else "")
+        return f"hf://{self.repo}{revision}{file}"
+
+    @property
+    def is_file(self) -> bool:
+        return bool(self.file and PurePosixPath(self.file).suffix)
+
+
+def hub_place(place: str | Path | None) -> HubPlace | None:
+    """Returns what `hf://user/name@revision/file` says; None for a path.
+
+    Raises:
+        ValueError: it begins with hf: and is no such place.
+    """
+    text = str(place or "")
+    if not text.startswith("hf:"):
+        return None
+    found = PLACE.fullmatch(re.sub(r"^hf:/{1,2}", "", text))  # a `Path` has made one stroke of two
+    parts = (found["file"] or "").split("/") if found else []
+    if not found or {".", ".."} & set(parts) or (found["file"] and "" in parts):
+        raise ValueError(
+            f"{text} is no place on the hub: hf://user/name@revision/file is meant, without the file for all"
+        )
+    return HubPlace(found["repo"], found["revision"], found["file"])
+
+
+def named_on_hub(path: str | Path) -> HubPlace | None:
+    """Returns the repository that a saved network is named by: `user/name`, `user/name@revision` or `hf://…`.
+
+    What exists here, or lies in a folder that exists here, is a path, and so is everything else: None.
+    """
+    place, local = hub_place(path), Path(path).expanduser()
+    if place or local.exists() or local.parent.exists() or local.is_absolute():
+        return place
+    found = PLACE.fullmatch(str(path))
+    return HubPlace(found["repo"], found["revision"]) if found and not found["file"] else None
+
+
+def pinned(place: str | Path | None) -> Any:
+    """Returns a place on the hub with the commit that its revision is now; any other path as it is.
+
+    Raises:
+        ConnectionError: the hub does not say it.
+    """
+    found = hub_place(place)
+    if found is None or COMMIT.fullmatch(found.revision or ""):
+        return str(found) if found else place
+    commit = _commit(found)
+    log.info("%s is commit %s", found, commit)
+    return str(found._replace(revision=commit))
+
+
+def local_path(place: str | Path) -> Path:
+    """Returns where a file or folder lies on this machine; what is on the hub is fetched, once.
+
+    Raises:
+        ConnectionError: the hub does not give it. ValueError: see `hub_place`.
+    """
+    found = hub_place(pinned(place))
+    if found is None:
+        return Path(place).expanduser()
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if found.is_file:
+        return Path(_asked(found, lambda: hf_hub_download(found.repo, found.file, revision=found.revision)))
+    wanted = [f"{found.file}/{pattern}" if found.file else pattern for pattern in WANTED]
+    folder = _asked(found, lambda: snapshot_download(found.repo, revision=found.revision, allow_patterns=wanted))
+    return Path(folder, found.file or "")
+
+
+def here(path: str | Path) -> Path:
+    """Returns where a saved network lies on this machine: the path itself, or the repository that it names, fetched.
+
+    Raises:
+        FileNotFoundError: `user/name` is neither. ConnectionError: the hub does not give `hf://…`.
+    """
+    place = named_on_hub(path)
+    if place is None:
+        return Path(path).expanduser()
+    try:
+        return local_path(str(place))
+    except ConnectionError as error:
+        raise error if hub_place(path) else FileNotFoundError(f"{path}: no such file or folder, and {error}") from error
+
+
+@functools.cache  # one process sees one commit
+def _commit(place: HubPlace) -> str:
+    from huggingface_hub import HfApi
+
+    return _asked(place, lambda: HfApi().repo_info(place.repo, revision=place.revision).sha)
+
+
+def _asked(place: HubPlace, ask: Callable[[], str]) -> str:
+    try:
+        return ask()
+    except Exception as error:  # of the hub, of the network, of the disk
+        raise ConnectionError(
+            f"{place} could not be had from the hub ({type(error).__name__}: {one_sentence(error)}); look at the name, "
+            "log in with `hf auth login` if it is not public, or fetch it where there is a network: what was fetched "
+            "once is found by its commit, hf://user/name@COMMIT"
+        ) from error

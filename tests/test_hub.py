@@ -1,0 +1,172 @@
+"""The hub: what is loaded from there is pinned to a commit, and what is sent there tells nothing private."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import TINY
+from omegaconf import OmegaConf
+
+from eomt.inference.saved import find_artefact, results_of
+from eomt.settings import hub
+from eomt.settings.compose import absolute_paths
+from eomt.settings.hub import hub_place, local_path, named_on_hub, pinned
+from eomt.settings.model import ModelSettings
+from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+FIRST, SECOND = "a" * 40, "b" * 40
+
+
+class Hub:
+    """Stands in for the hub: repositories are folders `user/name/COMMIT`; it notes what it was asked."""
+
+    def __init__(self, root):
+        self.root, self.asked, self.branches = root, [], {"main": FIRST}
+
+    def fill(self, repo, folder, commit=FIRST):
+        shutil.copytree(folder, self.root / repo / commit)
+
+    def repo_info(self, repo, revision=None):
+        self.asked.append(("info", repo, revision))
+        if not (self.root / repo).is_dir():
+            raise huggingface_hub.errors.HFValidationError("404: no such repository")
+        return type("Info", (), {"sha": self.branches[revision or "main"]})
+
+    def download(self, repo, file, revision=None):
+        self.asked.append(("file", file, revision))
+        path = self.root / repo / revision / file
+        if not path.is_file():
+            raise huggingface_hub.errors.HFValidationError(f"404: {file}")
+        return str(path)
+
+    def snapshot(self, repo, revision=None, allow_patterns=None):
+        self.asked.append(("folder", tuple(allow_patterns), revision))
+        return str(self.root / repo / revision)
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    there = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: there)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", there.download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", there.snapshot)
+    monkeypatch.chdir(tmp_path)
+    hub._commit.cache_clear()
+    yield there
+    hub._commit.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A whole network, and an adapter on it."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    MaskClassificationSemantic(**TINY).save_pretrained(folder / "model")
+    MaskClassificationSemantic(**TINY, use_lora=True, ckpt_path=str(folder / "model")).save_pretrained(
+        folder / "adapter"
+    )
+    return folder
+
+
+def outputs(module):
+    image = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), module.eval().network.deployed():
+        return torch.cat([part.flatten() for parts in module.network(image) for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("hf://user/name/model.safetensors", ("user/name", None, "model.safetensors")),
+        ("hf:/user/name@v1/a/model.bin", ("user/name", "v1", "a/model.bin")),
+        (f"hf://user/na.me@{FIRST}", ("user/na.me", FIRST, None)),
+        ("/data/model", None),
+        ("user/name", None),
+        (None, None),
+    ],
+)
+def test_a_place_on_the_hub_is_read_in_its_parts(text, parts):
+    assert hub_place(text) == parts
+    if parts:
+        assert hub_place(str(hub_place(text))) == parts
+
+
+@pytest.mark.parametrize(
+    "text", ["hf://name", "hf://user/name/../x", "hf:user", "hf://user/name//x", "hf://u/n@/x", "hf://u/n x"]
+)
+def test_what_is_no_place_on_the_hub_is_refused_with_the_form_it_should_have(text):
+    with pytest.raises(ValueError, match="hf://user/name@revision/file is meant"):
+        hub_place(text)
+
+
+def test_what_is_here_or_lies_in_a_folder_that_is_here_is_never_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    for path in ("outputs/lora", "outputs", "model.ckpt", "/user/name", "a/b/c", "../user/name"):
+        assert named_on_hub(path) is None
+    assert named_on_hub("user/name@v1") == ("user/name", "v1", None)
+    with pytest.raises(FileNotFoundError, match="outputs/lora: no such file or folder"):
+        find_artefact("outputs/lora")
+
+
+def test_a_network_is_opened_from_the_hub_and_says_the_commit(stand_in, saved):
+    stand_in.fill("user/name", saved / "model")
+    module = MaskClassificationSemantic.from_pretrained("user/name")
+    assert module.source == f"hf://user/name@{FIRST}"
+    assert torch.equal(outputs(module), outputs(MaskClassificationSemantic.from_pretrained(saved / "model")))
+    assert [what for what, *_ in stand_in.asked].count("info") == 1  # one process sees one commit
+    assert all(revision == FIRST for what, _, revision in stand_in.asked if what != "info")
+    (patterns,) = {patterns for what, patterns, _ in stand_in.asked if what == "folder"}
+    assert "*.py" not in patterns and "*" not in patterns  # nothing that could run
+    for form in (f"user/name@{FIRST}", f"hf://user/name@{FIRST}"):
+        stand_in.asked.clear()
+        MaskClassificationSemantic.from_pretrained(form)
+        assert "info" not in [what for what, *_ in stand_in.asked]  # a commit needs no question
+
+
+def test_training_starts_from_a_file_of_the_hub_and_its_records_hold_the_commit(stand_in, saved, tmp_path):
+    stand_in.fill("user/name", saved / "model")
+    place, commit = "hf://user/name/model.safetensors", f"hf://user/name@{FIRST}/model.safetensors"
+    config = OmegaConf.create({"model": {"ckpt_path": place, "backbone_weights": None}})
+    absolute_paths(config)
+    assert config.model.ckpt_path == commit
+    module = MaskClassificationSemantic(**TINY, use_lora=True, ckpt_path=place)
+    assert module.hparams.ckpt_path == commit
+    module.save_pretrained(tmp_path / "adapter")
+    stand_in.branches["main"] = SECOND  # what the branch is later does not matter
+    opened = MaskClassificationSemantic.from_pretrained(tmp_path / "adapter")
+    assert opened.hparams.ckpt_path == commit and torch.equal(outputs(opened), outputs(module))
+
+
+def test_the_base_of_an_adapter_may_lie_on_the_hub(stand_in, saved):
+    stand_in.fill("user/base", saved / "model")
+    module = MaskClassificationSemantic.from_pretrained(saved / "adapter", "hf://user/base@main")
+    assert module.hparams.ckpt_path == f"hf://user/base@{FIRST}"
+    stand_in.fill("user/other", saved / "adapter")
+    with pytest.raises(ValueError, match="is an adapter"):
+        MaskClassificationSemantic.from_pretrained(saved / "adapter", "hf://user/other")
+
+
+def test_a_plain_backbone_from_the_hub_is_recognised_without_torch(stand_in, saved):
+    stand_in.fill("user/name", saved / "model")
+    with pytest.raises(ValueError, match=r"whole EoMT.*model\.ckpt_path"):
+        ModelSettings(
+            **TINY | {"backbone_name": None, "backbone_kwargs": None},
+            backbone_weights="hf://user/name/model.safetensors",
+        )
+
+
+def test_what_the_hub_does_not_give_is_one_sentence(stand_in, saved):
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing: no such file or folder, and .* the hub"):
+        MaskClassificationSemantic.from_pretrained("nobody/nothing")
+    with pytest.raises(ConnectionError, match="hf://nobody/nothing could not be had"):
+        pinned("hf://nobody/nothing")
+    stand_in.fill("user/name", saved / "model")
+    with pytest.raises(ConnectionError, match=r"hf://user/name@a+/absent\.bin could not be had"):
+        local_path("hf://user/name/absent.bin")
+
+
+def test_results_of_a_network_on_the_hub_need_a_folder(stand_in):
+    with pytest.raises(ValueError, match="--output"):
+        results_of("user/name", "evaluation")
