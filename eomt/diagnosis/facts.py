@@ -1,6 +1,4 @@
-"""Gathers the facts of a run: `inspection` reads them from files, and a network without weights says what the settings
-ask for.
-"""
+"""Gathers the facts of a run, from its files and from a network without weights, which is what the settings ask for."""
 
 from __future__ import annotations
 

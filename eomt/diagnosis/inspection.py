@@ -40,7 +40,7 @@ from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.backbone_files import flat
 from eomt.settings.eomt_files import weights_in
 from eomt.settings.eomt_names import LIGHTLY, TRANSFORMERS, program_of
-from eomt.settings.hub import local_path
+from eomt.settings.hub import hub_place
 from eomt.settings.model import completed
 
 BASE_RECORD = ("base_fingerprint", "base_weights")
@@ -248,7 +248,7 @@ def name_base(path: Path, init: Mapping[str, Any]) -> str:
     if path.is_dir() and (path / BASE_FILE).is_file():
         return str(path / BASE_FILE)
     if place := init.get("ckpt_path") or init.get("backbone_weights"):
-        return str(local_path(place))
+        return str(hub_place(place) or Path(place).expanduser())  # nothing is fetched to be named
     if init.get("pretrained"):
         return f"timm's pretrained weights of {init['backbone_name']}"
     return "not named"
