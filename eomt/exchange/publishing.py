@@ -71,15 +71,7 @@ def stage(
     artefact_id = check_unchanged(artefact, config)
     if base and not config["init"].get("use_lora"):
         raise ValueError(f"--base {base} is for adapters, and {artefact} holds a whole network: leave it out")
-    for name in TENSORS:
-        if (artefact / name).is_file():
-            shutil.copyfile(artefact / name, draft / name)
-    config["init"] = without_paths(config["init"], base)
-    write_json(draft / CONFIG_FILE, config)
-    told = describe_base(artefact, config)
-    if config["init"].get("use_lora"):
-        known = {"base_model_name_or_path": told.repo, "revision": told.revision}
-        write_json(draft / PEFT_FILE, read_json(artefact / PEFT_FILE) | known)
+    told = copy_files(artefact, draft, config, base)
     run = run_of(artefact)
     if picture or scores:
         write_picture(picture, scores, draft / PICTURE)
@@ -101,6 +93,20 @@ def stage(
     write_text(draft / CARD, card(facts))
     refuse_paths(draft)
     return facts
+
+
+def copy_files(artefact: Path, draft: Path, config: dict[str, Any], base: str | None) -> Base:
+    """Copies a saved network but for the paths in its settings, also in `config`; returns its base."""
+    for name in TENSORS:
+        if (artefact / name).is_file():
+            shutil.copyfile(artefact / name, draft / name)
+    config["init"] = without_paths(config["init"], base)
+    write_json(draft / CONFIG_FILE, config)
+    told = describe_base(artefact, config)
+    if config["init"].get("use_lora"):
+        known = {"base_model_name_or_path": told.repo, "revision": told.revision}
+        write_json(draft / PEFT_FILE, read_json(artefact / PEFT_FILE) | known)
+    return told
 
 
 def without_paths(init: Mapping[str, Any], base: str | None) -> dict[str, Any]:
