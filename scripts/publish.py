@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
-from eomt.inference.saved import check_artefact
+from eomt.exchange.publishing import check_login, check_picture, check_repo, data_name, stage, upload
+from eomt.inference.saved import check_artefact, run_of
 from eomt.settings.hub import hub_place, named_on_hub, pinned
 
 EXAMPLES = """examples:
@@ -28,13 +29,12 @@ login nor a network."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
     args = parse(argv)
-    from eomt.exchange.publishing import check_login, check_repo, data_name, stage, upload
-
     check_repo(args.repo)
     if args.base and not hub_place(args.base):
         raise ValueError(f"--base {args.base}: where others find it is meant, hf://user/name@revision/file")
     if place := named_on_hub(args.artefact):
         raise ValueError(f"{place} is on the hub already: give a folder")
+    check_picture(args.picture)
     artefact = check_artefact(args.artefact)
     if not artefact.is_dir():
         raise ValueError(f"{artefact} is a checkpoint: give the adapter/ or model/ folder of its run")
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_login()
 
     from eomt.comparison.card_scores import known_scores
-    from eomt.inference.saved import run_of
 
     base = args.base if args.dry_run else pinned(args.base)
     scores = known_scores(artefact, data_name(run_of(artefact)))

@@ -116,6 +116,11 @@ MISTAKES = [  # script, its arguments, exit code and a part of the sentence
     ("evaluate_anomaly.py", "{}/model data=fs_static data.root=/nowhere", 1, "FS Static needs /nowhere"),
     ("evaluate_anomaly.py", "{}/model data=toy_anomalies scores=[mps]", 1, "did you mean msp?"),
     ("evaluate_anomaly.py", "{}/model data=toy_anomalies --export energy", 1, "--export energy"),
+    ("extract_lora.py", "/nowhere timm {}/out", 1, "no such file or folder"),
+    ("extract_lora.py", "{}/model /nowhere {}/out", 1, "/nowhere: no such file or folder; timm means"),
+    ("extract_lora.py", "{}/model timm {}/out --rank 0", 1, "rank 0: at least 1"),
+    ("extract_lora.py", "{}/model timm {}", 1, "is not empty"),
+    ("extract_lora.py", "{}/model timm {}/out", 1, "/nowhere"),
     ("inspect_model.py", "/nowhere", 1, "no such file or folder"),
     ("inspect_model.py", "{}/model --base /nowhere", 1, "no such file or folder"),
     ("launch_lightning.py", "--machine L4 -- --lora_rnk 8", 2, "did you mean --lora_rank?"),
@@ -130,6 +135,10 @@ MISTAKES = [  # script, its arguments, exit code and a part of the sentence
     ("merge_lora.py", "{}/model {}/out --images {}/image.png", 1, "is a whole network, not an adapter"),
     ("predict.py", "{}/model /nowhere {}/out", 1, "/nowhere"),
     ("predict.py", "/nowhere {}/image.png {}/out", 1, "no such file or folder"),
+    ("publish.py", "/nowhere user/name --dry-run", 1, "no such file or folder"),
+    ("publish.py", "{}/model name --dry-run", 1, "user/name is meant"),
+    ("publish.py", "{}/model user/name --dry-run --base /nowhere", 1, "hf://user/name@revision/file"),
+    ("publish.py", "{}/model user/name --dry-run --picture /nowhere.png", 1, "/nowhere.png"),
 ]
 
 

@@ -24,8 +24,8 @@ from eomt.inference.saved import (
     read_config,
     run_of,
 )
-from eomt.lora.files import WEIGHTS_FILE as ADAPTER_FILE
 from eomt.lora.saved_config import CONFIG_FILE as PEFT_FILE
+from eomt.lora.saved_config import WEIGHTS_FILE as ADAPTER_FILE
 from eomt.settings.formats import SUMMARY, read_format
 from eomt.settings.hub import NAME, hub_place
 
@@ -38,6 +38,14 @@ def check_repo(repo: str) -> None:
     """Raises ValueError for what is no name of a repository."""
     if not re.fullmatch(NAME, repo):
         raise ValueError(f"{repo} is no name of a repository: user/name is meant")
+
+
+def check_picture(picture: Path | None) -> None:
+    """Raises FileNotFoundError or ValueError for what is no picture."""
+    if picture and not picture.is_file():
+        raise FileNotFoundError(f"--picture {picture}: no such file")
+    if picture and picture.suffix.lower() not in PICTURES:
+        raise ValueError(f"--picture {picture}: its ending is one of {', '.join(PICTURES)}")
 
 
 def stage(
@@ -155,8 +163,6 @@ def write_picture(picture: Path | None, scores: Sequence[Score], file: Path) -> 
     if picture:
         from PIL import Image
 
-        if picture.suffix.lower() not in PICTURES:
-            raise ValueError(f"--picture {picture}: its ending is one of {', '.join(PICTURES)}")
         with Image.open(picture) as image:
             image.convert("RGB").save(file)
         return

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eomt.files import parse_json, read_json, read_tensors, replacing_files
 from eomt.fingerprints import Identity, first_misfit, identify, is_adapter, plain_name
 from eomt.lora.renamed import names_here, record_layers
-from eomt.lora.saved_config import CONFIG_FILE, known_config, layers_named, read_adapter_config
+from eomt.lora.saved_config import CONFIG_FILE, WEIGHTS_FILE, known_config, layers_named, read_adapter_config
 from eomt.targets import linear_names
 from lora_config import (
     LoRASettings,
@@ -31,7 +31,6 @@ from lora_config import (
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's own name
 BASE = "base"  # in place of an adapter's name: none of them
 
 

@@ -13,7 +13,7 @@ from lora_config import LoRASettings, peft_config
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-CONFIG_FILE = "adapter_config.json"  # PEFT's own name
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 # what changes nothing about the layers, or is compared with the layers themselves
 NOT_COMPARED = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode")
 NOT_COMPARED += ("target_modules", "exclude_modules", "feedforward_modules", "lora_dropout", "fan_in_fan_out")
