@@ -87,6 +87,11 @@ def test_a_callback_that_a_run_cannot_have_is_refused(name):
         (["trainer.strategy=ddp_notebook"], "strategy ddp_notebook"),
         (["trainer.strategy={_target_:lightning.pytorch.strategies.FSDPStrategy}"], "sharded weights .* use ddp"),
         (["trainer.strategy=deepspeed_stage_2"], "sharded weights"),
+        (
+            ["trainer.strategy=fsdp"],
+            "bytes of whole weights.*one process.*outside of a forward.*base_quantisation=4bit",
+        ),
+        (["trainer.strategy={_target_:lightning.pytorch.strategies.ModelParallelStrategy}"], "outside of a forward"),
         (["trainer.plugins=null"], "plugins .*CheckpointFiles cannot be left out"),
         (["trainer.plugins._target_=lightning.pytorch.plugins.HalfPrecision"], "CheckpointFiles cannot be left out"),
         (["+trainer.overfit_batches=2", "trainer.devices=2"], "overfit_batches 2: .* give trainer.devices=1"),

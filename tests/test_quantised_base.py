@@ -101,9 +101,11 @@ def test_a_run_on_a_quantised_base_passes_its_audit_and_saves_what_was_trained(b
     assert inspect_model(tmp_path / "adapter")["fit"]["fits"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_merging_decodes_the_base_so_that_the_whole_network_is_the_one_that_was_trained(base, data, tmp_path, kind):
-    module, _ = trained(base, data, kind)
+@pytest.mark.parametrize(("kind", "method"), [("8bit", "lora"), ("4bit", "lora"), ("4bit", "ia3")])
+def test_merging_decodes_the_base_so_that_the_whole_network_is_the_one_that_was_trained(
+    base, data, tmp_path, kind, method
+):
+    module, _ = trained(base, data, kind, lora_method=method)
     before = outputs(module)
     merge_adapter(module)
     assert not quantised(module) and module.hparams.base_quantisation is None

@@ -13,10 +13,15 @@ from eomt.settings.config_check import targets_in
 
 CHECKPOINT_FILES = "eomt.training.checkpoint_files.CheckpointFiles"
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true", "bf16", "16", "32", 16, 32, None)
+SHARDED = (
+    "of sharded weights each process has a part; the audit and the fingerprints read the bytes of whole weights, one "
+    "process alone writes the adapter, and EoMT uses queries and positions outside of a forward, where nothing gathers "
+    "them; a base too large for a device fits with model.base_quantisation=4bit"
+)
 STRATEGIES = {  # part of the name of a strategy: what cannot be
-    "fsdp": "sharded weights can neither be audited nor saved as an adapter here",
-    "deepspeed": "sharded weights can neither be audited nor saved as an adapter here",
-    "modelparallel": "sharded weights can neither be audited nor saved as an adapter here",
+    "fsdp": SHARDED,
+    "deepspeed": SHARDED,
+    "modelparallel": SHARDED,
     "spawn": "it trains copies of the network, and the trained one does not come back",
     "fork": "it trains copies of the network, and the trained one does not come back",
     "notebook": "it trains copies of the network, and the trained one does not come back",
