@@ -170,6 +170,21 @@ def test_a_base_on_the_hub_stands_in_the_settings_in_pefts_file_and_at_the_top_o
     assert init["ckpt_path"] == f"hf://user/base@{commit}/model.safetensors"
 
 
+def test_a_whole_network_is_published_with_a_card_too(run, tmp_path):
+    (tmp_path / "draft").mkdir()
+    stage(run.parent / "source" / "model", tmp_path / "draft", "user/name")
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert "A EoMT" not in card and "An [EoMT]" in card and "library_name: pytorch" in card and "rank" not in card
+    assert {file.name for file in (tmp_path / "draft").iterdir()} == {
+        "README.md",
+        "eomt_config.json",
+        "model.safetensors",
+    }
+    assert 'from_pretrained("user/name")' in card and "has not been chosen yet" in card
+    with pytest.raises(ValueError, match=r"--base .* is for adapters"):
+        stage(run.parent / "source" / "model", tmp_path / "draft", "user/name", base="hf://user/base")
+
+
 def test_a_folder_that_is_not_what_was_saved_or_not_what_its_run_tells_of_is_not_published(run, tmp_path):
     shutil.copytree(run, tmp_path / "lora")
     file = tmp_path / "lora" / "adapter" / "eomt_config.json"
