@@ -11,6 +11,7 @@ from torch import nn
 
 from eomt.cost.training_cost import training_cost, variants
 from eomt.data.toy_streets import toy_streets
+from eomt.diagnosis.doctor import diagnose
 from eomt.diagnosis.inspection import inspect_model
 from eomt.fingerprints import identify
 from eomt.inference.artefacts import merge_adapter
@@ -99,6 +100,8 @@ def test_a_run_on_a_quantised_base_passes_its_audit_and_saves_what_was_trained(b
     assert torch.equal(outputs(opened), outputs(module)) and quantised(opened.backbone).keys() == layers.keys()
     assert opened.hparams.base_quantisation == kind and not any(p.requires_grad for p in opened.backbone.parameters())
     assert inspect_model(tmp_path / "adapter")["fit"]["fits"]
+    findings = diagnose(tmp_path / "adapter", tmp_path)
+    assert not [name for name, finding in findings.items() if finding.passed is False]
 
 
 @pytest.mark.parametrize(("kind", "method"), [("8bit", "lora"), ("4bit", "lora"), ("4bit", "ia3")])

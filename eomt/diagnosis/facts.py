@@ -27,7 +27,7 @@ from eomt.diagnosis.inspection import (
 from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, training_images
 from eomt.files import read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
-from eomt.inference.artefacts import read_lightning, set_settings
+from eomt.inference.artefacts import PLAIN_BASE, read_lightning, set_settings
 from eomt.inference.saved import BASE_FILE, check_ckpt_path, find_weights
 from eomt.models.checkpoint import (
     CLASS_HEAD,
@@ -102,7 +102,7 @@ class RunFacts:
         if not self.init:
             raise NothingToCheck("weights without a configuration")
         try:
-            module = build_without_weights(self.init)
+            module = build_without_weights({**self.init, **PLAIN_BASE})  # files hold the base as it was
         except TypeError as error:
             raise NothingToCheck(f"these settings are of another version: {error}") from error
         set_settings(module, self.init)  # ckpt_path among them, which building without weights leaves out
