@@ -1,0 +1,91 @@
+"""Trains a deterministic VQA network: two encoders, each with or without LoRA, and a decoder that writes the answer."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import vqa_checkout  # noqa: F401
+from vqa_settings import Settings, add_flags, settle
+
+from eomt.command_line import quiet_libraries, reports_errors
+from eomt.files import check_place, claimed, write_json
+
+EXAMPLES = """examples:
+  python examples/vqa/train_no_latent.py --use_vision_lora --use_text_lora --unfreeze_decoder --lr 1e-3 --lora_lr 5e-3
+  python examples/vqa/train_no_latent.py --config base --pretrained --train_csv train.csv --image_dir images \\
+      --use_vision_lora --use_text_lora --unfreeze_decoder --early_stopping --answer_weights answer_weights.json
+  python examples/vqa/train_no_latent.py --output_dir outputs/vqa/RUN --resume
+  python examples/vqa/train_no_latent.py --ablate 8,16,32 --output_dir outputs/vqa/ranks
+  python examples/vqa/train_no_latent.py --compare --seeds 0,1,2 --output_dir outputs/vqa/table
+
+Leaves model/ (for eval_no_latent.py), summary.json, predictions.json, metrics.csv and checkpoints/ in its folder."""
+
+
+@reports_errors()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 with one sentence."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser)
+    parser.add_argument("--ablate", type=whole_numbers, metavar="8,16,32", help="one run for each rank, and a table")
+    parser.add_argument("--compare", action="store_true", help="frozen, last 3 layers, LoRA of each part and of both")
+    parser.add_argument("--seeds", type=whole_numbers, metavar="0,1,2", help="of --compare and --ablate (default: 0)")
+    given = vars(parser.parse_args(argv))
+    ranks, compare, seeds = (given.pop(name) for name in ("ablate", "compare", "seeds"))
+    tables = bool(ranks or compare)
+    if seeds and not tables:
+        raise ValueError("--seeds belongs to --compare or --ablate: add one, or give --seed")
+    if compare and ranks:
+        raise ValueError("--compare and --ablate are two tables: give one of them")
+    if tables and (given.get("resume") or "seed" in given):
+        raise ValueError("--compare and --ablate go on by themselves and have --seeds: leave --resume and --seed out")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    lora = {name: given.pop(name) for name in [*given] if re.match("(vision_|text_)?lora_", name)} if tables else {}
+    settings = settle(given)
+    folder = Path(settings.output_dir or f"outputs/vqa/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
+    if not tables:
+        train(settings, folder)
+        return 0
+    from vqa_table import ablate_ranks, compare_variants
+
+    if ranks:
+        ablate_ranks(settings, folder, ranks, seeds or [0], lora)
+    else:
+        compare_variants(settings, folder, seeds or [0], lora)
+    return 0
+
+
+def train(settings: Settings, folder: Path) -> dict:
+    """One run in a folder of its own; returns its summary.
+
+    Raises:
+        ValueError: the folder holds another run, or is in use.
+    """
+    check_place(folder)
+    if not settings.resume and (folder / "settings.json").exists():
+        raise ValueError(f"{folder} holds a run: go on with --resume, or name a new folder")
+    with claimed(folder):
+        from vqa_config import read_config
+
+        read_config(settings.config)
+        if not settings.resume:
+            write_json(folder / "settings.json", settings.as_dict())
+        from vqa_run import run
+
+        return run(settings, folder)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """`8,16,32` as numbers."""
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

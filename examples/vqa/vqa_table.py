@@ -1,0 +1,200 @@
+"""Tables of several runs on the same questions: what trains, or the adapters' ranks, over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from train_no_latent import train
+from vqa_scores import exact_match, interval, span
+from vqa_settings import PARTS, Settings
+
+from eomt.files import read_json, write_json, write_text
+
+LAST = 3  # layers
+VARIANTS = {
+    "frozen": {},
+    f"last {LAST} layers": {"unfreeze_encoder_layers": LAST},
+    "vision LoRA": {"use_vision_lora": True},
+    "text LoRA": {"use_text_lora": True},
+    "both": {"use_vision_lora": True, "use_text_lora": True},
+}
+MAY_DIFFER = ("num_workers", "logger")  # of a run that is there already
+COLUMNS = (
+    "variant",
+    "trains",
+    "of that LoRA",
+    "EM",
+    "95 %",
+    "of each seed",
+    "blank EM",
+    "to the first",
+    "95 %",
+    "seconds",
+)
+
+
+def compare_variants(
+    settings: Settings, folder: Path, seeds: Sequence[int], lora: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Trains what is frozen, the last layers, and LoRA on one part or both, from one network; returns the table's rows.
+
+    Args:
+        settings: of all runs. Without data or weights of one's own, a network is trained on scenes by day before, and
+            the variants learn those by night.
+        folder: for the runs, `results.json` and `results.md`.
+        seeds: of the runs.
+        lora: flags of the adapters, for those that have some.
+
+    Raises:
+        ValueError: a flag says already what trains.
+    """
+    chosen = [name for name in ("use_vision_lora", "use_text_lora", "unfreeze_encoder_layers", "train_all")]
+    if chosen := [name for name in chosen if getattr(settings, name)]:
+        raise ValueError(f"--compare sets --{chosen[0]} itself, for each of its runs: leave it out")
+    return tabulate(settings, folder, {name: own | of_parts(own, lora) for name, own in VARIANTS.items()}, seeds)
+
+
+def ablate_ranks(
+    settings: Settings, folder: Path, ranks: Sequence[int], seeds: Sequence[int], lora: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The same for ranks of the parts that have LoRA, else of both; alpha is twice the rank.
+
+    Raises:
+        ValueError: a flag says the rank or alpha already.
+    """
+    if given := [name for name in lora if name.endswith(("_r", "_alpha", "_preset"))]:
+        raise ValueError(f"--ablate sets ranks, and alpha to twice the rank, itself: leave --{given[0]} out")
+    asked = {part: bool(getattr(settings, f"use_{part}_lora")) for part in PARTS}
+    parts = [part for part in PARTS if asked[part] or not any(asked.values())]
+    variants = {}
+    for rank in ranks:
+        own = {f"use_{part}_lora": True for part in parts} | {f"{part}_lora_r": rank for part in parts}
+        own |= {f"{part}_lora_alpha": 2.0 * rank for part in parts}
+        variants[f"rank {rank}"] = own | of_parts(own, lora)
+    return tabulate(settings, folder, variants, seeds)
+
+
+def of_parts(changes: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of adapters that a variant has."""
+    parts = [part for part in PARTS if changes.get(f"use_{part}_lora")]
+    prefixes = (*(f"{part}_lora_" for part in parts), *(["lora_"] if parts else []))
+    return {name: value for name, value in lora.items() if name.startswith(tuple(prefixes))}
+
+
+def tabulate(
+    settings: Settings, folder: Path, variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Runs each variant with each seed, and writes `results.json` and `results.md`; runs that are there are kept."""
+    planned = {name: replace(settings, **changes) for name, changes in variants.items()}  # errors come before training
+    common = data_and_start(settings, folder)
+    runs: dict[str, list[Path]] = {name: [] for name in planned}
+    for seed in seeds:
+        for name, own in planned.items():
+            place = folder / name.replace(" ", "_") / f"seed_{seed}"
+            once(replace(own, seed=seed, output_dir=str(place), **common), place)
+            runs[name].append(place)
+    rows = table_rows(runs)
+    write_json(folder / "results.json", {"seeds": list(seeds), "settings": settings.as_dict(), "rows": rows})
+    write_text(folder / "results.md", markdown(rows, len(seeds)))
+    print(f"\n{markdown(rows, len(seeds))}")
+    return rows
+
+
+def data_and_start(settings: Settings, folder: Path) -> dict[str, str]:
+    """What all runs have in common: scenes by night, and a network that was trained on scenes by day, if there is none."""
+    if settings.train_csv or settings.start or settings.pretrained or settings.vision_weights:
+        return {}
+    from vqa_scenes import write_scenes
+
+    plain = {f"use_{part}_lora": False for part in PARTS}
+    source = replace(settings, domain="day", train_all=True, data_seed=settings.data_seed + 1, **plain)
+    once(replace(source, output_dir=str(folder / "source")), folder / "source")
+    data = folder / "scenes"
+    write_scenes(data, settings.scenes, settings.data_seed, domain=settings.domain)
+    own = {"train_csv": str(data / "questions.csv"), "image_dir": str(data / "images")}
+    return own | {"start": str(folder / "source" / "model")}
+
+
+def once(settings: Settings, folder: Path) -> None:
+    """Trains unless the folder holds the finished run; one that was interrupted goes on.
+
+    Raises:
+        ValueError: it holds a run of other settings.
+    """
+    before = read_json(folder / "settings.json", {})
+    wanted = settings.as_dict()
+    ignored = (*MAY_DIFFER, "resume")
+    differ = [name for name in wanted if before and name not in ignored and before.get(name) != wanted[name]]
+    if differ:
+        raise ValueError(
+            f"{folder} holds a run with --{differ[0]} {before.get(differ[0])}, and now it is {wanted[differ[0]]}: name "
+            "a new folder"
+        )
+    if (folder / "summary.json").is_file():
+        return
+    print(f"\n{folder}")
+    begun = (folder / "checkpoints" / "last.ckpt").is_file()
+    if before and not begun:
+        (folder / "settings.json").unlink()  # it had not finished an epoch
+    train(replace(settings, resume=begun), folder)
+
+
+def table_rows(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
+    """A row for each variant: means over seeds, and intervals over questions of these means."""
+    rows, first = [], None
+    for name, places in runs.items():
+        summaries = [read_json(place / "summary.json") for place in places]
+        em, blank = (100 * np.mean([matches(place, key) for place in places], 0) for key in ("prediction", "blank"))
+        first = em if first is None else first
+        trainable = summaries[0]["trainable"]
+        rows.append(
+            {
+                "variant": name,
+                "trainable": sum(trainable.values()),
+                "adapters": sum(size for part, size in trainable.items() if part.endswith(" LoRA")),
+                "parts": trainable,
+                "em": float(em.mean()),
+                "em_interval": interval(em),
+                "em_of_seeds": [summary["scores"]["all"]["em"] for summary in summaries],
+                "em_of_types": {
+                    kind: float(np.mean([summary["scores"][kind]["em"] for summary in summaries]))
+                    for kind in summaries[0]["scores"]
+                },
+                "blank_em": float(blank.mean()),
+                "to_first": float((em - first).mean()),
+                "to_first_interval": interval(em - first),
+                "seconds": float(np.mean([summary["seconds"] for summary in summaries])),
+            }
+        )
+    return rows
+
+
+def matches(place: Path, key: str) -> list[float]:
+    """Exact match of each question in a run, with its picture (`prediction`) or a blank one (`blank`)."""
+    return [exact_match(row[key], row["answer"]) for row in read_json(place / "predictions.json")["questions"]]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
+    """The table, and what it says."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        each = ", ".join(f"{em:.1f}" for em in row["em_of_seeds"])
+        cells = [row["variant"], f"{row['trainable']:,}", f"{row['adapters']:,}", f"{row['em']:.1f}"]
+        cells += [span(row["em_interval"]), each, f"{row['blank_em']:.1f}", f"{row['to_first']:+.1f}"]
+        cells += [span(row["to_first_interval"]), f"{row['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    said = [f"- {reading(row, rows[0]['variant'])}" for row in rows[1:]]
+    note = f"Means over {seeds} seed{'s' * (seeds > 1)}; intervals are over questions, not over seeds."
+    return "\n".join([*lines, "", note, "", *said, ""])
+
+
+def reading(row: Mapping[str, Any], first: str) -> str:
+    """What an interval says of a variant."""
+    low, high = row["to_first_interval"]
+    if low <= 0 <= high:
+        return f"{row['variant']}: no measurable difference to {first} ({span((low, high))})"
+    return f"{row['variant']}: {abs(row['to_first']):.1f} points {'above' if low > 0 else 'below'} {first}"
