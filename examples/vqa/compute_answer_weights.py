@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import vqa_checkout  # noqa: F401
+from vqa_questions import plain, read_questions
 
 from eomt.command_line import reports_errors
 from eomt.files import check_place, read_json, write_json
@@ -27,8 +28,6 @@ def read_answer_weights(path: str | Path) -> dict[str, float]:
     Raises:
         ValueError: there are none in it, or one is not above 0. FileNotFoundError: there is no file.
     """
-    from vqa_tokens import plain
-
     weights = read_json(path).get("answer_to_weight")
     if not isinstance(weights, dict) or not weights:
         raise ValueError(f"{path} has no answer_to_weight: write it with compute_answer_weights.py")
@@ -51,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < args.smoothing < float("inf"):
         raise ValueError(f"--smoothing {args.smoothing:g}: it must be above 0, for example 0.1")
     check_place(args.output, of_file=True)
-    from vqa_data import read_questions
-
     answers = [question.answer for question in read_questions(args.train_csv)]
     weights = compute_answer_weights(answers, args.smoothing)
     write_json(args.output, {"answer_to_weight": weights, "smoothing": args.smoothing, "questions": len(answers)})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vqa_checkout  # noqa: F401
+from vqa_questions import find_pictures, read_questions
 
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.files import check_place, write_json
@@ -29,15 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--batch_size {args.batch_size}: it must be at least 1")
     if args.output:
         check_place(args.output, of_file=True)
+    questions = read_questions(args.csv)
+    find_pictures(questions, args.image_dir)
     quiet_libraries()
-    from vqa_data import Collate, Questions, loader, read_questions
+    from vqa_data import Collate, Questions, loader
     from vqa_files import load_model
     from vqa_module import answer_all
     from vqa_scores import scores_by_type, table
 
     flags = {name: value for name, value in vars(args).items() if "_lora_" in name}
     network, tokenizer = load_model(args.model_path, **flags)
-    dataset = Questions(read_questions(args.csv), args.image_dir, network.config.img_size)
+    dataset = Questions(questions, args.image_dir, network.config.img_size)
     collate = Collate(tokenizer, network.language.config.max_position_embeddings - 1)
     scores = scores_by_type(answer_all(network, tokenizer, loader(dataset, collate, args.batch_size, False)))
     print(table(scores))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vqa_config import VQAConfig, read_config
-from vqa_data import TYPES
+from vqa_questions import TYPES
 from vqa_weights import build_language, build_vision, fields_of, load_tensors
 
 from eomt.lora.adapting import Adapted, adapt, load_adapted

@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 
 import vqa_checkout  # noqa: F401
-from vqa_settings import Settings, add_flags, settle
+from vqa_settings import add_flags, settle
+from vqa_start import train
 
 from eomt.command_line import quiet_libraries, reports_errors
-from eomt.files import check_place, claimed, write_json
 
 EXAMPLES = """examples:
   python examples/vqa/train_no_latent.py --use_vision_lora --use_text_lora --unfreeze_decoder --lr 1e-3 --lora_lr 5e-3
@@ -60,26 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         compare_variants(settings, folder, seeds or [0], lora)
     return 0
-
-
-def train(settings: Settings, folder: Path) -> dict:
-    """One run in a folder of its own; returns its summary.
-
-    Raises:
-        ValueError: the folder holds another run, or is in use.
-    """
-    check_place(folder)
-    if not settings.resume and (folder / "settings.json").exists():
-        raise ValueError(f"{folder} holds a run: go on with --resume, or name a new folder")
-    with claimed(folder):
-        from vqa_config import read_config
-
-        read_config(settings.config)
-        if not settings.resume:
-            write_json(folder / "settings.json", settings.as_dict())
-        from vqa_run import run
-
-        return run(settings, folder)
 
 
 def whole_numbers(text: str) -> list[int]:

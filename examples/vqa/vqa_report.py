@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from vqa_data import MEAN, STD, TYPES, Question, Questions
+from vqa_data import MEAN, STD, Questions
 from vqa_module import answer_all
+from vqa_questions import TYPES, Question
 
 from eomt.files import replacing
 

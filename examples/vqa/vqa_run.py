@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from compute_answer_weights import read_answer_weights
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from model_no_latent import DeterministicVQA
 from vqa_config import VQAConfig, from_dict, read_config
-from vqa_data import Collate, Question, Questions, loader, read_questions, split
+from vqa_data import Collate, Questions, loader
 from vqa_files import BASE, base_of, save_model, save_tensors, start_of
 from vqa_module import VQAModule, answer_all
+from vqa_questions import Data, Question
 from vqa_report import Samples, describe, draw_analysis
 from vqa_scores import Answered, scores_by_type, table
 from vqa_settings import PARTS, Settings
@@ -37,28 +37,25 @@ CLIP = 1.0  # norm of the gradients
 MONITOR = "val/loss"
 
 
-def run(settings: Settings, folder: Path) -> dict[str, Any]:
+def run(settings: Settings, folder: Path, data: Data) -> dict[str, Any]:
     """Trains, or goes on, and returns the summary that is left in the folder.
 
     Raises:
         ValueError, OSError, ImportError: with a sentence, before training where that can be.
     """
     seed_everything(settings.seed, verbose=False)
-    train_questions, val_questions, pictures = read_data(settings, folder)
     if settings.analyze_dataset:
-        print(describe(train_questions))
-        draw_analysis(train_questions, folder / "analysis.png")
-    network, tokenizer, config = build(settings, folder, train_questions)
-    weights = read_answer_weights(settings.answer_weights) if settings.answer_weights else None
-    train_set = Questions(train_questions, pictures, config.img_size, weights)
-    val_set = Questions(val_questions, pictures, config.img_size)
+        print(describe(data.train))
+        draw_analysis(data.train, folder / "analysis.png")
+    network, tokenizer = build(settings, folder, data.train)
+    train_set = Questions(data.train, data.pictures, network.config.img_size, data.weights)
+    val_set = Questions(data.val, data.pictures, network.config.img_size)
     collate = Collate(tokenizer, network.language.config.max_position_embeddings - 1)
     train_batches = loader(train_set, collate, settings.batch_size, True, settings.num_workers)
     val_batches = loader(val_set, collate, settings.batch_size, False, settings.num_workers)
     print(network.report())
 
-    count = len({question.img_id for question in train_questions})
-    preset = settings.preset(count)
+    preset = settings.preset(count_pictures(data.train))
     lora_lr = settings.lora_lr or (preset.lr if preset else None)
     module = VQAModule(
         network, tokenizer, settings.lr, lora_lr, settings.weight_decay, settings.scheduler, settings.seed
@@ -66,48 +63,32 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     base = base_of(network)
     if not settings.resume:
         save_tensors(base, folder / BASE)
+        write_json(folder / "network.json", network.config.as_dict())
+        tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(folder / "settings.json", settings.as_dict())  # last: from here on the folder holds a run
     callbacks = make_callbacks(settings, folder, val_set, collate)
     trainer = make_trainer(settings, folder, callbacks)
     started = time.monotonic()
-    trainer.fit(module, train_batches, val_batches, ckpt_path=checkpoint(folder) if settings.resume else None)
+    last = folder / "checkpoints" / "last.ckpt" if settings.resume else None
+    try:
+        trainer.fit(module, train_batches, val_batches, ckpt_path=last)
+    except SystemExit as ended:  # what Lightning makes of a signal
+        print(f"\ngo on with: --output_dir {folder} --resume")
+        raise KeyboardInterrupt(*getattr(ended.__context__, "args", ())) from None
     seconds = time.monotonic() - started
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     kept = keep_best(module, callbacks) if settings.early_stopping else f"epoch {trainer.current_epoch}, the last"
     rows = answer_all(network, tokenizer, val_batches)
     save_model(network, tokenizer, base, folder / "model")
     return report(folder, settings, network, rows, {"kept": kept, "seconds": seconds, "audit": audited(callbacks)})
 
 
-def read_data(settings: Settings, folder: Path) -> tuple[list[Question], list[Question], str | Path]:
-    """Questions for training and validation, and the folder of their pictures."""
-    if settings.train_csv:
-        questions, pictures = read_questions(settings.train_csv), settings.image_dir
-    else:
-        from vqa_scenes import write_scenes
-
-        write_scenes(folder / "scenes", settings.scenes, settings.data_seed, domain=settings.domain)
-        questions, pictures = read_questions(folder / "scenes" / "questions.csv"), folder / "scenes" / "images"
-    if not settings.val_csv:
-        return *split(questions, settings.val_split, settings.data_seed), pictures
-    held_out = read_questions(settings.val_csv)
-    if both := {q.img_id for q in questions} & {q.img_id for q in held_out}:
-        log.warning(
-            "%d pictures are in %s and in %s: the network has seen them",
-            len(both),
-            settings.train_csv,
-            settings.val_csv,
-        )
-    return questions, held_out, pictures
-
-
 def build(
     settings: Settings, folder: Path, questions: Sequence[Question]
-) -> tuple[DeterministicVQA, PreTrainedTokenizerBase, VQAConfig]:
+) -> tuple[DeterministicVQA, PreTrainedTokenizerBase]:
     """The network, frozen and adapted, and its tokeniser; those of a run that goes on are the ones it began with."""
-    begun = folder / "network.json"
     pretrained, vision_weights, start = settings.pretrained, settings.vision_weights, None
     if settings.resume:
+        begun = folder / "network.json"
         config, tokenizer = from_dict(read_json(begun), begun), load_tokenizer(folder / "tokenizer")
         pretrained, vision_weights, (start, _) = False, None, read_tensors(folder / BASE)
     elif settings.start:
@@ -118,7 +99,7 @@ def build(
         config = read_config(settings.config)
         tokenizer = make_tokenizer(settings, config, questions)
         config = config if pretrained else fitted(config, tokenizer)
-    count = len({question.img_id for question in questions})
+    count = count_pictures(questions)
     lora = {name: value for part in PARTS for name, value in settings.lora(part, count).items()}
     network = DeterministicVQA(
         config,
@@ -133,10 +114,12 @@ def build(
     )
     if not settings.train_all:
         network.freeze_pretrained(settings.unfreeze_encoder_layers, settings.unfreeze_decoder)
-    if not settings.resume:
-        write_json(begun, network.config.as_dict())
-        tokenizer.save_pretrained(folder / "tokenizer")
-    return network, tokenizer, network.config
+    return network, tokenizer
+
+
+def count_pictures(questions: Sequence[Question]) -> int:
+    """How many pictures are asked about."""
+    return len({question.img_id for question in questions})
 
 
 def make_tokenizer(settings: Settings, config: VQAConfig, questions: Sequence[Question]) -> PreTrainedTokenizerBase:
@@ -187,16 +170,6 @@ def make_trainer(settings: Settings, folder: Path, callbacks: list[Callback]) ->
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-
-
-def checkpoint(folder: Path) -> Path:
-    """The one to go on from; FileNotFoundError if there is none yet."""
-    path = folder / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: the run had not finished an epoch, start it again without --resume"
-        )
-    return path
 
 
 def keep_best(module: VQAModule, callbacks: Sequence[Callback]) -> str:

@@ -11,7 +11,7 @@ import vqa_checkout  # noqa: F401
 from PIL import Image, ImageDraw
 
 from eomt.command_line import reports_errors
-from eomt.files import check_place, new_folder
+from eomt.files import check_place, new_folder, read_json, write_json
 
 # what there is, and how often: unequal on purpose, as answers are in real data
 SHAPES = {"hình tròn": 5, "hình vuông": 3, "hình tam giác": 2, "hình thoi": 1}
@@ -67,18 +67,22 @@ def draw_shape(paint: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
 
 
 def write_scenes(folder: Path, scenes: int, seed: int, size: int = 48, domain: str = "night") -> None:
-    """Writes `questions.csv`, four questions a scene, and `images/`; a folder that is there already stays.
+    """Writes `questions.csv`, four questions a scene, and `images/`; the same that are there already stay.
 
     Raises:
-        ValueError: there would be no scene.
+        ValueError: there would be no scene, or the folder holds others.
     """
     if scenes < 1:
         raise ValueError(f"{scenes} scenes: at least 1 is needed")
+    facts = {"scenes": scenes, "seed": seed, "size": size, "domain": domain}
     if folder.is_dir():
+        if read_json(folder / "scenes.json", {}) != facts:
+            raise ValueError(f"{folder} holds other scenes than {facts}: name a new folder")
         return
     dice = random.Random(f"{domain} {seed}")
     with new_folder(folder) as draft, (draft / "questions.csv").open("w", newline="", encoding="utf-8") as file:
         (draft / "images").mkdir()
+        write_json(draft / "scenes.json", facts)
         rows = csv.writer(file)
         rows.writerow(("", "question", "answer", "img_id", "type"))
         for scene in range(scenes):

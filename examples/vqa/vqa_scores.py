@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from vqa_data import TYPES
-from vqa_tokens import plain
+from vqa_questions import TYPES, plain
 
 from eomt.comparison.bootstrap import resample
 

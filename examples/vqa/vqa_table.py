@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from train_no_latent import train
+from vqa_scenes import write_scenes
 from vqa_scores import exact_match, interval, span
 from vqa_settings import PARTS, Settings
+from vqa_start import train
 
 from eomt.files import read_json, write_json, write_text
 
@@ -26,7 +27,7 @@ MAY_DIFFER = ("num_workers", "logger")  # of a run that is there already
 COLUMNS = (
     "variant",
     "trains",
-    "of that LoRA",
+    "LoRA",
     "EM",
     "95 %",
     "of each seed",
@@ -105,11 +106,9 @@ def tabulate(
 
 
 def data_and_start(settings: Settings, folder: Path) -> dict[str, str]:
-    """What all runs have in common: scenes by night, and a network that was trained on scenes by day, if there is none."""
+    """What all runs have in common: scenes, and a network that was trained on scenes by day, if there is none."""
     if settings.train_csv or settings.start or settings.pretrained or settings.vision_weights:
         return {}
-    from vqa_scenes import write_scenes
-
     plain = {f"use_{part}_lora": False for part in PARTS}
     source = replace(settings, domain="day", train_all=True, data_seed=settings.data_seed + 1, **plain)
     once(replace(source, output_dir=str(folder / "source")), folder / "source")

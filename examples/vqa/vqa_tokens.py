@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqa_questions import plain
 from vqa_weights import import_transformers
 
 from eomt.command_line import one_sentence
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in BARTpho's order, so that their numbers are the same
-
-
-def plain(text: str) -> str:
-    """Text in NFC with single spaces: a letter with its tone is one character, however it was typed."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def open_tokenizer(

@@ -1,0 +1,430 @@
+"""The example of visual question answering: two encoders with an adapter each, and a score that a blank picture cannot
+reach."""
+
+import csv
+import json
+import os
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_config import LoRASettings, find_targets
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "vqa"
+sys.path.insert(0, str(EXAMPLE))
+
+import compute_answer_weights  # noqa: E402
+import eval_no_latent  # noqa: E402
+import train_no_latent  # noqa: E402
+import vqa_scenes  # noqa: E402
+import vqa_scores  # noqa: E402
+from model_no_latent import TARGETS, DeterministicVQA  # noqa: E402
+from vqa_config import VQAConfig, read_config  # noqa: E402
+from vqa_files import load_model  # noqa: E402
+from vqa_questions import Question, find_pictures, read_questions, split  # noqa: E402
+from vqa_tokens import decode, encode_answers, open_tokenizer, train_tokenizer  # noqa: E402
+from vqa_weights import build_language, build_vision  # noqa: E402
+
+SMALL = """vision: {image_size: 16, patch_size: 8, hidden_size: 16, num_hidden_layers: 3, num_attention_heads: 2}
+text: {vocab_size: 400, d_model: 16, encoder_layers: 3, decoder_layers: 1, encoder_attention_heads: 2,
+       decoder_attention_heads: 2, encoder_ffn_dim: 16, decoder_ffn_dim: 16, max_position_embeddings: 48}
+img_size: 16
+fusion_layers: 1
+fusion_heads: 2
+"""
+RUN = ["--scenes", "6", "--val_split", "0.34", "--epochs", "2", "--batch_size", "4", "--lr", "1e-2"]
+LORA = ["--use_vision_lora", "--vision_lora_r", "2", "--use_text_lora", "--text_lora_r", "4"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    vqa_scenes.write_scenes(folder, 6, seed=0, size=16)
+    return folder
+
+
+def train(small, folder, *flags):
+    return train_no_latent.main(["--config", small, *RUN, "--output_dir", str(folder), *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def both(small, tmp_path_factory):
+    """A run with both adapters and the decoder."""
+    folder = tmp_path_factory.mktemp("run") / "both"
+    assert train(small, folder, *LORA, "--unfreeze_decoder", "--analyze_dataset", "--sample_every", 2) == 0
+    return folder
+
+
+def network(small, **flags):
+    torch.manual_seed(0)
+    return DeterministicVQA(small, **flags)
+
+
+def inputs(batch=2):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(5, 300, (batch, 7), generator=generator)
+    return torch.randn(batch, 3, 16, 16, generator=generator), tokens, torch.ones_like(tokens)
+
+
+def error(capsys, *flags, main=train_no_latent.main):
+    assert main(list(map(str, flags))) == 1
+    return capsys.readouterr().err
+
+
+# The network
+
+
+def test_a_forward_without_labels_gives_logits(small):
+    model = network(small, use_vision_lora=True, use_text_lora=True)
+    assert model(*inputs()).logits.shape == (2, 1, 400)
+
+
+def test_the_documents_sizes_give_the_documents_adapters_as_they_are():
+    config = read_config("base")
+    with torch.device("meta"):
+        vision, text = build_vision(config), build_language(config).model.encoder
+
+    def size(module, rank, targets=TARGETS):
+        layers = find_targets(module, LoRASettings(rank, target_modules=targets))
+        return sum(rank * sum(module.get_submodule(name).weight.shape) for name in layers)
+
+    assert size(vision, 8) == 442_368
+    assert size(text, 16) == 1_179_648
+    assert size(vision, 8, ["query"]) == 147_456
+    assert size(text, 16, [*TARGETS, "out"]) == 1_572_864
+
+
+def test_only_adapters_and_what_is_new_train_unless_the_decoder_is_asked_for(small):
+    model = network(small, use_vision_lora=True, use_text_lora=True)
+    model.freeze_pretrained(unfreeze_decoder=False)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        name for name, _ in model.named_parameters() if name.startswith(("projection", "fusion"))
+    }
+    assert any("vision" in name for name in trained) and any("model.encoder" in name for name in trained)
+
+
+def test_the_head_that_is_tied_to_the_text_encoders_embedding_trains_with_the_decoder(small):
+    model = network(small, use_text_lora=True)
+    model.freeze_pretrained(unfreeze_decoder=True)
+    assert model.language.lm_head.weight is model.text.embed_tokens.weight
+    assert model.language.lm_head.weight.requires_grad
+
+
+def test_the_last_layers_train_without_lora_and_lora_goes_before_them(small, caplog):
+    model = network(small)
+    model.freeze_pretrained(unfreeze_encoder_layers=2, unfreeze_decoder=False)
+    layers = {
+        name.split(".")[4] for name, p in model.named_parameters() if "encoder.layers" in name and p.requires_grad
+    }
+    assert layers == {"1", "2"}
+    model = network(small, use_text_lora=True)
+    model.freeze_pretrained(unfreeze_encoder_layers=2)
+    assert "LoRA takes its place" in caplog.text
+    assert not model.text.layers[2].fc1.weight.requires_grad
+
+
+def test_freezing_again_leaves_the_network_as_it_was_and_refuses_trained_adapters(small):
+    model = network(small, use_vision_lora=True).eval()
+    before = model(*inputs()).logits
+    model.freeze_pretrained(unfreeze_decoder=False)
+    assert torch.equal(model(*inputs()).logits, before)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(p)
+    with pytest.raises(ValueError, match="before training"):
+        model.freeze_pretrained()
+
+
+def test_answers_are_weighted_one_by_one(small):
+    model = network(small).eval()
+    labels = torch.tensor([[7, 8, 2], [9, 2, -100]])
+    each = torch.stack([model(*(x[i : i + 1] for x in inputs()), labels[i : i + 1]).loss for i in range(2)])
+    weighted = model(*inputs(), labels, weights=torch.tensor([3.0, 0.5])).loss
+    torch.testing.assert_close(weighted, (each * torch.tensor([3.0, 0.5])).mean())
+
+
+def test_the_types_loss_has_a_head_only_where_it_is_asked_for(small):
+    assert network(small)(*inputs()).type_logits is None
+    model = network(small, use_type_loss=True).eval()
+    labels, types = torch.tensor([[7, 2], [9, 2]]), torch.tensor([0, 3])
+    assert model(*inputs(), labels, types).loss > model(*inputs(), labels).loss
+    assert model(*inputs()).type_logits.shape == (2, 4)
+
+
+def test_padding_of_the_question_changes_nothing(small):
+    model = network(small).eval()
+    pictures, tokens, mask = inputs()
+    padded = torch.cat([tokens, torch.ones_like(tokens[:, :2])], 1), torch.cat([mask, torch.zeros_like(mask[:, :2])], 1)
+    torch.testing.assert_close(model(pictures, *padded).logits, model(pictures, tokens, mask).logits)
+
+
+# Weights and configurations
+
+
+def test_a_dinov2_comes_from_a_file_of_either_version_with_its_sizes(tmp_path):
+    vision = build_vision(VQAConfig(vision={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}))
+    state = {name: t.contiguous() for name, t in vision.state_dict().items()}
+    save_file(state, tmp_path / "new.safetensors")
+    old = {
+        f"attention.{a}_proj": f"attention.attention.{b}" for a, b in zip("qkv", ["query", "key", "value"], strict=True)
+    }
+    old["attention.o_proj"] = "attention.output.dense"
+    for new, earlier in old.items():
+        state = {name.replace(new, earlier): t for name, t in state.items()}
+    save_file(state, tmp_path / "old.safetensors")
+    for name in ("new", "old"):
+        config = VQAConfig(vision={"hidden_size": 768, "num_attention_heads": 4})
+        again = build_vision(config, weights=tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(vision.parameters(), again.parameters(), strict=True))
+        assert again.config.num_attention_heads == 4
+
+
+def test_the_real_dinov2_is_loaded_whole():
+    if not os.environ.get("EOMT_WEIGHTS"):
+        pytest.skip("EOMT_WEIGHTS names no folder with the weights of a DINOv2")
+    path = Path(os.environ["EOMT_WEIGHTS"]) / "dinov2_vits14_transformers.safetensors"
+    vision = build_vision(read_config("base"), weights=path)
+    stored = load_file(path)["encoder.layer.3.attention.attention.value.weight"].float()
+    assert any(torch.equal(p, stored) for p in vision.parameters())
+    assert (vision.config.hidden_size, vision.config.image_size, vision.config.num_attention_heads) == (384, 518, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop("layernorm.weight"), "missing or unknown, such as layernorm.weight"),
+        (lambda t: t.clear(), "no DINOv2"),
+    ],
+)
+def test_a_file_that_is_no_whole_dinov2_is_refused(tmp_path, change, sentence):
+    vision = build_vision(VQAConfig(vision={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}))
+    tensors = {name: t.contiguous() for name, t in vision.state_dict().items()}
+    change(tensors)
+    save_file(tensors or {"a": torch.zeros(1)}, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=sentence):
+        build_vision(VQAConfig(vision={"num_attention_heads": 4}), weights=tmp_path / "file.safetensors")
+
+
+def test_pretrained_parts_come_from_the_names_of_the_configuration(tmp_path, small):
+    model = network(small)
+    model.vision.save_pretrained(tmp_path / "vision")
+    model.language.save_pretrained(tmp_path / "text")
+    config = VQAConfig(
+        img_size=16, fusion_heads=2, vision_hub=str(tmp_path / "vision"), text_hub=str(tmp_path / "text")
+    )
+    again = DeterministicVQA(config, pretrained=True)
+    assert torch.equal(again.text.layers[0].fc1.weight, model.text.layers[0].fc1.weight)
+    assert torch.equal(again.vision.embeddings.cls_token, model.vision.embeddings.cls_token)
+    with pytest.raises(OSError, match="--pretrained: .*nowhere cannot be loaded"):
+        build_vision(VQAConfig(vision_hub=str(tmp_path / "nowhere")), pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("visoin: {}", "visoin is not in the configuration; did you mean vision"),
+        ("vision: {hidden_sise: 8}", "vision.hidden_sise is no field of Dinov2Config; did you mean hidden_size"),
+        ("text: {d_model: 16}\nfusion_heads: 3", "fusion_heads 3: it must divide"),
+        ("img_size: 0", "img_size 0"),
+    ],
+)
+def test_a_wrong_configuration_is_said_in_a_sentence(tmp_path, text, sentence):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        build_vision(read_config(tmp_path / "c.yaml"))
+
+
+# Questions and tokens
+
+
+def write_csv(path, *rows, columns=("", "question", "answer", "img_id", "type")):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def test_vivqas_form_is_read_in_nfc(tmp_path):
+    typed = unicodedata.normalize("NFD", "màu đỏ")
+    path = write_csv(tmp_path / "a.csv", (0, "màu của  áo là gì", typed, 44135, 2))
+    assert read_questions(path) == [Question("màu của áo là gì", "màu đỏ", "44135", 2)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sentence"),
+    [
+        ([], ("", "question", "answer", "img_id", "type"), "holds no question"),
+        ([(0, "a", "b", 1)], ("", "question", "answer", "img_id"), "no column type"),
+        ([(0, "a", "", 1, 0)], ("", "question", "answer", "img_id", "type"), "line 2: answer is empty"),
+        ([(0, "a", "b", 1, 4)], ("", "question", "answer", "img_id", "type"), "line 2: type 4"),
+    ],
+)
+def test_rows_that_are_no_questions_are_named(tmp_path, rows, columns, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read_questions(write_csv(tmp_path / "a.csv", *rows, columns=columns))
+
+
+def test_pictures_are_found_by_number_and_missing_ones_are_named(tmp_path):
+    for name in ("COCO_train2014_000000044135.jpg", "7.png"):
+        (tmp_path / name).touch()
+    questions = [Question("a", "b", name, 0) for name in ("44135", "7")]
+    assert [path.name for path in find_pictures(questions, tmp_path).values()][0].startswith("COCO")
+    with pytest.raises(ValueError, match="lacks 1 pictures .* img_id 8"):
+        find_pictures([*questions, Question("a", "b", "8", 0)], tmp_path)
+    (tmp_path / "7.jpg").touch()
+    with pytest.raises(ValueError, match="img_id 7: .* could both be meant"):
+        find_pictures(questions, tmp_path)
+
+
+def test_no_picture_is_on_both_sides_of_a_split():
+    questions = [Question("a", "b", str(k // 3), 0) for k in range(30)]
+    train, val = split(questions, 0.3, seed=1)
+    assert not {q.img_id for q in train} & {q.img_id for q in val}
+    assert len(train) + len(val) == 30 and len(val) == 9
+    with pytest.raises(ValueError, match="--val_split 0.01"):
+        split(questions, 0.01, seed=1)
+
+
+def test_every_text_is_written_in_tokens_and_read_back():
+    tokenizer = train_tokenizer(["màu của áo là gì", "hình tròn"], 300)
+    texts = ["màu đỏ", "chữ ợ ngoài bảng", "3 quả"]
+    assert decode(tokenizer, encode_answers(tokenizer, texts)) == texts
+    assert tokenizer("màu")["input_ids"][-1] == tokenizer.eos_token_id == 2
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 1)
+
+
+def test_a_tokeniser_that_cannot_be_loaded_is_replaced_only_where_no_weights_need_it(tmp_path, caplog):
+    assert len(open_tokenizer(str(tmp_path / "none"), ["a b"], 300)) <= 300
+    assert "cannot be loaded" in caplog.text
+    with pytest.raises(OSError, match="mean nothing with another"):
+        open_tokenizer(str(tmp_path / "none"), ["a b"], 300, required=True)
+
+
+def test_scenes_are_the_same_for_the_same_seed_and_ask_all_types_unequally(tmp_path):
+    for name in ("a", "b"):
+        vqa_scenes.write_scenes(tmp_path / name, 60, seed=3, size=16)
+    first, again = (read_questions(tmp_path / name / "questions.csv") for name in ("a", "b"))
+    assert first == again and {q.type for q in first} == {0, 1, 2, 3}
+    assert all(
+        (tmp_path / "a/images" / f"{k}.png").read_bytes() == (tmp_path / "b/images" / f"{k}.png").read_bytes()
+        for k in range(60)
+    )
+    colours = [q.answer for q in first if q.type == 2]
+    assert colours.count("màu đỏ") > 2 * colours.count("màu tím")
+    with pytest.raises(ValueError, match="holds other scenes"):
+        vqa_scenes.write_scenes(tmp_path / "a", 61, seed=3, size=16)
+
+
+def test_scenes_and_weights_have_command_lines(tmp_path, capsys):
+    assert vqa_scenes.main([str(tmp_path / "s"), "--scenes", "3", "--size", "16"]) == 0
+    assert "name a new folder" in error(capsys, tmp_path / "s", main=vqa_scenes.main)
+    out = tmp_path / "weights.json"
+    assert compute_answer_weights.main(["--train_csv", str(tmp_path / "s/questions.csv"), "--output", str(out)]) == 0
+    weights = compute_answer_weights.read_answer_weights(out)
+    answers = [q.answer for q in read_questions(tmp_path / "s/questions.csv")]
+    assert sum(weights[answer] for answer in answers) / len(answers) == pytest.approx(1)
+    assert weights == {**weights, min(answers, key=answers.count): max(weights.values())}
+    out.write_text('{"answer_to_weight": {"a": -1}}')
+    with pytest.raises(ValueError, match="must be above 0"):
+        compute_answer_weights.read_answer_weights(out)
+
+
+# Scores
+
+
+def test_exact_match_knows_case_and_composition_and_keeps_every_word():
+    assert vqa_scores.exact_match("  Màu  ĐỎ ", unicodedata.normalize("NFD", "màu đỏ")) == 1
+    assert vqa_scores.exact_match("an toàn", "toàn") == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "f1"),
+    [("màu xanh", "màu xanh lá", 0.8), ("", "", 1), ("", "đỏ", 0), ("hai hai", "hai", 2 / 3), ("Đỏ", "đỏ", 1)],
+)
+def test_token_f1_counts_words(prediction, answer, f1):
+    assert vqa_scores.token_f1(prediction, answer) == pytest.approx(f1)
+
+
+def test_a_blank_picture_stands_beside_every_score_and_says_when_pictures_are_of_no_use():
+    rows = [
+        vqa_scores.Answered("q", k % 4, "đỏ", "đỏ" if k < 30 else "tím", "đỏ" if k < 12 else "tím") for k in range(40)
+    ]
+    scores = vqa_scores.scores_by_type(rows)
+    assert (scores["all"].em, scores["all"].blank_em, scores["all"].gain) == (75, 30, 45)
+    assert [*scores] == ["all", "object", "number", "colour", "location"]
+    low, high = scores["all"].em_interval
+    assert low < 75 < high and 20 < high - low < 32  # 2 * 1.96 * sqrt(0.75 * 0.25 / 40)
+    assert "worth 45.0 points" in vqa_scores.table(scores)
+    same = [vqa_scores.Answered("q", 0, "đỏ", "đỏ", "đỏ")] * 5
+    assert "no use of the picture can be measured" in vqa_scores.table(vqa_scores.scores_by_type(same))
+
+
+# Runs
+
+
+def test_a_run_with_both_adapters_passes_the_audit_and_leaves_what_it_says(both):
+    summary = json.loads((both / "summary.json").read_text())
+    assert all(check["passed"] for check in summary["audit"].values()) and "frozen_unchanged" in summary["audit"]
+    assert summary["trainable"]["vision LoRA"] == 3 * 3 * 2 * 32 and summary["trainable"]["text LoRA"] == 3 * 3 * 4 * 32
+    assert summary["trainable"]["vision"] == summary["trainable"]["text"] == 0
+    assert set(summary["scores"]["all"]) >= {"em", "f1", "blank_em", "gain_interval"}
+    for name in ("analysis.png", "samples/epoch_2.png", "metrics.csv", "model/tokenizer", "model/vision_adapter"):
+        assert (both / name).exists(), name
+
+
+def test_a_saved_network_answers_as_it_did_and_its_adapters_know_their_settings(both):
+    first, tokenizer = load_model(both / "model")
+    assert (first.vision_part.settings.rank, first.text_part.settings.rank) == (2, 4)
+    checkpoint = torch.load(both / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    own = first.state_dict()
+    assert all(torch.equal(own[name.removeprefix("network.")], tensor) for name, tensor in checkpoint.items())
+    assert len(tokenizer) == first.language.config.vocab_size
+
+
+def test_an_evaluation_repeats_the_runs_scores_and_refuses_other_ranks(both, tmp_path, capsys):
+    data = ["--csv", str(both / "scenes/questions.csv"), "--image_dir", str(both / "scenes/images")]
+    model = ["--model_path", str(both / "model")]
+    assert eval_no_latent.main([*model, *data, "--vision_lora_r", "2", "--output", str(tmp_path / "s.json")]) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["all"]["questions"] == 24
+    said = error(capsys, *model, *data, "--text_lora_r", 8, main=eval_no_latent.main)
+    assert "LoRA rank 8" in said and "trained with 4" in said
+
+
+def test_a_network_on_another_base_is_refused(both, tmp_path):
+    import shutil
+
+    shutil.copytree(both / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "base.safetensors")
+    tensors["vision.layernorm.weight"] += 1
+    save_file(tensors, tmp_path / "model" / "base.safetensors")
+    with pytest.raises(ValueError, match="other base weights"):
+        load_model(tmp_path / "model")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(small, both, tmp_path, monkeypatch):
+    import vqa_module
+
+    start = vqa_module.VQAModule.on_train_epoch_start
+
+    def stop(self):
+        start(self)
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vqa_module.VQAModule, "on_train_epoch_start", stop)
+        assert train(small, tmp_path / "run", *LORA, "--unfreeze_decoder") == 130
+    assert train_no_latent.main(["--output_dir", str(tmp_path / "run"), "--resume"]) == 0
+    whole, again = (load_file(f / "model" / "rest.safetensors") for f in (both, tmp_path / "run"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
