@@ -125,9 +125,8 @@ def test_the_head_that_is_tied_to_the_text_encoders_embedding_trains_with_the_de
 def test_the_last_layers_train_without_lora_and_lora_goes_before_them(small, caplog):
     model = network(small)
     model.freeze_pretrained(unfreeze_encoder_layers=2, unfreeze_decoder=False)
-    layers = {
-        name.split(".")[4] for name, p in model.named_parameters() if "encoder.layers" in name and p.requires_grad
-    }
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    layers = {name.split(".")[4] for name in trained if "encoder.layers" in name}
     assert layers == {"1", "2"}
     model = network(small, use_text_lora=True)
     model.freeze_pretrained(unfreeze_encoder_layers=2)
@@ -177,9 +176,8 @@ def test_a_dinov2_comes_from_a_file_of_either_version_with_its_sizes(tmp_path):
     vision = build_vision(VQAConfig(vision={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}))
     state = {name: t.contiguous() for name, t in vision.state_dict().items()}
     save_file(state, tmp_path / "new.safetensors")
-    old = {
-        f"attention.{a}_proj": f"attention.attention.{b}" for a, b in zip("qkv", ["query", "key", "value"], strict=True)
-    }
+    roles = {"q": "query", "k": "key", "v": "value"}
+    old = {f"attention.{a}_proj": f"attention.attention.{b}" for a, b in roles.items()}
     old["attention.o_proj"] = "attention.output.dense"
     for new, earlier in old.items():
         state = {name.replace(new, earlier): t for name, t in state.items()}
@@ -221,13 +219,12 @@ def test_pretrained_parts_come_from_the_names_of_the_configuration(tmp_path, sma
     model = network(small)
     model.vision.save_pretrained(tmp_path / "vision")
     model.language.save_pretrained(tmp_path / "text")
-    config = VQAConfig(
-        img_size=16, fusion_heads=2, vision_hub=str(tmp_path / "vision"), text_hub=str(tmp_path / "text")
-    )
+    hubs = {f"{part}_hub": str(tmp_path / part) for part in ("vision", "text")}
+    config = VQAConfig(img_size=16, fusion_heads=2, **hubs)
     again = DeterministicVQA(config, pretrained=True)
     assert torch.equal(again.text.layers[0].fc1.weight, model.text.layers[0].fc1.weight)
     assert torch.equal(again.vision.embeddings.cls_token, model.vision.embeddings.cls_token)
-    with pytest.raises(OSError, match="--pretrained: .*nowhere cannot be loaded"):
+    with pytest.raises(OSError, match=r"--pretrained: .*nowhere cannot be loaded"):
         build_vision(VQAConfig(vision_hub=str(tmp_path / "nowhere")), pretrained=True)
 
 
@@ -279,11 +276,11 @@ def test_pictures_are_found_by_number_and_missing_ones_are_named(tmp_path):
     for name in ("COCO_train2014_000000044135.jpg", "7.png"):
         (tmp_path / name).touch()
     questions = [Question("a", "b", name, 0) for name in ("44135", "7")]
-    assert [path.name for path in find_pictures(questions, tmp_path).values()][0].startswith("COCO")
-    with pytest.raises(ValueError, match="lacks 1 pictures .* img_id 8"):
+    assert find_pictures(questions, tmp_path)["44135"].name.startswith("COCO")
+    with pytest.raises(ValueError, match=r"lacks 1 pictures .* img_id 8"):
         find_pictures([*questions, Question("a", "b", "8", 0)], tmp_path)
     (tmp_path / "7.jpg").touch()
-    with pytest.raises(ValueError, match="img_id 7: .* could both be meant"):
+    with pytest.raises(ValueError, match=r"img_id 7: .* could both be meant"):
         find_pictures(questions, tmp_path)
 
 
@@ -292,7 +289,7 @@ def test_no_picture_is_on_both_sides_of_a_split():
     train, val = split(questions, 0.3, seed=1)
     assert not {q.img_id for q in train} & {q.img_id for q in val}
     assert len(train) + len(val) == 30 and len(val) == 9
-    with pytest.raises(ValueError, match="--val_split 0.01"):
+    with pytest.raises(ValueError, match=r"--val_split 0\.01"):
         split(questions, 0.01, seed=1)
 
 
@@ -357,9 +354,8 @@ def test_token_f1_counts_words(prediction, answer, f1):
 
 
 def test_a_blank_picture_stands_beside_every_score_and_says_when_pictures_are_of_no_use():
-    rows = [
-        vqa_scores.Answered("q", k % 4, "đỏ", "đỏ" if k < 30 else "tím", "đỏ" if k < 12 else "tím") for k in range(40)
-    ]
+    said = [("đỏ" if k < 30 else "tím", "đỏ" if k < 12 else "tím") for k in range(40)]
+    rows = [vqa_scores.Answered("q", k % 4, "đỏ", *each) for k, each in enumerate(said)]
     scores = vqa_scores.scores_by_type(rows)
     assert (scores["all"].em, scores["all"].blank_em, scores["all"].gain) == (75, 30, 45)
     assert [*scores] == ["all", "object", "number", "colour", "location"]

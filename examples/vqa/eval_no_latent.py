@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, tokenizer = load_model(args.model_path, **flags)
     dataset = Questions(questions, args.image_dir, network.config.img_size)
     collate = Collate(tokenizer, network.language.config.max_position_embeddings - 1)
-    scores = scores_by_type(answer_all(network, tokenizer, loader(dataset, collate, args.batch_size, False)))
+    scores = scores_by_type(answer_all(network, tokenizer, loader(dataset, collate, args.batch_size)))
     print(table(scores))
     if args.output:
         write_json(args.output, {name: score.as_dict() for name, score in scores.items()})

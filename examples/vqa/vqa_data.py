@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from vqa_questions import Question, find_pictures
 from vqa_tokens import encode_answers
 
@@ -92,8 +92,35 @@ class Collate:
         }
 
 
-def loader(dataset: Questions, collate: Collate, batch_size: int, shuffle: bool, num_workers: int = 0) -> DataLoader:
-    """Batches of a data set; the order is drawn from torch's own seed."""
+class EpochOrder(Sampler[int]):
+    """An order for each epoch, which is the same in a run that goes on from there.
+
+    Args:
+        length: how many there are to order.
+        seed: of all orders.
+        epoch: says which one begins.
+    """
+
+    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.length, self.seed, self.epoch = length, seed, epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng((self.seed, self.epoch())).permutation(self.length).tolist())
+
+
+def loader(
+    dataset: Questions, collate: Collate, batch_size: int, order: Sampler[int] | None = None, num_workers: int = 0
+) -> DataLoader:
+    """Batches of a data set, in its own order or another."""
     return DataLoader(
-        dataset, batch_size, shuffle, num_workers=num_workers, collate_fn=collate, persistent_workers=num_workers > 0
+        dataset,
+        batch_size,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=collate,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # its own: torch's draws are those of dropout
     )

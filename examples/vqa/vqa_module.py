@@ -32,7 +32,7 @@ class VQAModule(LightningModule):
         lr: the learning rate. lora_lr: that of the adapters; None: the same.
         weight_decay: of everything but adapters.
         scheduler: "cosine", to zero after a warm-up of 5 %, or "none".
-        seed: of each epoch's order and dropout, so that a run that goes on is the same.
+        seed: of each epoch's dropout, which is the same in a run that goes on.
     """
 
     def __init__(

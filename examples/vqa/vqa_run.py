@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from model_no_latent import DeterministicVQA
 from vqa_config import VQAConfig, from_dict, read_config
-from vqa_data import Collate, Questions, loader
+from vqa_data import Collate, EpochOrder, Questions, loader
 from vqa_files import BASE, base_of, save_model, save_tensors, start_of
 from vqa_module import VQAModule, answer_all
 from vqa_questions import Data, Question
@@ -51,8 +51,6 @@ def run(settings: Settings, folder: Path, data: Data) -> dict[str, Any]:
     train_set = Questions(data.train, data.pictures, network.config.img_size, data.weights)
     val_set = Questions(data.val, data.pictures, network.config.img_size)
     collate = Collate(tokenizer, network.language.config.max_position_embeddings - 1)
-    train_batches = loader(train_set, collate, settings.batch_size, True, settings.num_workers)
-    val_batches = loader(val_set, collate, settings.batch_size, False, settings.num_workers)
     print(network.report())
 
     preset = settings.preset(count_pictures(data.train))
@@ -60,6 +58,9 @@ def run(settings: Settings, folder: Path, data: Data) -> dict[str, Any]:
     module = VQAModule(
         network, tokenizer, settings.lr, lora_lr, settings.weight_decay, settings.scheduler, settings.seed
     )
+    order = EpochOrder(len(train_set), settings.seed, lambda: module.current_epoch)
+    train_batches = loader(train_set, collate, settings.batch_size, order, settings.num_workers)
+    val_batches = loader(val_set, collate, settings.batch_size, num_workers=settings.num_workers)
     base = base_of(network)
     if not settings.resume:
         save_tensors(base, folder / BASE)
@@ -138,7 +139,7 @@ def make_callbacks(settings: Settings, folder: Path, val_set: Questions, collate
     """Checkpoints and the audit; early stopping and samples where they are asked for."""
     best = {"monitor": MONITOR, "filename": "best"} if settings.early_stopping else {"filename": "epoch"}
     callbacks = [
-        ModelCheckpoint(folder / "checkpoints", save_last=True, enable_version_counter=False, **best),
+        ModelCheckpoint(folder / "checkpoints", save_last=True, save_on_train_epoch_end=True, **best),
         AuditAdapters(),
     ]
     if settings.early_stopping:
