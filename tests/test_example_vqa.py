@@ -26,6 +26,7 @@ from model_no_latent import TARGETS, DeterministicVQA  # noqa: E402
 from vqa_config import VQAConfig, read_config  # noqa: E402
 from vqa_files import load_model  # noqa: E402
 from vqa_questions import Question, find_pictures, read_questions, split  # noqa: E402
+from vqa_settings import settle  # noqa: E402
 from vqa_tokens import decode, encode_answers, open_tokenizer, train_tokenizer  # noqa: E402
 from vqa_weights import build_language, build_vision  # noqa: E402
 
@@ -424,3 +425,113 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(small, both, tmp_path, m
     assert train_no_latent.main(["--output_dir", str(tmp_path / "run"), "--resume"]) == 0
     whole, again = (load_file(f / "model" / "rest.safetensors") for f in (both, tmp_path / "run"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_more_flags_reach_the_run(small, scenes, tmp_path):
+    data = [scenes / "questions.csv", scenes / "images"]
+    weights = tmp_path / "weights.json"
+    assert compute_answer_weights.main(["--train_csv", str(data[0]), "--output", str(weights)]) == 0
+    flags = ["--train_csv", data[0], "--image_dir", data[1], "--answer_weights", weights, "--use_type_loss"]
+    flags += ["--val_csv", data[0], "--early_stopping", "--early_stopping_patience", 1, "--scheduler", "none"]
+    flags += ["--gradient_accumulation_steps", 2, "--weight_decay", 0.1, "--dropout", 0.2, "--logger", "tensorboard"]
+    flags += ["--use_text_lora", "--lora_preset", "auto", "--text_lora_dropout", 0.2, "--num_workers", 0]
+    assert train(small, tmp_path / "run", *flags) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "val/loss" in summary["kept"] and (tmp_path / "run/tensorboard").is_dir()
+    model, _ = load_model(tmp_path / "run/model")
+    assert model.type_head is not None and model.projection[2].p == 0.2
+    settings = model.text_part.settings
+    assert (settings.rank, settings.alpha, settings.dropout) == (
+        4,
+        32,
+        0.2,
+    )  # of the preset `small`, but what was given
+    assert model.vision_part is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--vision_lora_r", 4], "--vision_lora_r does nothing without --use_vision_lora"),
+        (["--use_text_lora", "--text_lora_r", 0], "LoRA rank 0"),
+        (["--use_text_lora", "--text_lora_dropout", 1], "LoRA dropout 1"),
+        (["--lora_lr", 1], "do nothing without"),
+        (["--epochs", 0], "--epochs 0: it must be at least 1"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--val_split", 1.5], "--val_split 1.5"),
+        (["--train_csv", "x.csv"], "--image_dir"),
+        (["--val_csv", "x.csv"], "belong to --train_csv"),
+        (["--train_csv", "x.csv", "--image_dir", "."], "x.csv is missing"),
+        (["--config", "huge"], "give a YAML file, or one of base, tiny"),
+        (["--vision_weights", "none.safetensors"], "there is no such file"),
+        (["--pretrained", "--vision_weights", "a"], "there is no such file"),
+        (["--start", "a", "--pretrained"], "has all weights"),
+        (["--train_all", "--use_text_lora"], "--train_all freezes nothing"),
+        (["--unfreeze_encoder_layers", 9], "the backbone has 4 blocks"),
+        (["--resume"], "give the folder of the run"),
+        (["--seeds", "0,1"], "--seeds belongs to"),
+        (["--compare", "--ablate", "8"], "give one of them"),
+        (["--compare", "--use_text_lora"], "--compare sets --use_text_lora itself"),
+        (["--ablate", "4", "--text_lora_r", 8], "leave --text_lora_r out"),
+        (["--ablate", "4", "--lora_preset", "small"], "leave --lora_preset out"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_sentence_before_training(tmp_path, monkeypatch, capsys, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    output = [] if "--resume" in flags else ["--output_dir", tmp_path / "run", "--scenes", 12]
+    said = error(capsys, *output, *flags)
+    assert said.startswith("error: ") and sentence in said
+    assert not (tmp_path / "run" / "settings.json").exists()
+
+
+def test_a_folder_holds_one_run_which_goes_on_with_its_own_settings(both, capsys, small):
+    assert "holds a run" in error(capsys, "--output_dir", both)
+    said = error(capsys, "--output_dir", both, "--resume", "--text_lora_r", 8)
+    assert "--text_lora_r 8" in said and "started with 4" in said
+    assert settle({"output_dir": str(both), "resume": True}).vision_lora_r == 2
+
+
+def test_answers_without_a_weight_are_named_before_training(scenes, tmp_path, capsys):
+    (tmp_path / "w.json").write_text('{"answer_to_weight": {"một": 1}}')
+    data = ["--train_csv", scenes / "questions.csv", "--image_dir", scenes / "images", "--val_split", 0.5]
+    said = error(capsys, *data, "--answer_weights", tmp_path / "w.json", "--output_dir", tmp_path / "run")
+    assert "has no weight for" in said
+
+
+def test_transformers_missing_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers.*pip install eomt-lora\[hf\]"):
+        build_vision(read_config("tiny"))
+
+
+def test_the_table_has_a_row_for_each_variant_and_keeps_runs_that_are_there(small, tmp_path, capsys):
+    table = ["--config", small, *RUN, "--epochs", 1, "--ablate", "2,4", "--seeds", "0,1", "--lora_lr", 1e-2]
+    table += ["--use_vision_lora", "--output_dir", tmp_path / "table"]
+    assert train_no_latent.main(list(map(str, table))) == 0
+    results = json.loads((tmp_path / "table/results.json").read_text())
+    rows = {row["variant"]: row for row in results["rows"]}
+    assert [*rows] == ["rank 2", "rank 4"] and len(rows["rank 4"]["em_of_seeds"]) == 2
+    assert (rows["rank 2"]["adapters"], rows["rank 4"]["adapters"]) == (576, 1152)
+    assert rows["rank 2"]["to_first"] == 0 and "no measurable difference" in (tmp_path / "table/results.md").read_text()
+    before = (tmp_path / "table/rank_2/seed_1/summary.json").stat().st_mtime_ns
+    assert train_no_latent.main(list(map(str, table))) == 0
+    assert (tmp_path / "table/rank_2/seed_1/summary.json").stat().st_mtime_ns == before
+    assert "now it is" in error(capsys, *table, "--epochs", 2)
+
+
+def test_the_comparison_is_of_what_trains():
+    from vqa_table import VARIANTS, of_parts
+
+    assert [*VARIANTS] == ["frozen", "last 3 layers", "vision LoRA", "text LoRA", "both"]
+    flags = {"vision_lora_r": 4, "text_lora_r": 8, "lora_lr": 0.1}
+    assert [of_parts(own, flags) for own in VARIANTS.values()] == [
+        {},
+        {},
+        {"vision_lora_r": 4, "lora_lr": 0.1},
+        {"text_lora_r": 8, "lora_lr": 0.1},
+        flags,
+    ]
+
+
+def test_the_lightning_module_is_short():
+    assert len((EXAMPLE / "vqa_module.py").read_text().splitlines()) <= 200
