@@ -26,7 +26,7 @@ from model_no_latent import TARGETS, DeterministicVQA  # noqa: E402
 from vqa_config import VQAConfig, read_config  # noqa: E402
 from vqa_files import load_model  # noqa: E402
 from vqa_questions import Question, find_pictures, read_questions, split  # noqa: E402
-from vqa_settings import settle  # noqa: E402
+from vqa_settings import Settings, settle  # noqa: E402
 from vqa_tokens import decode, encode_answers, open_tokenizer, train_tokenizer  # noqa: E402
 from vqa_weights import build_language, build_vision  # noqa: E402
 
@@ -307,6 +307,8 @@ def test_a_tokeniser_that_cannot_be_loaded_is_replaced_only_where_no_weights_nee
     assert "cannot be loaded" in caplog.text
     with pytest.raises(OSError, match="mean nothing with another"):
         open_tokenizer(str(tmp_path / "none"), ["a b"], 300, required=True)
+    with pytest.raises(ValueError, match="name it in the configuration"):
+        open_tokenizer(None, ["a b"], 300, required=True)
 
 
 def test_scenes_are_the_same_for_the_same_seed_and_ask_all_types_unequally(tmp_path):
@@ -496,6 +498,20 @@ def test_answers_without_a_weight_are_named_before_training(scenes, tmp_path, ca
     data = ["--train_csv", scenes / "questions.csv", "--image_dir", scenes / "images", "--val_split", 0.5]
     said = error(capsys, *data, "--answer_weights", tmp_path / "w.json", "--output_dir", tmp_path / "run")
     assert "has no weight for" in said
+
+
+def test_a_run_that_diverges_ends_without_a_network(small, tmp_path, capsys):
+    said = error(
+        capsys, "--config", small, *RUN, "--lr", "1e30", "--output_dir", tmp_path / "run", "--unfreeze_decoder"
+    )
+    assert "not finite" in said and not (tmp_path / "run" / "model").exists()
+
+
+def test_wandb_is_a_choice(tmp_path):
+    from vqa_run import make_trainer
+
+    loggers = make_trainer(Settings(logger="wandb"), tmp_path, []).loggers
+    assert [type(one).__name__ for one in loggers] == ["MetricsFile", "WandbLogger"]
 
 
 def test_transformers_missing_is_named_with_its_remedy(monkeypatch):

@@ -28,12 +28,14 @@ from eomt.files import read_json, read_pickle, read_tensors, write_json
 from eomt.lora.report import subtotals
 from eomt.reporting.loggers import EventFile, MetricsFile
 from eomt.training.audit_callback import AuditAdapters
+from eomt.training.finite_steps import FiniteSteps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 CLIP = 1.0  # norm of the gradients
+LIMIT = 3  # steps in a row without a finite loss, which end a run
 MONITOR = "val/loss"
 
 
@@ -113,6 +115,8 @@ def build(
         use_text_lora=settings.use_text_lora,
         **lora,
     )
+    if len(tokenizer) > (words := network.language.config.vocab_size):
+        raise ValueError(f"the tokeniser has {len(tokenizer)} words, and the text weights {words}: give their own one")
     if not settings.train_all:
         network.freeze_pretrained(settings.unfreeze_encoder_layers, settings.unfreeze_decoder)
     return network, tokenizer
@@ -136,11 +140,12 @@ def fitted(config: VQAConfig, tokenizer: PreTrainedTokenizerBase) -> VQAConfig:
 
 
 def make_callbacks(settings: Settings, folder: Path, val_set: Questions, collate: Collate) -> list[Callback]:
-    """Checkpoints and the audit; early stopping and samples where they are asked for."""
+    """Checkpoints, the audit, an end where losses are no numbers; early stopping and samples where asked for."""
     best = {"monitor": MONITOR, "filename": "best"} if settings.early_stopping else {"filename": "epoch"}
     callbacks = [
         ModelCheckpoint(folder / "checkpoints", save_last=True, save_on_train_epoch_end=True, **best),
         AuditAdapters(),
+        FiniteSteps(folder, LIMIT),
     ]
     if settings.early_stopping:
         callbacks.append(EarlyStopping(MONITOR, patience=settings.early_stopping_patience))

@@ -25,8 +25,10 @@ def open_tokenizer(
     """The tokeniser of this name, or one that is trained on the texts where it cannot be loaded.
 
     Raises:
-        OSError: it cannot be loaded, and is required, as pretrained text weights mean nothing with another.
+        OSError, ValueError: it cannot be loaded, or has no name, and pretrained text weights require it.
     """
+    if required and not name:
+        raise ValueError("pretrained text weights mean nothing without their tokeniser: name it in the configuration")
     if name:
         try:
             return load_tokenizer(name)
