@@ -1,0 +1,1 @@
+"""Morphed faces: a ViT pretrained by masking, adapted to tell them from bona fide ones."""

@@ -1,0 +1,58 @@
+"""A table of several ways to train, over several seeds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from eomt.reporting.run_summary import git_commit, machine
+from morph.running import train
+from morph.settings import Settings
+
+log = logging.getLogger(__name__)
+
+RATES = {"d_eer": "D-EER", "macer_at_bpcer_1": "MACER at BPCER 1 %", "macer_at_bpcer_5": "at 5 %"}
+RATES |= {"macer_at_bpcer_10": "at 10 %"}
+
+
+def compare(cells: Mapping[tuple[str, int], Settings], output: Path) -> dict[str, Any]:
+    """Trains each (variant, seed) in a folder of its own, unless it is finished there; returns all results."""
+    runs = []
+    for (variant, seed), settings in cells.items():
+        log.info("%s, seed %d", variant, seed)
+        summary = train(settings, output / f"{variant}_seed{seed}", resume="auto")
+        runs.append({"variant": variant, "seed": seed, **summary})
+    return {"runs": runs, "git_commit": git_commit(), "machine": machine()}
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """Mean and standard deviation over the seeds of each variant, in Markdown."""
+    runs = results["runs"]
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    test = runs[0]["test"]
+    seeds = len({run["seed"] for run in runs})
+    header = ["variant", *(f"{name}, %" for name in RATES.values()), "trainable parameters", "s", "frozen weights"]
+    lines = [header, ["---"] * len(header)]
+    for variant in variants:
+        own = [run for run in runs if run["variant"] == variant]
+        trained, total = own[0]["trainable_parameters"], own[0]["total_parameters"]
+        kept = "none" if not own[0]["frozen_tensors"] else f"{own[0]['frozen_tensors']} unchanged"
+        if not all(run["frozen_unchanged"] for run in own):
+            kept = "CHANGED"
+        rates = [spread([run["test"][name] for run in own]) for name in RATES]
+        seconds = f"{mean(run['seconds'] for run in own):.0f}"
+        lines.append([variant, *rates, f"{trained:,} ({100 * trained / total:.1f} %)", seconds, kept])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    counts = f"{test['bona_fide']} bona fide pictures and {test['morphs']} morphs"
+    return f"{rows}\n\nMean ± standard deviation over {seeds} seeds; {counts} to test with.\n"
+
+
+def spread(values: list[float | None]) -> str:
+    """`26.1 ± 1.2`, of shares in percent."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "none"
+    return f"{mean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")

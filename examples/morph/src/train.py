@@ -1,0 +1,51 @@
+"""Trains a detector of morphed faces: a ViT pretrained by masking, with LoRA by default."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import _checkout
+from morph.arguments import CONFIG, add_overrides, overrides_in
+from morph.settings import Settings, read_settings
+
+from eomt.command_line import quiet_libraries, reports_errors
+
+
+@reports_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks the settings, trains and tests; prints the error rates."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=CONFIG, help="a YAML file; see configs/")
+    parser.add_argument("--output", type=Path, default=Path("outputs", "morph", time.strftime("%Y-%m-%d_%H-%M-%S")))
+    parser.add_argument("--resume", help="a checkpoint to go on from, or auto: the newest one in the output folder")
+    add_overrides(parser)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = read_settings(args.config, overrides_in(args), count)
+    settings.check_files()
+
+    quiet_libraries()
+    from morph.metrics import metrics_table
+    from morph.running import train
+
+    summary = train(settings, args.output, args.resume)
+    if "test" in summary:
+        print(metrics_table(summary["test"]))
+    print(
+        f"{args.output / 'model'}: test it with python {_checkout.SRC / 'test.py'} --model_path {args.output / 'model'}"
+    )
+
+
+def count(settings: Settings) -> int:
+    """Training images, for preset=auto."""
+    from morph.data import count_training_images
+
+    settings.check_files()
+    return count_training_images(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
