@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = train(settings, args.output, args.resume)
     if "test" in summary:
         print(metrics_table(summary["test"]))
-    print(
-        f"{args.output / 'model'}: test it with python {_checkout.SRC / 'test.py'} --model_path {args.output / 'model'}"
-    )
+    model = args.output / "model"
+    print(f"{model}: test it with python {_checkout.SRC / 'test.py'} --model_path {model}")
 
 
 def count(settings: Settings) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
-from scipy.interpolate import LinearNDInterpolator
 from scipy.ndimage import map_coordinates
+from scipy.spatial import Delaunay
 
 BONA_FIDE, MORPH = 0, 1
 OVERSAMPLING = 3  # drawn larger, then averaged: smooth edges
@@ -106,11 +106,17 @@ def morph(first: Face, second: Face, rng: Generator, size: int) -> np.ndarray:
 def warp(image: np.ndarray, points: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Moves the landmarks `points` of an image [H, H, 3] to `wanted`, both [N, 2], linearly in each triangle."""
     size = len(image)
-    middles = (np.arange(size) + 0.5) / size
-    y, x = np.meshgrid(middles, middles, indexing="ij")
-    source = LinearNDInterpolator(wanted, points)(np.stack((x, y), -1)) * size - 0.5  # [H, H, 2]
-    rows = [source[..., 1], source[..., 0]]
-    return np.stack([map_coordinates(image[..., c], rows, order=1, mode="nearest") for c in range(3)], -1)
+    corners, origins = (points[Delaunay(wanted).simplices] for points in (wanted * size - 0.5, points * size - 0.5))
+    inside = Image.new("I", (size, size))  # which triangle each pixel lies in
+    brush = ImageDraw.Draw(inside)
+    for number, corner in enumerate(corners):
+        brush.polygon([tuple(point) for point in corner], fill=number)
+    (first, second, third), (a, b, c) = (part[np.asarray(inside)].transpose(2, 3, 0, 1) for part in (corners, origins))
+    y, x = np.mgrid[:size, :size]
+    (e, f), (g, h), (x, y) = second - first, third - first, np.stack((x, y)) - first
+    determinant = e * h - f * g
+    source = a + (x * h - y * g) / determinant * (b - a) + (y * e - x * f) / determinant * (c - a)  # [2, H, H]
+    return np.stack([map_coordinates(image[..., k], source[::-1], order=1, mode="nearest") for k in range(3)], -1)
 
 
 def draw_split(

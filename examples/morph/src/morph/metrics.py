@@ -52,7 +52,7 @@ def detection_metrics(scores: Tensor, labels: Tensor) -> dict[str, float | int |
         return dict.fromkeys(names) | counts
     bpcer, macer = error_rates(scores, labels)
     eer = binary_eer(scores.double(), labels.long()).item()
-    values = [eer, *(macer[bpcer <= bound + 1e-12].min().item() for bound in BPCERS)]
+    values = [eer, *(macer[bpcer <= bound + 1e-6].min().item() for bound in BPCERS)]
     return dict(zip(names, values, strict=True)) | counts
 
 

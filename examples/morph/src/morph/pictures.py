@@ -148,11 +148,8 @@ def check_apart(splits: Mapping[str, Sequence[Picture]], root: Path) -> None:
                 f"data {root}: identity {listed(both, 3)} in {first} and in {second}, so that the score would be of "
                 "known persons: put each person, and all morphs of it, into one split"
             )
-        if (
-            splits[first]
-            and splits[second]
-            and (same := shared_images(*map(_samples, (splits[first], splits[second]))))
-        ):
+        samples = [_samples(splits[split]) for split in (first, second)]
+        if all(samples) and (same := shared_images(*samples)):
             raise ValueError(
                 f"data {root}: {listed(sorted(same), 3)} in {second} is a picture of {first}, too: leave it out of one"
             )

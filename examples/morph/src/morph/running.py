@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import yaml
 from lightning import Trainer
@@ -67,7 +66,6 @@ def train(settings: Settings, output: str | Path, resume: str | None = None) -> 
 
 def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None) -> dict[str, Any]:
     """Trains, and saves the detector as `model/`; returns what there is to say of it."""
-    lightning.seed_everything(settings.seed, verbose=False)
     module = MorphDetector(settings, base_weights(settings))
     parts = {"backbone": module.encoder.backbone, "head": module.head}
     log.info(trainable_report(module, parts=parts))
@@ -77,12 +75,10 @@ def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - started
     save_detector(module, output / "model")
-    trained, total = (
-        sum(p.numel() for p in module.parameters() if p.requires_grad or every) for every in (False, True)
-    )
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return {
-        "trainable_parameters": trained,
-        "total_parameters": total,
+        "trainable_parameters": sum(size for size, trains in sizes if trains),
+        "total_parameters": sum(size for size, _ in sizes),
         "trainable_by_part": subtotals(module, parts),
         "steps": trainer.global_step,
         "seconds": round(seconds, 1),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eomt.files import read_json, read_tensors, replacing, replacing_folder, write_json
+from eomt.files import read_json, read_tensors, replacing_folder, write_json
 from eomt.fingerprints import first_misfit, is_adapter
 from lora_config import LoRASettings, listed
 from morph.settings import ADAPTER, Settings, make_settings, read_overrides
@@ -25,11 +25,9 @@ def save_detector(module: MorphDetector, folder: str | Path) -> None:
 
     rest = {k: t.detach().cpu().contiguous() for k, t in module.trained_state().items() if not is_adapter(k)}
     with replacing_folder(folder) as draft:
-        write_json(
-            draft / "settings.json", {"settings": dataclasses.asdict(module.settings), "base": module.base_record()}
-        )
-        with replacing(draft / REST) as file:
-            save_file(rest, file, metadata={"format": "pt"})
+        facts = {"settings": dataclasses.asdict(module.settings), "base": module.base_record()}
+        write_json(draft / "settings.json", facts)
+        save_file(rest, draft / REST, metadata={"format": "pt"})
         if module.settings.use_lora:
             module.adapted.save(draft / "adapter")
 
