@@ -159,6 +159,14 @@ def test_a_picture_of_training_and_test_is_refused(tmp_path):
         pictures.read_folder(config)
 
 
+def test_a_picture_that_is_cut_off_is_refused_before_training(tmp_path):
+    config = folder_of(tmp_path, ["train/morph/a.png", "train/bona_fide/b.png"])
+    whole = (tmp_path / "train/morph/a.png").read_bytes()
+    (tmp_path / "train/morph/a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.png"):
+        pictures.read_folder(config)
+
+
 def test_a_picture_in_no_labelled_folder_and_a_missing_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match="lies in no folder that says what it is"):
         pictures.read_folder(folder_of(tmp_path / "a", ["train/x/a.png"]))
@@ -316,10 +324,14 @@ def test_drawn_weights_are_pretrained_once_and_load_into_the_detector(tmp_path, 
     from morph.module import MorphDetector
 
     detector = MorphDetector(own, folder)
-    assert "loaded" in str(detector.encoder.report)
-    tensors, _ = saved.read_tensors(folder / "model.safetensors")
-    patches = detector.encoder.backbone.patch_embed.proj.weight
-    assert torch.equal(patches, tensors["embeddings.patch_embeddings.projection.weight"])
+    from transformers import ViTMAEModel
+
+    peer, images = ViTMAEModel.from_pretrained(folder, mask_ratio=0.0).eval(), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        pixels = detector.encoder.normalize(images)
+        in_order = torch.arange(16.0).expand(2, 16)
+        expected = peer(pixels, noise=in_order).last_hidden_state
+        torch.testing.assert_close(detector.eval().encoder.backbone.forward_features(pixels), expected)
 
 
 def test_without_transformers_pretraining_names_the_package(monkeypatch):
@@ -415,6 +427,17 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(run, tmp_path, monke
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_checkpoint_that_is_named_is_one_to_go_on_from_with_its_own_settings(run, capsys):
+    last = run / "checkpoints" / "last.ckpt"
+    assert call("train", "--output", run, "--resume", last, "--override", *TINY, "lora_r=2") == 1
+    assert "lora_r 4, now it is 2" in capsys.readouterr().err
+
+
+def test_checkpoints_hold_what_trains_alone(run):
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state and all("lora_" in key or key.startswith("head.") for key in state)
+
+
 def test_too_few_pictures_and_a_single_class_are_errors():
     with pytest.raises(ValueError, match=r"8 training pictures|16 training pictures"):
         data.FaceData(read(*TINY, "batch_size=64")).check_training()
@@ -436,18 +459,80 @@ def test_a_folder_of_pictures_trains_and_is_tested(tmp_path, capsys):
 
 
 def test_the_comparison_makes_its_table_and_does_not_repeat_what_is_finished(tmp_path, capsys, monkeypatch):
-    words = ["--output", tmp_path, "--seeds", "0", "1", "--variants", "frozen", "full", "--override", *TINY, "epochs=1"]
+    variants = ["frozen", "last_block", "full"]
+    words = ["--output", tmp_path, "--seeds", "0", "--variants", *variants, "--override", *TINY, "epochs=1"]
     assert call("compare", *words) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [(run["variant"], run["seed"]) for run in results["runs"]] == [
-        ("frozen", 0), ("frozen", 1), ("full", 0), ("full", 1),
-    ]  # fmt: skip
+    assert [run["variant"] for run in results["runs"]] == variants
+    sizes = [run["trainable_parameters"] for run in results["runs"]]
+    assert sizes[0] == 34 and sizes[0] < sizes[1] < sizes[2] == results["runs"][2]["total_parameters"]
     table = (tmp_path / "results.md").read_text()
-    assert "| frozen |" in table and "unchanged |" in table and "(100.0 %)" in table and "over 2 seeds" in table
+    assert "| frozen |" in table and "unchanged |" in table and "(100.0 %)" in table
     from morph import running
 
     monkeypatch.setattr(running, "fit", None)
     assert call("compare", *words) == 0
+
+
+def test_a_spread_is_mean_and_deviation_in_percent():
+    from morph.comparing import spread
+
+    assert spread([0.1, 0.2, 0.3]) == "20.0 ± 10.0" and spread([0.25]) == "25.0" and spread([None]) == "none"
+
+
+RATES = ["lr=1e-4", "lora_lr=2e-4", "backbone_lr=3e-4", "weight_decay=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups", "trained"),
+    [
+        (["lora_targets=[query, out]"], {("lora", 2e-4, 0.0), ("heads", 1e-4, 0.5)}, {"qkv", "proj"}),
+        (["lora_r=2"], {("lora", 2e-4, 0.0), ("heads", 1e-4, 0.5)}, {"qkv"}),
+        (["use_lora=false", "unfreeze_last_n=1"], {("backbone", 3e-4, 0.5), ("heads", 1e-4, 0.5)}, {"1"}),
+        (["use_lora=false"], {("heads", 1e-4, 0.5)}, set()),
+    ],
+)
+def test_each_kind_of_parameter_has_its_rate(overrides, groups, trained):
+    from morph.module import MorphDetector
+
+    detector = MorphDetector(read(*TINY, *RATES, *overrides))
+    found = detector.groups()
+    assert {(group["kind"], group["lr"], group["weight_decay"]) for group in found} == groups
+    names = [n for n, p in detector.encoder.backbone.named_parameters() if p.requires_grad]
+    assert {n.split(".")[1 if "use_lora=false" in overrides else 3] for n in names} == trained
+
+
+def test_the_whole_backbone_trains_without_freezing():
+    from morph.module import MorphDetector
+
+    detector = MorphDetector(read(*TINY, "use_lora=false", "freeze_strategy=none"))
+    assert detector.adapted is None and all(p.requires_grad for p in detector.parameters())
+
+
+def test_loaders_and_trainer_heed_their_settings(tmp_path):
+    from morph import running
+
+    own = read(*TINY, "num_workers=2", "precision=bf16-mixed")
+    loader = data.FaceData(own).train_dataloader()
+    assert (loader.num_workers, loader.batch_size) == (2, 8)
+    trainer = running.make_trainer(own, tmp_path, running.AuditAdapters())
+    assert (trainer.max_epochs, trainer.precision) == (3, "bf16-mixed")
+
+
+def test_auto_counts_the_training_pictures():
+    assert script("train").count(read(*TINY)) == 16
+
+
+def test_frozen_weights_that_change_are_an_error(tmp_path, monkeypatch, capsys):
+    from morph import module
+
+    def spoil(self):
+        self.encoder.backbone.norm.weight.data += 1
+
+    monkeypatch.setattr(module.MorphDetector, "on_train_end", spoil)
+    words = [*TINY, "epochs=1", "use_lora=false"]
+    assert call("train", "--output", tmp_path / "run", "--override", *words) == 1
+    assert "frozen weights changed in training: encoder.backbone.norm.weight" in capsys.readouterr().err
 
 
 def test_wandb_and_none_are_loggers_by_choice(tmp_path, monkeypatch):

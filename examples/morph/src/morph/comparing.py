@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from eomt.reporting.run_summary import git_commit, machine
+from morph.data import read_splits
 from morph.running import train
 from morph.settings import Settings
 
@@ -19,8 +20,14 @@ RATES |= {"macer_at_bpcer_10": "at 10 %"}
 
 
 def compare(cells: Mapping[tuple[str, int], Settings], output: Path) -> dict[str, Any]:
-    """Trains each (variant, seed) in a folder of its own, unless it is finished there; returns all results."""
-    runs = []
+    """Trains each (variant, seed) in a folder of its own, unless it is finished there; returns all results.
+
+    Raises:
+        ValueError: there are no test pictures.
+    """
+    runs, settings = [], next(iter(cells.values()))
+    if not len(read_splits(settings)["test"]):
+        raise ValueError(f"data {settings.data} has no test pictures to compare by: put some below test")
     for (variant, seed), settings in cells.items():
         log.info("%s, seed %d", variant, seed)
         summary = train(settings, output / f"{variant}_seed{seed}", resume="auto")
@@ -34,14 +41,12 @@ def results_table(results: Mapping[str, Any]) -> str:
     variants = list(dict.fromkeys(run["variant"] for run in runs))
     test = runs[0]["test"]
     seeds = len({run["seed"] for run in runs})
-    header = ["variant", *(f"{name}, %" for name in RATES.values()), "trainable parameters", "s", "frozen weights"]
+    header = ["variant", *(f"{name}, %" for name in RATES.values()), "trainable parameters", "s", "frozen tensors"]
     lines = [header, ["---"] * len(header)]
     for variant in variants:
         own = [run for run in runs if run["variant"] == variant]
         trained, total = own[0]["trainable_parameters"], own[0]["total_parameters"]
-        kept = "none" if not own[0]["frozen_tensors"] else f"{own[0]['frozen_tensors']} unchanged"
-        if not all(run["frozen_unchanged"] for run in own):
-            kept = "CHANGED"
+        kept = f"{own[0]['frozen_tensors']} unchanged" if own[0]["frozen_tensors"] else "none"
         rates = [spread([run["test"][name] for run in own]) for name in RATES]
         seconds = f"{mean(run['seconds'] for run in own):.0f}"
         lines.append([variant, *rates, f"{trained:,} ({100 * trained / total:.1f} %)", seconds, kept])

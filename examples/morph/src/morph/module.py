@@ -88,11 +88,16 @@ class MorphDetector(LightningModule):
         if (eer := detection_metrics(scores, labels)["d_eer"]) is not None:
             self.log("val/d_eer", eer, prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        s, steps = self.settings, int(self.trainer.estimated_stepping_batches)
+    def groups(self) -> list[dict[str, Any]]:
+        """What trains, for the optimiser: head, adapters and the backbone's own weights at rates of their own."""
+        s = self.settings
         rates = {id(p): s.backbone_lr for p in self.encoder.parameters()}
-        optimizer = torch.optim.AdamW(parameter_groups(self, s.lr, s.lora_lr, s.weight_decay, rates))
-        warmup = round(s.warmup * steps)
+        return parameter_groups(self, s.lr, s.lora_lr, s.weight_decay, rates)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.groups())
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = round(self.settings.warmup * steps)
         schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, 0, warmup, "cosine"))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

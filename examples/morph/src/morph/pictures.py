@@ -52,7 +52,7 @@ def read_folder(settings: Settings) -> dict[str, list[Picture]]:
 
     Raises:
         ValueError: a label is unknown or contradictory, there are no splits and no identities, or persons or files of
-            the training are in another split. FileNotFoundError: a file is not there.
+            the training are in another split, or a file is no whole picture. FileNotFoundError: a file is not there.
     """
     root = Path(settings.data)
     pictures = read_csv(root / CSV_FILE) if (root / CSV_FILE).is_file() else read_names(root)
@@ -62,6 +62,8 @@ def read_folder(settings: Settings) -> dict[str, list[Picture]]:
         pictures = split_by_identity(pictures, root)
     if lost := [str(picture.path) for picture in pictures if not picture.split]:
         raise ValueError(f"data {root}: {listed(lost, 3)} in no split, and others are: name train, val or test for all")
+    for picture in pictures:
+        Source(str(picture.path)).check_complete()
     splits = {name: [picture for picture in pictures if picture.split == name] for name in ("train", "val", "test")}
     if not splits["val"]:
         splits["train"], splits["val"] = hold_out(splits["train"], settings.val_share)

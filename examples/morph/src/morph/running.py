@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
+from eomt.command_line import RunError
 from eomt.files import read_json, replacing, write_json, write_text
 from eomt.fingerprints import hash_tensors
 from eomt.lora.report import subtotals, trainable_report
@@ -25,7 +26,8 @@ from eomt.reporting.wandb_logger import wandb_logger
 from eomt.training.audit_callback import AuditAdapters
 from eomt.training.checkpoint_files import CheckpointFiles
 from eomt.training.finite_steps import FiniteSteps
-from eomt.training.run_folder import finished_before, run_folder
+from eomt.training.run_folder import check_resume, finished_before, run_folder
+from lora_config import listed
 from morph.data import FaceData
 from morph.metrics import detection_metrics, draw_det, error_rates
 from morph.module import MorphDetector
@@ -52,6 +54,8 @@ def train(settings: Settings, output: str | Path, resume: str | None = None) -> 
     output, values = Path(output), dataclasses.asdict(settings)
     data = FaceData(settings)
     data.check_training()
+    if resume not in (None, "auto"):
+        check_resume(resume, values)
     with run_folder(output, resume, values) as checkpoint:
         config = yaml.safe_dump(values, sort_keys=False)
         if checkpoint and (summary := finished_before(output, config)):
@@ -69,11 +73,12 @@ def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None
     module = MorphDetector(settings, base_weights(settings))
     parts = {"backbone": module.encoder.backbone, "head": module.head}
     log.info(trainable_report(module, parts=parts))
-    frozen = frozen_tensors(module)
-    before, started, audit = hash_tensors(frozen), time.monotonic(), AuditAdapters()
+    before, started, audit = hash_tensors(frozen_tensors(module)), time.monotonic(), AuditAdapters()
     trainer = make_trainer(settings, output, audit)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - started
+    if changed := [name for name, digest in hash_tensors(frozen_tensors(module)).items() if before.get(name) != digest]:
+        raise RunError(f"frozen weights changed in training: {listed(changed)}; look for code that writes to them")
     save_detector(module, output / "model")
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return {
@@ -84,8 +89,8 @@ def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None
         "seconds": round(seconds, 1),
         "training_images": len(data.splits["train"]),
         "audit": audit.audit.results if audit.audit else None,
-        "frozen_tensors": len(frozen),
-        "frozen_unchanged": hash_tensors(frozen_tensors(module)) == before,
+        "frozen_tensors": len(before),
+        "frozen_unchanged": True,  # anything else is an error
         "git_commit": git_commit(),
         "machine": machine(),
     }

@@ -41,7 +41,9 @@ def saved_settings(folder: str | Path, overrides: Sequence[str] = ()) -> Setting
     folder = Path(folder)
     if not (folder / "settings.json").is_file():
         raise FileNotFoundError(f"model_path {folder} holds no settings.json: give the folder model/ of a run")
-    saved = read_json(folder / "settings.json")["settings"]
+    saved = read_json(folder / "settings.json").get("settings")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder / 'settings.json'} holds no settings: put back what was saved")
     trained, changes = make_settings(saved, str(folder / "settings.json")), read_overrides(overrides)
     trained = dataclasses.replace(trained, **carried_by_adapter(folder, changes)) if trained.use_lora else trained
     asked = make_settings(saved | changes)
