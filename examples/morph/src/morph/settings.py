@@ -47,7 +47,7 @@ class Settings:
     num_workers: NonNegativeInt = 0
 
     backbone_name: str = "vit_tiny_patch16_224"
-    backbone_kwargs: dict[str, int] = field(default_factory=lambda: {"embed_dim": 128, "depth": 6, "num_heads": 4})
+    backbone_kwargs: dict[str, int] = field(default_factory=lambda: {"embed_dim": 64, "depth": 6, "num_heads": 4})
     patch_size: PositiveInt = 8
     weights: str = DRAWN
     mae_steps: PositiveInt = 600
