@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import _checkout  # noqa: F401
+import morph_checkout  # noqa: F401
 from morph.arguments import add_overrides, overrides_in
 from morph.saved import saved_settings
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import _checkout
+import morph_checkout
 from morph.arguments import CONFIG, add_overrides, overrides_in
 from morph.settings import Settings, read_settings
 
 from eomt.command_line import quiet_libraries, reports_errors
+from eomt.settings.run import check_output_dir
 
 
 @reports_errors()
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = read_settings(args.config, overrides_in(args), count)
     settings.check_files()
+    check_output_dir(args.output, args.resume)
 
     quiet_libraries()
     from morph.metrics import metrics_table
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "test" in summary:
         print(metrics_table(summary["test"]))
     model = args.output / "model"
-    print(f"{model}: test it with python {_checkout.SRC / 'test.py'} --model_path {model}")
+    print(f"{model}: test it with python {morph_checkout.SRC / 'test.py'} --model_path {model}")
 
 
 def count(settings: Settings) -> int:
