@@ -57,6 +57,7 @@ def save_adapter(handle: PeftModel, directory: str | Path) -> None:
         if isinstance(value, set):  # of layer names: the same file each time
             setattr(config, field, sorted(value))
     config.target_modules, config.exclude_modules = layers, others
+    config.fan_in_fan_out = False  # PEFT sets it for GPT-2's Conv1D, by the layer, whenever it adapts one
     with replacing_files(directory) as draft:
         save_file(state, draft / WEIGHTS_FILE, metadata=metadata)
         config.save_pretrained(str(draft))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 # what changes nothing about the layers, or is compared with the layers themselves
 NOT_COMPARED = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode")
-NOT_COMPARED += ("target_modules", "exclude_modules", "feedforward_modules", "lora_dropout", "fan_in_fan_out")
+NOT_COMPARED += ("target_modules", "exclude_modules", "feedforward_modules", "lora_dropout")
 NOTHING = (None, False, {}, [])  # values of options that this version of PEFT does not know, and that ask for nothing
 
 REMEDY = "one of them was changed since the adapter was saved; put it back"
