@@ -223,9 +223,10 @@ def test_an_onnx_file_of_another_program_a_broken_and_a_missing_one_are_named(
         assert line.startswith("error: ") and sentence in line
 
 
-def test_without_its_packages_the_extra_to_install_is_named(tmp_path, monkeypatch, capsys):
+def test_without_its_packages_the_extra_to_install_is_named(module, tmp_path, monkeypatch, capsys):
+    module.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    assert convert(monkeypatch, tmp_path, tmp_path / "network.onnx", "--to", "onnx") == 1
+    assert convert(monkeypatch, tmp_path / "model", tmp_path / "network.onnx", "--to", "onnx") == 1
     said = capsys.readouterr().err
     assert said == 'error: --to onnx needs onnx and onnxscript and onnxruntime: pip install "eomt-lora[onnx]"\n'
 
