@@ -20,7 +20,7 @@ from eomt.training.mask_classification_semantic import MaskClassificationSemanti
 from lora_config import preset_for
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-TINY = "{embed_dim: 64, depth: 5, num_heads: 2}"
+TINY = "{embed_dim: 96, depth: 5, num_heads: 2}"
 
 
 def choices(group):
