@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# loggers that warn of what only their developers can change, when PEFT imports torchao and bitsandbytes
+NOT_FOR_USERS = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 SUPPORTED_OPTIONS = ("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias")
 REFUSED_OPTIONS = {  # LoraConfig fields that another setting owns, or that do nothing good here: what to do instead
     "r": "set `rank`",
@@ -259,6 +261,8 @@ def _find_targets_with_warnings(module: nn.Module, settings: LoRASettings) -> li
 
 def import_peft() -> ModuleType:
     """The package peft; ImportError with a remedy where it is missing."""
+    for name in NOT_FOR_USERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:

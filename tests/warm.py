@@ -39,6 +39,8 @@ def python() -> str:
         listener.listen(64)
         command = [sys.executable, __file__, "serve", str(listener.fileno()), str(executable)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # libraries that look for a GPU when they are imported leave forks unusable otherwise
+        environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
         python.server = subprocess.Popen(  # kept, for its stdin ends with this process
             command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
         )
