@@ -95,6 +95,7 @@ MISTAKES = [  # script, its arguments, exit code and a part of the sentence
     ("compare.py", "run experiment=camvid_day variants=[full] data.root=/nowhere", 1, "/nowhere"),
     ("compare.py", "report /nowhere", 1, "/nowhere"),
     ("compare.py", "evaluate /nowhere", 1, "/nowhere has no summary.json"),
+    ("convert.py", "/nowhere {}/out --to eomt", 1, "no such file"),
     ("cost.py", "model=vit_largest", 1, "vit_largest"),
     ("cost.py", "--memory=0", 1, "--memory 0: must be greater than 0"),
     ("cost.py", "model.lora_rank=many", 1, "model.lora_rank 'many'"),
