@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -546,3 +547,12 @@ def test_wandb_and_none_are_loggers_by_choice(tmp_path, monkeypatch):
 def test_the_lightning_modules_are_short():
     for name in ("module", "data"):
         assert len((SRC / "morph" / f"{name}.py").read_text().splitlines()) <= 200
+
+
+def test_wrong_settings_are_said_before_torch_is_imported():
+    code = (
+        f"import sys; sys.modules['torch'] = None; sys.path[:0] = [{str(SRC)!r}, {str(ROOT)!r}]; import train, test\n"
+    )
+    code += "sys.exit(train.main(['--override', 'lora_r=0']) + test.main(['--model_path', 'nowhere']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SRC)
+    assert result.returncode == 2 and "LoRA rank 0" in result.stderr and "model_path nowhere" in result.stderr
