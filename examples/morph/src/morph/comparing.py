@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from eomt.reporting.run_summary import git_commit, machine
 from morph.data import read_splits
 from morph.running import train
 from morph.settings import Settings
@@ -32,7 +31,7 @@ def compare(cells: Mapping[tuple[str, int], Settings], output: Path) -> dict[str
         log.info("%s, seed %d", variant, seed)
         summary = train(settings, output / f"{variant}_seed{seed}", resume="auto")
         runs.append({"variant": variant, "seed": seed, **summary})
-    return {"runs": runs, "git_commit": git_commit(), "machine": machine()}
+    return {"runs": runs}
 
 
 def results_table(results: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from morph.saved import load_detector, save_detector
 from morph.settings import Settings
 
 log = logging.getLogger(__name__)
+code_version = functools.cache(git_commit)  # when it was loaded, also where files change while it runs
 
 
 def train(settings: Settings, output: str | Path, resume: str | None = None) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def train(settings: Settings, output: str | Path, resume: str | None = None) -> 
         AuditError: adapters do not train.
     """
     output, values = Path(output), dataclasses.asdict(settings)
+    code_version()
     data = FaceData(settings)
     data.check_training()
     if resume not in (None, "auto"):
@@ -91,7 +94,7 @@ def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None
         "audit": audit.audit.results if audit.audit else None,
         "frozen_tensors": len(before),
         "frozen_unchanged": True,  # anything else is an error
-        "git_commit": git_commit(),
+        "git_commit": code_version(),
         "machine": machine(),
     }
 

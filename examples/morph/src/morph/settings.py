@@ -40,7 +40,7 @@ class Settings:
 
     data: str = DRAWN
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    identities: Annotated[int, Field(ge=4)] = 200
+    identities: Annotated[int, Field(ge=4)] = 150
     pictures: PositiveInt = 4
     data_seed: NonNegativeInt = 0
     img_size: PositiveInt = 64
@@ -50,7 +50,7 @@ class Settings:
     backbone_kwargs: dict[str, int] = field(default_factory=lambda: {"embed_dim": 64, "depth": 6, "num_heads": 4})
     patch_size: PositiveInt = 8
     weights: str = DRAWN
-    mae_steps: PositiveInt = 600
+    mae_steps: PositiveInt = 500
     mae_batch_size: PositiveInt = 64
 
     freeze_strategy: Literal["backbone_only", "none"] = "backbone_only"
