@@ -544,6 +544,17 @@ def test_wandb_and_none_are_loggers_by_choice(tmp_path, monkeypatch):
     assert len(running.make_loggers(read("logger=csv"), tmp_path)) == 1
 
 
+def test_without_a_network_the_hub_is_named_with_the_ways_out(monkeypatch):
+    from morph import module
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("offline") from OSError()
+
+    monkeypatch.setattr(module, "ViT", offline)
+    with pytest.raises(ConnectionError, match=r"weights=hub: timm's \w+ could not be had \(OSError\).*weights=FILE"):
+        module.MorphDetector(read("weights=hub"))
+
+
 def test_the_lightning_modules_are_short():
     for name in ("module", "data"):
         assert len((SRC / "morph" / f"{name}.py").read_text().splitlines()) <= 200

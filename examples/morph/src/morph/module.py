@@ -20,7 +20,7 @@ from eomt.models.vit import ViT
 from eomt.training.adapter_checkpoints import leave_out_frozen, put_back_frozen
 from eomt.training.schedules import lr_factor
 from morph.metrics import detection_metrics
-from morph.settings import DRAWN, Settings
+from morph.settings import Settings
 
 
 class MorphDetector(LightningModule):
@@ -138,7 +138,12 @@ def build_encoder(settings: Settings, base: str | Path | None) -> ViT:
     """
     s = settings
     if base is None and s.weights not in ("hub", "none"):
-        raise ValueError(f"weights {s.weights}: make them first" if s.weights == DRAWN else f"weights {s.weights}")
-    return ViT(
-        (s.img_size, s.img_size), s.patch_size, s.backbone_name, s.weights == "hub", s.backbone_kwargs, weights=base
-    )
+        raise ValueError(f"weights {s.weights} are in a file: give what `base_weights(settings)` returns as base")
+    size, from_hub = (s.img_size, s.img_size), s.weights == "hub"
+    try:
+        return ViT(size, s.patch_size, s.backbone_name, from_hub, s.backbone_kwargs, weights=base)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"weights=hub: timm's {s.backbone_name} could not be had ({type(error.__cause__).__name__}); connect to "
+            "the hub, or give weights=FILE, or weights=none for random ones"
+        ) from error
