@@ -8,6 +8,8 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +67,10 @@ def read_folder(settings: Settings) -> dict[str, list[Picture]]:
     for picture in pictures:
         Source(str(picture.path)).check_complete()
     splits = {name: [picture for picture in pictures if picture.split == name] for name in ("train", "val", "test")}
+    check_apart(splits, root)
     if not splits["val"]:
         splits["train"], splits["val"] = hold_out(splits["train"], settings.val_share)
-    check_apart(splits, root)
+        check_apart({name: splits[name] for name in ("train", "val")}, root)
     return splits
 
 
@@ -129,15 +132,19 @@ def split_by_identity(pictures: Sequence[Picture], root: Path) -> list[Picture]:
 
 
 def hold_out(train: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
-    """Training pictures apart from those to validate with: persons where they are known, else every so many."""
+    """Training pictures apart from those to validate with: persons where they are known, else evenly spread ones."""
     identities = sorted({identity for picture in train for identity in picture.identities})
     if not identities or not all(picture.identities for picture in train):
         log.warning("the identities are not known: validation pictures may show persons of the training")
-        step = max(2, round(1 / share))
-        return [p for n, p in enumerate(train) if n % step], [p for n, p in enumerate(train) if not n % step]
-    held = {name for name in identities if _share_of(name, "val") < share}
+        chosen = [ceil((n + 1) * share) > ceil(n * share) for n in range(len(train))]
+        return list(compress(train, (not own for own in chosen))), list(compress(train, chosen))
+    count = min(max(1, round(share * len(identities))), len(identities) - 1)
+    held = {*sorted(identities, key=lambda name: _share_of(name, "val"))[:count]}
     kept = [picture for picture in train if not held & {*picture.identities}]
-    return kept, [picture for picture in train if held >= {*picture.identities}]
+    val = [picture for picture in train if held >= {*picture.identities}]
+    if left_out := len(train) - len(kept) - len(val):
+        log.warning("%d morphs of a person to train and one to validate with are left out", left_out)
+    return kept, val
 
 
 def check_apart(splits: Mapping[str, Sequence[Picture]], root: Path) -> None:
