@@ -20,7 +20,7 @@ from eomt.files import replacing
 log = logging.getLogger(__name__)
 
 BPCERS = (0.01, 0.05, 0.10)  # at which MACER is stated
-TICKS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+TICKS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
 
 
 def error_rates(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def draw_det(curves: Mapping[str, tuple[Tensor, Tensor]], path: str | Path) -> N
     from scipy.stats import norm
 
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
-    low, high = TICKS[0], 1 - TICKS[0]
+    low, high = TICKS[0], TICKS[-1]
     for name, (bpcer, macer) in curves.items():
         axes.plot(*(norm.ppf(rate.clamp(low, high).numpy()) for rate in (bpcer, macer)), label=name)
     axes.plot(norm.ppf([low, high]), norm.ppf([low, high]), ":", color="gray", linewidth=0.8)
