@@ -437,6 +437,7 @@ def test_more_flags_reach_the_run(small, scenes, tmp_path):
     flags += ["--val_csv", data[0], "--early_stopping", "--early_stopping_patience", 1, "--scheduler", "none"]
     flags += ["--gradient_accumulation_steps", 2, "--weight_decay", 0.1, "--dropout", 0.2, "--logger", "tensorboard"]
     flags += ["--use_text_lora", "--lora_preset", "auto", "--text_lora_dropout", 0.2, "--num_workers", 0]
+    flags += ["--precision", "bf16-mixed", "--data_seed", 3, "--unfreeze_encoder_layers", 0]
     assert train(small, tmp_path / "run", *flags) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert "val/loss" in summary["kept"] and (tmp_path / "run/tensorboard").is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from vqa_data import MEAN, STD, Questions
 from vqa_module import answer_all
 from vqa_questions import TYPES, Question
@@ -59,16 +61,15 @@ def draw_analysis(questions: Sequence[Question], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_samples(dataset: Questions, said: Sequence[str], path: Path) -> None:
-    """Writes a page of pictures with question, answer and prediction, of the data set's first questions."""
+def draw_samples(items: Sequence[tuple[Tensor, Question, float]], said: Sequence[str], path: Path) -> None:
+    """Writes a page of pictures with question, answer and prediction; the items are those of `Questions`."""
     import matplotlib.pyplot as plt
 
     rows = -(-len(said) // 4)
     figure, axes = plt.subplots(rows, 4, figsize=(14, 3.8 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for index, (axis, prediction) in enumerate(zip(axes.flat, said, strict=False)):
-        pixels, question, _ = dataset[index]
+    for axis, (pixels, question, _), prediction in zip(axes.flat, items, said, strict=False):
         picture = pixels * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
         axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
         axis.set_title(f"{question.question}?\nanswer: {question.answer}\npredicted: {prediction or '(nothing)'}")
@@ -78,7 +79,7 @@ def draw_samples(dataset: Questions, said: Sequence[str], path: Path) -> None:
 
 
 class Samples(Callback):
-    """Draws what the network answers to the first validation questions, every few epochs.
+    """Draws what the network answers to a few validation questions, the same ones every few epochs.
 
     Args:
         dataset: of the validation. collate: of its batches.
@@ -93,6 +94,7 @@ class Samples(Callback):
         epoch = trainer.current_epoch + 1
         if trainer.sanity_checking or epoch % self.every:
             return
-        batch = self.collate([self.dataset[i] for i in range(min(SAMPLES, len(self.dataset)))])
-        rows = answer_all(module.network, module.tokenizer, [batch])
-        draw_samples(self.dataset, [row.prediction for row in rows], self.folder / f"epoch_{epoch}.png")
+        chosen = random.Random(0).sample(range(len(self.dataset)), min(SAMPLES, len(self.dataset)))
+        items = [self.dataset[index] for index in chosen]
+        rows = answer_all(module.network, module.tokenizer, [self.collate(items)])
+        draw_samples(items, [row.prediction for row in rows], self.folder / f"epoch_{epoch}.png")
