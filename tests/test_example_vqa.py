@@ -222,7 +222,8 @@ def test_pretrained_parts_come_from_the_names_of_the_configuration(tmp_path, sma
     model.language.save_pretrained(tmp_path / "text")
     hubs = {f"{part}_hub": str(tmp_path / part) for part in ("vision", "text")}
     config = VQAConfig(img_size=16, fusion_heads=2, **hubs)
-    again = DeterministicVQA(config, pretrained=True)
+    again = DeterministicVQA(config, pretrained=True, use_vision_lora=True, use_text_lora=True)
+    assert all(module.training for module in again.modules())
     assert torch.equal(again.text.layers[0].fc1.weight, model.text.layers[0].fc1.weight)
     assert torch.equal(again.vision.embeddings.cls_token, model.vision.embeddings.cls_token)
     with pytest.raises(OSError, match=r"--pretrained: .*nowhere cannot be loaded"):
@@ -471,6 +472,7 @@ def test_more_flags_reach_the_run(small, scenes, tmp_path):
         (["--start", "a", "--pretrained"], "has all weights"),
         (["--train_all", "--use_text_lora"], "--train_all freezes nothing"),
         (["--unfreeze_encoder_layers", 9], "the backbone has 4 blocks"),
+        (["--img_size", 50], "must be a multiple of the image encoder's patch 8; try 48"),
         (["--resume"], "give the folder of the run"),
         (["--seeds", "0,1"], "--seeds belongs to"),
         (["--compare", "--ablate", "8"], "give one of them"),

@@ -81,6 +81,7 @@ class DeterministicVQA(nn.Module):
         self.vision: Dinov2Model = build_vision(config, pretrained, vision_weights)
         self.language: MBartForConditionalGeneration = build_language(config, pretrained)
         self.config = replace(config, vision=fields_of(self.vision.config), text=fields_of(self.language.config))
+        check_size(config.img_size, self.vision.config.patch_size)
         width, patches = self.language.config.d_model, self.vision.config.hidden_size
         self.projection = nn.Sequential(nn.Linear(patches, width), nn.LayerNorm(width), nn.Dropout(dropout))
         block = nn.TransformerDecoderLayer(
@@ -92,6 +93,7 @@ class DeterministicVQA(nn.Module):
         self.text_part: Adapted | None = None
         if start:
             load_tensors(self, start)
+        self.train()  # transformers loads in eval mode, in which dropout, LoRA's as well, would do nothing
         if use_vision_lora or use_text_lora:
             self.freeze_pretrained()
 
@@ -203,3 +205,12 @@ class DeterministicVQA(nn.Module):
         memory, mask, _ = self.encode(pixel_values, input_ids, attention_mask)
         encoded = BaseModelOutput(last_hidden_state=memory)
         return self.language.generate(encoder_outputs=encoded, attention_mask=mask, num_beams=num_beams)
+
+
+def check_size(img_size: int, patch_size: int) -> None:
+    """Raises ValueError where pixels at the border would be in no patch."""
+    if img_size % patch_size:
+        near = max(round(img_size / patch_size), 1) * patch_size
+        raise ValueError(
+            f"img_size {img_size}: it must be a multiple of the image encoder's patch {patch_size}; try {near}"
+        )

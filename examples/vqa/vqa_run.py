@@ -100,6 +100,7 @@ def build(
         tokenizer, start = load_tokenizer(Path(settings.start) / "tokenizer"), start_of(settings.start)
     else:
         config = read_config(settings.config)
+        config = replace(config, img_size=settings.img_size) if settings.img_size else config
         tokenizer = make_tokenizer(settings, config, questions)
         config = config if pretrained else fitted(config, tokenizer)
     count = count_pictures(questions)

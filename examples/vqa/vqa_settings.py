@@ -40,6 +40,9 @@ class Settings:
     scenes: int = option(300, int, "how many scenes are drawn, with four questions each")
     domain: str = option("night", str, "of the drawn scenes", choices=("day", "night"))
     config: str = option("tiny", str, "sizes of the network: tiny, base, or a YAML file")
+    img_size: int | None = option(
+        None, int, "pixels of a side that pictures are resized to; default: the configuration's"
+    )
     pretrained: bool = option(False, bool, "take the weights of the hub that the configuration names")
     vision_weights: str | None = option(None, str, "a DINOv2 in a .safetensors file, for the image encoder")
     start: str | None = option(None, str, "folder of a trained network (model/ of a run) to start from")
@@ -97,6 +100,8 @@ class Settings:
             raise ValueError("--lora_preset and --lora_lr do nothing without --use_vision_lora or --use_text_lora")
         if self.train_all and (has_lora or self.unfreeze_encoder_layers):
             raise ValueError("--train_all freezes nothing: leave out LoRA and --unfreeze_encoder_layers")
+        if self.start and self.img_size:
+            raise ValueError(f"--start {self.start} says its own size of pictures: leave --img_size out")
         for part in PARTS:
             self.lora(part, 1)
 

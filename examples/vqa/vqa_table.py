@@ -105,7 +105,7 @@ def tabulate(
     return rows
 
 
-def data_and_start(settings: Settings, folder: Path) -> dict[str, str]:
+def data_and_start(settings: Settings, folder: Path) -> dict[str, Any]:
     """What all runs have in common: scenes, and a network that was trained on scenes by day, if there is none."""
     if settings.train_csv or settings.start or settings.pretrained or settings.vision_weights:
         return {}
@@ -114,7 +114,7 @@ def data_and_start(settings: Settings, folder: Path) -> dict[str, str]:
     once(replace(source, output_dir=str(folder / "source")), folder / "source")
     data = folder / "scenes"
     write_scenes(data, settings.scenes, settings.data_seed, domain=settings.domain)
-    own = {"train_csv": str(data / "questions.csv"), "image_dir": str(data / "images")}
+    own = {"img_size": None, "train_csv": str(data / "questions.csv"), "image_dir": str(data / "images")}
     return own | {"start": str(folder / "source" / "model")}
 
 
