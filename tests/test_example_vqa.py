@@ -24,7 +24,7 @@ import vqa_scenes  # noqa: E402
 import vqa_scores  # noqa: E402
 from model_no_latent import TARGETS, DeterministicVQA  # noqa: E402
 from vqa_config import VQAConfig, read_config  # noqa: E402
-from vqa_files import load_model  # noqa: E402
+from vqa_files import load_model, start_of  # noqa: E402
 from vqa_questions import Question, find_pictures, read_questions, split  # noqa: E402
 from vqa_settings import Settings, settle  # noqa: E402
 from vqa_tokens import decode, encode_answers, open_tokenizer, train_tokenizer  # noqa: E402
@@ -399,6 +399,12 @@ def test_an_evaluation_repeats_the_runs_scores_and_refuses_other_ranks(both, tmp
     assert json.loads((tmp_path / "s.json").read_text())["all"]["questions"] == 24
     said = error(capsys, *model, *data, "--text_lora_r", 8, main=eval_no_latent.main)
     assert "LoRA rank 8" in said and "trained with 4" in said
+
+
+def test_another_run_starts_from_a_trained_network_with_its_adapters_merged(both):
+    first, _ = load_model(both / "model")
+    again = DeterministicVQA(first.config, start=start_of(both / "model"), use_vision_lora=True).eval()
+    torch.testing.assert_close(again(*inputs()).logits, first(*inputs()).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_network_on_another_base_is_refused(both, tmp_path):
