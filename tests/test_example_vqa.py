@@ -558,5 +558,13 @@ def test_the_comparison_is_of_what_trains():
     ]
 
 
+def test_a_gain_that_one_seed_does_not_have_is_no_gain():
+    from vqa_table import reading
+
+    row = {"variant": "both", "to_first": 1.4, "to_first_interval": (0.1, 2.9), "to_first_of_seeds": [3.3, -0.4]}
+    assert reading(row, "frozen") == "both: seeds disagree about it and frozen (+3.3, -0.4)"
+    assert reading({**row, "to_first_of_seeds": [2, 0.8]}, "frozen") == "both: 1.4 points above frozen"
+
+
 def test_the_lightning_module_is_short():
     assert len((EXAMPLE / "vqa_module.py").read_text().splitlines()) <= 200

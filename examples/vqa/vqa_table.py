@@ -144,11 +144,12 @@ def once(settings: Settings, folder: Path) -> None:
 
 def table_rows(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
     """A row for each variant: means over seeds, and intervals over questions of these means."""
-    rows, first = [], None
+    rows, first, first_seeds = [], None, []
     for name, places in runs.items():
         summaries = [read_json(place / "summary.json") for place in places]
         em, blank = (100 * np.mean([matches(place, key) for place in places], 0) for key in ("prediction", "blank"))
-        first = em if first is None else first
+        seeds = [summary["scores"]["all"]["em"] for summary in summaries]
+        first, first_seeds = (em, seeds) if first is None else (first, first_seeds)
         trainable = summaries[0]["trainable"]
         rows.append(
             {
@@ -158,7 +159,7 @@ def table_rows(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
                 "parts": trainable,
                 "em": float(em.mean()),
                 "em_interval": interval(em),
-                "em_of_seeds": [summary["scores"]["all"]["em"] for summary in summaries],
+                "em_of_seeds": seeds,
                 "em_of_types": {
                     kind: float(np.mean([summary["scores"][kind]["em"] for summary in summaries]))
                     for kind in summaries[0]["scores"]
@@ -166,6 +167,7 @@ def table_rows(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
                 "blank_em": float(blank.mean()),
                 "to_first": float((em - first).mean()),
                 "to_first_interval": interval(em - first),
+                "to_first_of_seeds": [own - other for own, other in zip(seeds, first_seeds, strict=True)],
                 "seconds": float(np.mean([summary["seconds"] for summary in summaries])),
             }
         )
@@ -196,4 +198,8 @@ def reading(row: Mapping[str, Any], first: str) -> str:
     low, high = row["to_first_interval"]
     if low <= 0 <= high:
         return f"{row['variant']}: no measurable difference to {first} ({span((low, high))})"
+    changes = row["to_first_of_seeds"]
+    if min(changes) < 0 < max(changes):
+        each = ", ".join(f"{change:+.1f}" for change in changes)
+        return f"{row['variant']}: seeds disagree about it and {first} ({each})"
     return f"{row['variant']}: {abs(row['to_first']):.1f} points {'above' if low > 0 else 'below'} {first}"
