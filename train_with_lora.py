@@ -227,9 +227,12 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
 
     from eomt.settings.compose import CONFIG_ERRORS, explain_config, register_resolvers
     from eomt.settings.hydra_section import checked_hydra
+    from eomt.settings.run import is_there
+    from eomt.training.run_folder import forgetting
 
     expected = (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException)
     sweep = find_sweep(words)
+    there = not sweep and is_there(words)
     failed: dict[Path, str] = {}  # of a sweep: the run's folder, and why
     begun: list[Path] = []  # folders of runs
 
@@ -237,6 +240,7 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     def run(cfg) -> float | None:  # noqa: ANN001
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         output_dir = Path(HydraConfig.get().runtime.output_dir)
+        forget_start = forgetting(output_dir, f"{HydraConfig.get().job.name}.log", keep=there)
         begun.append(output_dir)
         try:
             if sweep:
@@ -254,6 +258,7 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
                 traceback.print_exc()
             failed[output_dir] = one_sentence(error)
             fail(error, 1)
+            forget_start()
             return math.nan
 
     register_resolvers()

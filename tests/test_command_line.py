@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from torch._utils import ExceptionWrapper
 
 from eomt.command_line import one_sentence, quote_path, unquoted
-from eomt.comparison.matrix import parse_matrix
+from eomt.comparison.matrix import parse_matrix, read_source
 from eomt.flags import FLAGS, translate_flags
 from eomt.settings.compose import compose_run, data_of_run
 
@@ -353,3 +353,24 @@ def test_further_configurations_may_lie_in_a_folder_with_an_odd_name(tmp_path):
     (tmp_path / ODD / "variant").mkdir(parents=True)
     (tmp_path / ODD / "variant" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
     assert compose_run(["variant=mine", "data.root=/x"], folder=tmp_path / ODD).seed == 7
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "experiment=camvid_day data.root=/d",
+        "[experiment=camvid_day, data.root=/d]",
+        "experiment=camvid_day,data.root=/d",
+        "camvid_day data.root=/d",
+    ],
+)
+def test_the_source_of_a_matrix_may_be_written_in_several_ways(text):
+    assert read_source(text) == ["experiment=camvid_day", "data.root=/d"]
+    assert parse_matrix([f"source={text}"], "cityscapes")[0]["source"] == ["experiment=camvid_day", "data.root=/d"]
+
+
+def test_lists_in_a_source_stay_whole_and_what_is_no_data_set_is_refused():
+    assert read_source("data=camvid data.sequences=[a,b]") == ["data=camvid", "data.sequences=[a,b]"]
+    assert read_source("toy_streets") == ["data=toy_streets"] and read_source("") == []
+    with pytest.raises(ValueError, match=r"day is no data set or experiment; write source="):
+        read_source("day data.root=/d")

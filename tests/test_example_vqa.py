@@ -520,7 +520,7 @@ def test_wandb_is_a_choice(tmp_path):
     from vqa_run import make_trainer
 
     loggers = make_trainer(Settings(logger="wandb"), tmp_path, []).loggers
-    assert [type(one).__name__ for one in loggers] == ["MetricsFile", "WandbLogger"]
+    assert [type(one).__name__ for one in loggers] == ["MetricsFile", "WandbRun"]
 
 
 def test_transformers_missing_is_named_with_its_remedy(monkeypatch):

@@ -8,11 +8,14 @@ import os
 import resource
 import signal
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import TOY_DATA, TOY_MODEL, run_training
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from eomt.command_line import LogFile, ScreenLog
 from eomt.files import Tolerated
@@ -20,6 +23,7 @@ from eomt.reporting.loggers import EventFile, MetricsFile
 from eomt.reporting.wandb_logger import wandb_logger
 from eomt.settings.sweeps import name_job
 from eomt.training.callbacks import RunProgressBar
+from eomt.training.class_scores import score_words
 from eomt.training.finite_steps import FiniteSteps
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -116,6 +120,7 @@ def test_a_progress_bar_without_a_screen_draws_nothing(monkeypatch, caplog, scre
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", None)
     progress = RunProgressBar()
+    progress._refresh_rate = 1  # as on a screen
     for bar in (progress.init_sanity_tqdm(), progress.init_train_tqdm()):
         bar.reset(10)
         bar.update(5)
@@ -203,3 +208,33 @@ def test_a_job_of_a_sweep_is_named_by_its_number_and_what_it_varies(words, param
     task = ["model.lora_rank=8", "seed=1", "data.root='/a b'"]
     hydra = {"sweeper": {"params": params}, "overrides": {"task": task}, "job": {"num": 3}}
     assert name_job(OmegaConf.create(hydra), ["--multirun", *words, "hydra.sweep.dir='x'"]) == name
+
+
+def test_a_log_file_gets_a_line_an_epoch_without_control_characters_and_the_time_left_comes_first(caplog):
+    caplog.set_level(logging.INFO)
+    progress = RunProgressBar()
+    assert not progress.on_screen
+    progress.started, progress.first_step = time.monotonic() - 10, 0
+    trainer = SimpleNamespace(
+        global_step=5, current_epoch=0, is_global_zero=True, progress_bar_metrics={"train/loss": 12.34567}, loggers=[]
+    )
+    progress._trainer, progress._train_progress_bar = trainer, SimpleNamespace(disable=True)
+    progress.on_train_epoch_end(trainer, SimpleNamespace(total_steps=10))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "epoch 0, step 5: left 0:00:10, loss 12.35"
+
+
+def test_a_line_of_the_log_stands_above_a_progress_bar(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    with tqdm(total=2, file=screen, ncols=60) as bar:
+        bar.update()
+        ScreenLog(screen).emit(record("a line"))
+    lines = screen.getvalue().replace("\r", "\n").splitlines()
+    assert "a line" in [line.strip() for line in lines]
+
+
+def test_a_validation_tells_its_mean_the_change_and_the_three_worst_classes():
+    iou = {"sky": 0.9, "pole": 0.1, "sign": 0.2, "fence": 0.3, "gone": float("nan")}
+    assert score_words(0.375, iou, 0.35) == "mIoU 37.50 (+2.50), least: pole 10.00, sign 20.00, fence 30.00"
+    assert score_words(0.5, {"road": 0.6, "rest": 0.4}, None) == "mIoU 50.00"

@@ -12,7 +12,7 @@ from conftest import ROOT
 from eomt.files import claimed, in_use
 from eomt.reporting.loggers import MetricsFile
 from eomt.settings.run import check_output_dir
-from eomt.training.run_folder import cut_metrics, newest_checkpoint, run_folder
+from eomt.training.run_folder import cut_metrics, forgetting, newest_checkpoint, run_folder
 
 HOLD = """
 import sys, time
@@ -116,3 +116,30 @@ def test_metrics_go_on_without_what_will_be_logged_again(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "steps": 2}))
     cut_metrics(tmp_path, 2)  # its last validation came after the last step
     assert steps(tmp_path) == ["0", "1", "2", "2"]
+
+
+def refused(folder, keep=False, before=(), written=("config.yaml",)):
+    """A run's folder after a start that was refused; what is there before, and what the start writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("run.log", *before):
+        (folder / name).touch()
+    forget = forgetting(folder, "run.log", keep)
+    for name in written:
+        (folder / name).touch()
+    forget()
+
+
+def test_a_start_that_was_refused_leaves_no_folder(tmp_path):
+    refused(tmp_path / "outputs" / "name" / "time")
+    assert [path.name for path in tmp_path.rglob("*")] == ["outputs"]
+
+
+def test_a_folder_that_was_there_stays_and_so_does_all_that_others_wrote(tmp_path):
+    refused(tmp_path / "given", keep=True)
+    refused(tmp_path / "own", before=["config.yaml"])
+    refused(tmp_path / "trained", written=["config.yaml", "summary.json"])
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert files == {
+        "given", "own", "own/run.log", "own/config.yaml",
+        "trained", "trained/run.log", "trained/config.yaml", "trained/summary.json",
+    }  # fmt: skip

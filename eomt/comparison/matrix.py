@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -93,7 +94,7 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
         "seeds": [0],
         "images": ["all"],
         "tune": read_grid(tunes[-1].removeprefix("tune=")) if tunes else {},
-        "source": shlex.split(sources[-1].removeprefix("source=")) if sources else [],
+        "source": read_source(" ".join(word.removeprefix("source=") for word in sources)),
         "anomaly": [],
         "anomaly_root": None,
         "devices": [],
@@ -121,6 +122,31 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
     folder = folder or Path("outputs", "compare", matrix_name(facts["overrides"], config_name))
     facts["folder"] = os.path.expanduser(folder)
     return facts, launcher
+
+
+def read_source(text: str) -> list[str]:
+    """Reads `experiment=NAME data.root=...`: also in brackets, with commas between, or a name alone.
+
+    Raises:
+        ValueError: a word that is none of this.
+    """
+    text = re.sub(
+        r",\s*(?=[\w./]+=)", " ", text.strip().removeprefix("[").removesuffix("]") if text[:1] == "[" else text
+    )
+    words = []
+    for word in shlex.split(text):
+        if "=" not in word:
+            groups = [
+                group for group in ("experiment", "data") if (ROOT / "configs" / group / f"{word}.yaml").is_file()
+            ]
+            if not groups:
+                raise ValueError(
+                    f'source="{text}": {word} is no data set or experiment; write source="experiment=NAME '
+                    'data.root=..." or source="data=NAME data.key=value ..."'
+                )
+            word = f"{groups[0]}={word}"
+        words.append(word)
+    return words
 
 
 def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eomt.command_line import quiet_libraries
-from eomt.files import check_place, replacing_folder, write_json
+from eomt.files import check_place, replacing, replacing_folder, write_json
 from eomt.inference.saved import check_artefact, find_weights, read_config, run_of
 from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.compose import check_data_for, data_for
@@ -249,7 +249,8 @@ def plot(facts: Mapping[str, Any], path: Path) -> None:
         axes[0, -1].legend(frameon=False)
     lines = [plt.Line2D([], [], color=color, label=f"rank {rank}") for rank, color in zip(ranks, colors, strict=True)]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 7), frameon=False)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=120)
     plt.close(figure)
 
 

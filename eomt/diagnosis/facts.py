@@ -130,10 +130,11 @@ class RunFacts:
             raise NothingToCheck(f"the run started from {first} weights, which are not here")
         try:
             place = local_path(path)
+            if not place.exists():
+                raise NothingToCheck(f"the weights that the run started from are not there: {path}")
             return place if plain_backbone(place) else find_weights(place)
         except OSError as error:
-            lack = f"the run started from {path}, which holds no weights" if Path(path).expanduser().exists() else error
-            raise NothingToCheck(f"{lack}") from error
+            raise NothingToCheck(f"the run started from {path}, which holds no weights") from error
 
     def halves(self) -> tuple[set[str], set[str]]:
         """Returns the layers whose A the adapter holds, and those whose B it holds."""

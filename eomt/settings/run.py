@@ -6,11 +6,11 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 import importlib.util
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import did_you_mean
+from eomt.command_line import did_you_mean, unquoted
 from eomt.lora.methods import METHODS, check_method_name
 from eomt.processes import is_first_process
 from eomt.settings.config_check import argument_types, check_call, check_name, check_type, find_target
@@ -142,3 +142,9 @@ def check_data(data: Mapping[str, Any], any_target: bool = False) -> None:
     splits = getattr(sys.modules.get(target.__module__), "splits", None)
     if splits:
         splits(**{name: data[name] for name in inspect.signature(splits).parameters if name in data})
+
+
+def is_there(words: Sequence[str]) -> bool:
+    """Whether the folder that a command line gives a run, the last one, exists."""
+    given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("output_dir=")]
+    return bool(given) and Path(unquoted(given[-1])).is_dir()

@@ -1,5 +1,6 @@
 """Callbacks around the training steps: the audit, the progress bar, the artefact of the best epoch."""
 
+import logging
 import math
 import shutil
 import sys
@@ -22,6 +23,8 @@ from eomt.inference.saved import ARTEFACTS, artefact_id_in
 from eomt.lora.audit import LoRAAudit
 from eomt.training.audit_callback import AuditAdapters
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
+
+logger = logging.getLogger(__name__)
 
 
 class AuditLoRA(AuditAdapters):
@@ -153,10 +156,13 @@ class MayBeClosed:
 
 
 class RunProgressBar(TQDMProgressBar):
-    """Loss, mIoU and the time left of the whole run; redrawn less often where a log file takes it down."""
+    """The time left of the whole run, loss and mIoU: a bar on a screen, a line an epoch in a log."""
+
+    BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=1 if sys.stderr and sys.stderr.isatty() else 50)
+        self.on_screen = bool(sys.stdout) and sys.stdout.isatty()
+        super().__init__(refresh_rate=int(self.on_screen))
         self.tolerated = Tolerated("the progress bar")
         self.started, self.first_step = 0.0, 0  # of the training, which a validation may precede
 
@@ -176,17 +182,24 @@ class RunProgressBar(TQDMProgressBar):
         self.started, self.first_step = time.monotonic(), trainer.global_step
         super().on_train_start(trainer, module)
 
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, module)
+        if not self.on_screen and trainer.is_global_zero:
+            figures = (f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
+            logger.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, ", ".join(figures))
+
     def on_exception(self, *args: Any) -> None:
         for bar in (self._val_progress_bar, self._train_progress_bar):
             if bar is not None:
                 bar.close()  # ends its line, so that the error has one of its own
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, int | str | float | dict]:
-        """Returns the figures behind the bar, under short names."""
+        """Returns the figures behind the bar, under short names, the time left first."""
+        left: dict[str, str] = {}
+        done, more = trainer.global_step - self.first_step, module.total_steps - trainer.global_step
+        if done and self.started:
+            seconds = int((time.monotonic() - self.started) / done * more)
+            left["left"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         metrics = {name.split("/")[-1]: value for name, value in super().get_metrics(trainer, module).items()}
         metrics.pop("v_num", None)
-        done, left = trainer.global_step - self.first_step, module.total_steps - trainer.global_step
-        if done and self.started:
-            seconds = int((time.monotonic() - self.started) / done * left)
-            metrics["run left"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-        return metrics
+        return left | {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()}

@@ -5,8 +5,8 @@ Importing this needs no torch.
 
 import csv
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,28 @@ def run_folder(folder: Path, resume: str | None, model: Mapping[str, Any]) -> It
         if is_first_process():
             cut_metrics(folder, steps_in(checkpoint)) if checkpoint else set_aside(folder)
         yield checkpoint and str(checkpoint)
+
+
+def forgetting(folder: Path, log: str, keep: bool) -> Callable[[], None]:
+    """Returns what removes the files of a run that was refused before its first step, if they are all there is.
+
+    Args:
+        folder: of the run, as it is before the start. log: the name of its log file, the only one there so far.
+        keep: whether the folder, and those it lies in, were there before.
+    """
+    written = {folder / name for name in ("config.yaml", ".lock", log)}
+    fresh = set(folder.iterdir()) <= {folder / log}
+
+    def forget() -> None:
+        if not fresh or not set(folder.iterdir()) <= written:
+            return
+        for path in written:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # another run may have come
+            for empty in () if keep else (folder, folder.parent):
+                empty.rmdir()
+
+    return forget
 
 
 def set_aside(folder: Path) -> None:
