@@ -5,6 +5,7 @@ Everything here takes plain, resolved mappings. What needs torch is checked by `
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -147,4 +148,4 @@ def check_data(data: Mapping[str, Any], any_target: bool = False) -> None:
 def is_there(words: Sequence[str]) -> bool:
     """Whether the folder that a command line gives a run, the last one, exists."""
     given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("output_dir=")]
-    return bool(given) and Path(unquoted(given[-1])).is_dir()
+    return bool(given) and os.path.isdir(unquoted(given[-1]))  # of any text, unlike Path.is_dir
