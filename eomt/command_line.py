@@ -45,18 +45,7 @@ class LogFile(logging.FileHandler):
 
 
 class ScreenLog(logging.StreamHandler):
-    """The same on the screen, where nobody may be left to read, above a progress bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Called by logging with each record."""
-        tqdm = sys.modules.get("tqdm")
-        if tqdm is None:
-            return super().emit(record)
-        try:
-            with tqdm.tqdm.external_write_mode(file=self.stream):
-                super().emit(record)
-        except (OSError, ValueError):  # of a bar whose stream is closed
-            super().emit(record)
+    """The same on the screen, where nobody may be left to read."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

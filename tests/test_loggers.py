@@ -15,7 +15,6 @@ import pytest
 from conftest import TOY_DATA, TOY_MODEL, run_training
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 from eomt.command_line import LogFile, ScreenLog
 from eomt.files import Tolerated
@@ -222,16 +221,6 @@ def test_a_log_file_gets_a_line_an_epoch_without_control_characters_and_the_time
     progress.on_train_epoch_end(trainer, SimpleNamespace(total_steps=10))
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == "epoch 0, step 5: left 0:00:10, loss 12.35"
-
-
-def test_a_line_of_the_log_stands_above_a_progress_bar(monkeypatch):
-    screen = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", screen)
-    with tqdm(total=2, file=screen, ncols=60) as bar:
-        bar.update()
-        ScreenLog(screen).emit(record("a line"))
-    lines = screen.getvalue().replace("\r", "\n").splitlines()
-    assert "a line" in [line.strip() for line in lines]
 
 
 def test_a_validation_tells_its_mean_the_change_and_the_three_worst_classes():

@@ -22,6 +22,7 @@ from eomt.fingerprints import checksums
 from eomt.inference.saved import ARTEFACTS, artefact_id_in
 from eomt.lora.audit import LoRAAudit
 from eomt.training.audit_callback import AuditAdapters
+from eomt.training.class_scores import score_words
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class SaveBest(Callback):
         self.directory, self.keep = Path(directory), keep
         self.best: dict[str, Any] = {"miou": -math.inf}
         self.artefact_id: str | None = None
+        self.before: float | None = None  # mIoU of the validation before
 
     def folder(self, module: MaskClassificationSemantic) -> Path:
         return self.directory / ("model" if module.lora is None else "adapter")
@@ -89,6 +91,9 @@ class SaveBest(Callback):
                 "into their place in on_validation_epoch_start, and back in on_validation_epoch_end or later"
             )
         miou = module.score()
+        if trainer.is_global_zero:
+            logger.info("step %d: %s", trainer.global_step, score_words(miou, module.class_iou, self.before))
+        self.before = miou
         if self.keep == "best" and not miou > self.best["miou"]:
             return
         self.best = {"miou": miou, "class_iou": module.class_iou, "step": trainer.global_step}

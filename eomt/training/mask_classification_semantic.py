@@ -30,7 +30,7 @@ from eomt.models.eomt import Prediction
 from eomt.settings.model import ModelSettings, Part, check_same_settings
 from eomt.training.adapter_checkpoints import leave_out_frozen, put_back_frozen
 from eomt.training.build import build_loss, build_network, build_outlier_loss
-from eomt.training.class_scores import score_words, scores_of, tell_counted
+from eomt.training.class_scores import scores_of, tell_counted
 from eomt.training.finite_steps import check_weights
 from eomt.training.index_check import check_start
 from eomt.training.mask_classification_loss import Loss, total
@@ -101,7 +101,6 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.scored: list[float] = []  # checksums of the weights that the last validation began with
         self.class_pixels: dict[str, int] = {}  # of the labels that were validated on
         self.counted: set[str] | None = None  # classes that the last mIoU is the mean of
-        self.last_miou: float | None = None  # of the validation before
         self.confusion = MulticlassConfusionMatrix(chosen.num_classes, ignore_index=IGNORE, validate_args=False)
         if chosen.compile:
             for part in (*self.network.encoder.blocks, self.network.upscale):
@@ -307,11 +306,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         miou = self.score() if not looks or self.confusion.compute().any() else None
         self.confusion.reset()
         if miou is not None:
-            if not looks:
-                self.counted = tell_counted(self.class_iou, self.counted)
-                if self.trainer.is_global_zero:
-                    logger.info("step %d: %s", self.global_step, score_words(miou, self.class_iou, self.last_miou))
-                self.last_miou = miou
+            self.counted = self.counted if looks else tell_counted(self.class_iou, self.counted)
             self.log("val/miou", miou, prog_bar=True)  # already summed over all processes
             self.log_dict({f"val/iou/{name}": value for name, value in self.class_iou.items() if value == value})
 
