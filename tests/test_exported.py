@@ -131,6 +131,7 @@ def test_a_smaller_file_takes_and_gives_the_same_types(module, exported, file, t
     session = OnnxScorer(small).session
     assert [each.type for each in (*session.get_inputs(), *session.get_outputs())] == ["tensor(uint8)", "tensor(float)"]
     assert OnnxScorer(small).facts["precision"] == precision
+    onnx_export.checked(onnx.load(small))  # ONNX's own checker, and its strict inference of shapes
 
 
 def test_halves_leave_the_scores_in_32_bits(graph):

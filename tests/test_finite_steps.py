@@ -4,6 +4,7 @@ import json
 import logging
 import math
 
+import lightning
 import pytest
 import torch
 from conftest import TINY, TOY_DATA, TOY_MODEL, fit, run_python, run_training
@@ -189,3 +190,27 @@ def test_a_run_says_at_its_end_how_many_steps_were_skipped(capsys, tmp_path):
     said = capsys.readouterr().out
     assert f"2 of 9 steps were skipped, their loss or gradients were not finite: {tmp_path / 'failures'}" in said
     assert "3 of 9 steps overflowed in 16 bits" in said
+
+
+class Foreign(lightning.LightningModule):
+    """A module of somebody else's: a loss, a layer and an optimiser; the second batch's loss is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum() * (math.inf if batch_idx == 1 else 1.0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_step_of_any_module_is_skipped_and_recorded(tmp_path):
+    finite = FiniteSteps(tmp_path)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    torch.manual_seed(7)
+    trainer = lightning.Trainer(max_epochs=1, callbacks=[finite], enable_model_summary=False, **options)
+    trainer.fit(Foreign(), torch.utils.data.DataLoader(torch.ones(3, 2)))
+    (record,) = records(tmp_path)
+    assert finite.skipped == 1 and record["step"] == 1 and record["seed"] == 7

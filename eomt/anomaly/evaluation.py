@@ -20,8 +20,9 @@ from eomt.anomaly.metrics import PixelMetrics, PixelScores
 from eomt.anomaly.scores import SCORES, Variant
 from eomt.command_line import memory_explained
 from eomt.files import parse_json, replacing
-from eomt.inference.prediction import evaluating, need_less
+from eomt.inference.prediction import need_less
 from eomt.inference.windows import WindowLogits, window_logits
+from eomt.lora.probing import evaluating
 from eomt.models.eomt import EoMT
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]  # items and what is done with them -> the same items

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eomt.data.labels import LabelSet
-from eomt.inference.prediction import evaluating
+from eomt.lora.probing import evaluating
 from eomt.models.eomt import EoMT
 from eomt.settings.formats import EXPORTED, stamped
 

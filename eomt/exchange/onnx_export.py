@@ -27,7 +27,7 @@ from eomt.exchange.deployed import (
 from eomt.exchange.extras import require
 from eomt.exchange.onnx_scorer import METADATA, OnnxScorer
 from eomt.files import check_room, replacing
-from eomt.inference.prediction import evaluating
+from eomt.lora.probing import evaluating
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -80,7 +80,7 @@ def export_onnx(
             "package of torch.export (--to pt2)"
         )
     check_room(path, size)
-    model = CONVERSIONS[precision](checked(to_onnx(module, signature)))
+    model = checked(CONVERSIONS[precision](to_onnx(module, signature)))
     model.metadata_props.add(key=METADATA, value=json.dumps(describe(module, signature, precision)))
     with replacing(path, alone=True) as draft:
         onnx.save(model, draft)
@@ -124,11 +124,15 @@ def checked(model: ModelProto) -> ModelProto:
 def to_half(model: ModelProto) -> ModelProto:
     """In 16 bits, but inputs, outputs, what sums over many values, and everything behind the masks' interpolation."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     sums = ["LayerNormalization", "Softmax", "ReduceMean", "Pow"]
     blocked = {"op_block_list": [*DEFAULT_OP_BLOCK_LIST, *sums], "node_block_list": behind(model, "Resize")}
     with quietly():
-        return convert_float_to_float16(model, keep_io_types=True, **blocked)
+        half = OnnxModel(convert_float_to_float16(model, keep_io_types=True, **blocked))
+        del half.model.graph.value_info[:]  # types as they were before
+        half.topological_sort()  # casts were appended at the end
+        return half.model
 
 
 def behind(model: ModelProto, kind: str) -> list[str]:

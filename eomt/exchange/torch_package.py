@@ -20,7 +20,7 @@ from eomt.exchange.deployed import (
     examples,
 )
 from eomt.files import replacing
-from eomt.inference.prediction import evaluating
+from eomt.lora.probing import evaluating
 
 if TYPE_CHECKING:
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic

@@ -1,7 +1,6 @@
 """From an image, wherever it comes from, to the class of each of its pixels."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,11 +8,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from eomt.data.labels import LabelSet
 from eomt.data.pictures import decode_picture, to_rgb, upright
 from eomt.inference.windows import score_images, winners
+from eomt.lora.probing import evaluating
 from eomt.models.eomt import EoMT
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -63,18 +63,6 @@ class TorchScorer:
         device = self.network.q.weight.device.type
         with evaluating(self.network), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
             return [tuple(each.cpu() for each in winners(strips)) for strips in score_images(self.network, images)]
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode, and each of its modules as it was before afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def need_less(window: Sequence[int], precision: str) -> str:

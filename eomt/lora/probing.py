@@ -50,17 +50,23 @@ def bypass_detail(gradients: Mapping[str, Tensor | None]) -> str:
 
 
 @contextmanager
-def probing(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each module's mode and the random state afterwards as before."""
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode, and each of its modules as it was before afterwards."""
     modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def probing(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's mode and the random state afterwards as before."""
     devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        network.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with torch.random.fork_rng(devices=devices), evaluating(network):
+        yield
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class FiniteSteps(Callback):
             "process": trainer.global_rank,
             "reason": reason,
             "gradient_norm": number(norm),
-            "seed": module.seed,
+            "seed": getattr(module, "seed", torch.initial_seed()),  # somebody else's module keeps none
             "batches": [
                 {
                     "batch": batch.index,

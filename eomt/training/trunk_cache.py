@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eomt.files import cache_folder, read_json, replacing_folder, restored, write_json
 from eomt.fingerprints import combine_hashes, hash_tensors
-from eomt.inference.prediction import evaluating
+from eomt.lora.probing import evaluating
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 log = logging.getLogger(__name__)
