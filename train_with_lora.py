@@ -20,6 +20,7 @@ from eomt.command_line import (
 )
 from eomt.files import write_text
 from eomt.flags import help_text, translate_flags
+from eomt.places import CONFIGS, as_typed
 from eomt.processes import (
     Interrupted,
     Interruption,
@@ -33,8 +34,6 @@ from eomt.processes import (
 from eomt.settings.sweeps import find_sweep, name_job, name_sweep, report_sweep
 
 log = logging.getLogger(__name__)
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def train(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  # noqa: ANN001
@@ -204,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     number for a run that it ended."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(words):
-        print(help_text(CONFIGS))
+        print(as_typed(help_text(CONFIGS)))
         return 0
     try:
         words = name_sweep(translate_flags(words))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from eomt.places import as_typed
+
 
 class RunError(RuntimeError):
     """A run must not go on; the sentence says why."""
@@ -220,7 +222,8 @@ def out_of_memory(error: BaseException) -> str | None:
 
 def fail(error: BaseException | str, code: int) -> int:
     """Prints the error as one sentence and returns the exit code."""
-    print(f"error: {one_sentence(error) if isinstance(error, BaseException) else error}", file=sys.stderr)
+    sentence = one_sentence(error) if isinstance(error, BaseException) else error
+    print(f"error: {as_typed(sentence)}", file=sys.stderr)
     return code
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from eomt.command_line import quoted, unquoted
+from eomt.places import INSTALLED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RANKS = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")  # a process's number, by who started it
@@ -166,9 +167,8 @@ def _wait_for_parent() -> None:
 def command_to_continue(words: Sequence[str], output_dir: Path) -> str:
     """Returns the command that goes on in the folder of a run that was started with these words."""
     kept = [word for word in words if not word.lstrip("+").startswith(("output_dir=", "resume="))]
-    return shlex.join(
-        ["python", sys.argv[0], *map(_plain, kept), _plain(f"output_dir={quoted(output_dir)}"), "resume=auto"]
-    )
+    program = ["eomt", "train"] if INSTALLED else ["python", sys.argv[0]]
+    return shlex.join([*program, *map(_plain, kept), _plain(f"output_dir={quoted(output_dir)}"), "resume=auto"])
 
 
 def _plain(word: str) -> str:

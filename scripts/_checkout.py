@@ -3,4 +3,6 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+if (ROOT / "eomt").is_dir():  # a wheel has the scripts inside the package
+    sys.path.insert(0, str(ROOT))

@@ -15,8 +15,8 @@ from eomt.command_line import quoted
 from eomt.comparison.tuning import chosen_settings, setting_words
 from eomt.files import in_use, read_json, write_json
 from eomt.inference.saved import shipped
+from eomt.places import SCRIPTS, TRAIN
 from eomt.processes import PASSED_ON, Interrupted
-from eomt.settings.compose import ROOT
 from eomt.settings.formats import CELL, MATRIX, SUMMARY, read_format, stamped
 from eomt.training.run_folder import set_aside
 
@@ -64,11 +64,11 @@ def title(cell: dict[str, Any]) -> str:
 def train_and_evaluate(cell: dict[str, Any], title: str, matrix: Path, facts: dict[str, Any], folder: Path) -> None:
     """One cell, in processes of its own; whatever happens to it, the others go on."""
     print(f"== {title}", flush=True)
-    script = [sys.executable, str(ROOT / "train_with_lora.py"), "--config-name", facts["config_name"]]
+    script = [sys.executable, str(TRAIN), "--config-name", facts["config_name"]]
     tuned = [] if "trial" in cell else setting_words(chosen_settings(matrix, cell["variant"]))
     group = [f"group={quoted(matrix.name)}", f"job={quoted(title.partition(', ')[2])}"]
     train = [*script, *cell["words"], *tuned, *fixed(cell, folder), *group, "resume=auto"]
-    evaluate = [sys.executable, str(ROOT / "scripts" / "compare.py"), "evaluate", str(folder), *facts["source"]]
+    evaluate = [sys.executable, str(SCRIPTS / "compare.py"), "evaluate", str(folder), *facts["source"]]
     folder.mkdir(parents=True, exist_ok=True)
     if (status(folder) or "").startswith("failed: LoRA audit"):  # of which the rest of a run shows too little
         set_aside(folder)
@@ -185,7 +185,7 @@ def score_anomalies(run: Path, facts: dict[str, Any], environment: dict[str, str
     """Scores the run's artefact on the benchmarks it has no results on; returns the errors of those that failed."""
     errors = {}
     for name in without_scores(run, facts["anomaly"]):
-        command = [sys.executable, str(ROOT / "scripts" / "evaluate_anomaly.py"), str(shipped(run)), f"data={name}"]
+        command = [sys.executable, str(SCRIPTS / "evaluate_anomaly.py"), str(shipped(run)), f"data={name}"]
         command += [] if name == TOYS else [f"data.root={facts['anomaly_root']}"]
         if error := run_logged(command, run / "run.log", environment):
             errors[name] = error

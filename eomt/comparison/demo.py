@@ -13,7 +13,7 @@ from rich.table import Table
 from eomt.command_line import quiet_libraries, quoted
 from eomt.files import write_json
 from eomt.inference.saved import shipped
-from eomt.settings.compose import ROOT
+from eomt.places import TRAIN, as_typed
 from eomt.settings.formats import SUMMARY, read_format
 
 if TYPE_CHECKING:  # torch is imported once the runs have ended
@@ -60,9 +60,9 @@ def run_demo(output: Path, overrides: Sequence[str] = (), json: Path | None = No
 
 def train(overrides: Sequence[str], output_dir: Path) -> int:
     """Trains one network in a process of its own, as a user does, and returns the exit code."""
-    command = [sys.executable, str(ROOT / "train_with_lora.py"), f"output_dir={quoted(output_dir)}"]
+    command = [sys.executable, str(TRAIN), f"output_dir={quoted(output_dir)}"]
     command += [f"trainer.precision={PRECISION}", *overrides]
-    print("\n$ " + " ".join(["python", "train_with_lora.py", *command[2:]]), flush=True)
+    print("\n$ " + as_typed(" ".join(["python train_with_lora.py", *command[2:]])), flush=True)
     return subprocess.run(command).returncode
 
 

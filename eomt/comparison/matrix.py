@@ -13,10 +13,11 @@ from eomt.command_line import fail, one_sentence, own_process_state, path_in, qu
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
 from eomt.comparison.tuning import FOLDER, choose_settings, grid_for, read_grid, read_tuning, setting_words, trial_words
 from eomt.files import write_json
-from eomt.settings.compose import ROOT, build_data, compose_run, configurations, matrix_name, open_data
+from eomt.places import CONFIGS, as_typed
+from eomt.settings.compose import build_data, compose_run, configurations, matrix_name, open_data
 from eomt.settings.formats import CELL, MATRIX, read_format, stamped
 
-VARIANTS = sorted(path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml") if path.stem != "base")
+VARIANTS = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml") if path.stem != "base")
 OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
     "variant": "give variants=[...]",
     "seed": "give seeds=[...]",
@@ -136,9 +137,7 @@ def read_source(text: str) -> list[str]:
     words = []
     for word in shlex.split(text):
         if "=" not in word:
-            groups = [
-                group for group in ("experiment", "data") if (ROOT / "configs" / group / f"{word}.yaml").is_file()
-            ]
+            groups = [group for group in ("experiment", "data") if (CONFIGS / group / f"{word}.yaml").is_file()]
             if not groups:
                 raise ValueError(
                     f'source="{text}": {word} is no data set or experiment; write source="experiment=NAME '
@@ -325,5 +324,5 @@ def summarise(folder: Path, facts: dict[str, Any], unsettled: Mapping[str, str])
         )
         print(f"chosen for {tuning['variant']}, on held-out training images: {chosen}")
     print(f"{len(cells) - len(failed)} of {len(cells)} cells finished in {folder}")
-    print(f"next: python scripts/compare.py report {folder}")
+    print(as_typed(f"next: python scripts/compare.py report {folder}"))
     return 1 if failed else 0

@@ -12,7 +12,8 @@ from typing import Any
 from eomt.command_line import unquoted
 from eomt.comparison.matrix import check_matrix, parse_matrix
 from eomt.launch.job import IN_STUDIO
-from eomt.settings.compose import ROOT, compose_run
+from eomt.places import ROOT
+from eomt.settings.compose import compose_run
 from eomt.settings.run import check_output_dir
 
 NOT_A_RUN = ("--multirun", "-m", "--cfg", "-c", "--help", "-h")

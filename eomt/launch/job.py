@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eomt.command_line import RunError, did_you_mean
-from eomt.settings.compose import ROOT
+from eomt.places import ROOT
 
 HOME = PurePosixPath("/teamspace/studios/this_studio")  # of every Studio, and of every job started from one
 JOBS = PurePosixPath("/teamspace/jobs")  # JOBS/NAME mirrors what job NAME wrote below HOME, read-only

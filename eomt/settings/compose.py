@@ -11,13 +11,13 @@ from yaml import YAMLError
 
 from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
 from eomt.files import read_yaml
+from eomt.places import CONFIGS
 from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.config_check import check_config, targets_in
 from eomt.settings.hub import hub_place, pinned
 from eomt.settings.run import check_data
 from eomt.settings.start import taken_over
 
-ROOT = Path(__file__).resolve().parents[2]  # holds configs/, train_with_lora.py and scripts/
 RESERVED = re.compile(r"_.*_")  # keys that tell `instantiate` how
 # what Hydra lets through from YAML, and of values that it cannot use
 CONFIG_ERRORS = (YAMLError, ValueError, RecursionError)
@@ -30,7 +30,7 @@ def run_name(config: str, experiment: str | None, data: str, model: str, variant
     An experiment, or else a configuration that is not this project's, stands for data and model. YAML has this as the
     resolver `run_name`.
     """
-    own = None if (ROOT / "configs" / f"{config}.yaml").is_file() else config
+    own = None if (CONFIGS / f"{config}.yaml").is_file() else config
     return "_".join(filter(None, (experiment or own or f"{data}_{model}", variant or ("lora" if use_lora else None))))
 
 
@@ -42,7 +42,7 @@ def register_resolvers() -> None:
 
 
 @contextmanager
-def configurations(folder: Path = ROOT / "configs") -> Iterator[None]:
+def configurations(folder: Path = CONFIGS) -> Iterator[None]:
     """Lets Hydra compose from a folder in the block, and turns its errors into a ValueError of one sentence."""
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -70,7 +70,7 @@ def explain_config(error: Exception, words: Sequence[str] = ()) -> str:
     named = [
         words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config-dir", "--config-path", "-cd", "-cp")
     ]
-    files = [path for folder in (*named, ROOT / "configs") for path in sorted(Path(folder).rglob("*.yaml"))]
+    files = [path for folder in (*named, CONFIGS) for path in sorted(Path(folder).rglob("*.yaml"))]
     culprit = next((path for path in files if path.read_bytes().startswith(error.object)), "a configuration")
     return f"{culprit} is no text in UTF-8 ({error}): save it as that"
 
@@ -89,7 +89,7 @@ def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folde
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    first, overrides = ROOT / "configs", [quote_path(word) for word in overrides]
+    first, overrides = CONFIGS, [quote_path(word) for word in overrides]
     if folder:
         own = (folder / f"{config_name}.yaml").is_file()
         first, second = (folder, first) if own else (first, folder)
@@ -222,7 +222,7 @@ def read_settings(words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str
 
 def datasets_known() -> list[str]:
     """Returns the names that `data=` may have."""
-    return sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml") if path.stem != "base")
+    return sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml") if path.stem != "base")
 
 
 def names_data(overrides: Sequence[str]) -> bool:
@@ -356,7 +356,7 @@ def opened(config: Any, source: str | Path) -> Any:
 
 def data_targets() -> set[str]:
     """Everything that the files in `configs/data` name as a `_target_`."""
-    files = (ROOT / "configs" / "data").rglob("*.yaml")
+    files = (CONFIGS / "data").rglob("*.yaml")
     return {node["_target_"] for file in files for _, node in targets_in(read_yaml(file))}
 
 
