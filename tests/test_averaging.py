@@ -92,7 +92,7 @@ class Zeros(Callback):
 def test_weights_that_somebody_elses_callback_swaps_in_are_scored_saved_and_drawn(toy_cache, tmp_path, out, back):
     save, samples = SaveBest(tmp_path, "last"), SamplePictures(tmp_path / "samples", 1)
     drawn = []
-    samples.draw = lambda trainer, rows: drawn.append([row[2] for row in rows])
+    samples.draw = lambda *_: drawn.append([row[2] for row in samples.rows])
     module = train(tmp_path, toy_cache, save, Zeros(out, back), samples)
     saved = MaskClassificationSemantic.from_pretrained(tmp_path / "adapter")
     assert not saved.network.class_head.weight.any() and module.network.class_head.weight.any()

@@ -181,6 +181,24 @@ def test_a_run_goes_on_where_pictures_and_logs_cannot_be_written_and_nobody_read
         assert result.stdout.count(f"WARNING {name} cannot be written, the run goes on without") == 1
 
 
+@pytest.mark.parametrize(("lora", "trained"), [("true", ["adapters", "heads"]), ("false", ["backbone", "heads"])])
+def test_tensorboard_has_pictures_and_named_learning_rates_and_no_figure_without_meaning(
+    toy_cache, tmp_path, lora, trained
+):
+    words = [*TOY_DATA, f"data.root={toy_cache}", "model=tiny", *TOY_MODEL, "data.batch_size=4", "trainer.max_epochs=2"]
+    words += ["trainer.log_every_n_steps=1", f"model.use_lora={lora}", "logger=tensorboard"]
+    result = run_training(*words, f"output_dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0}).Reload()
+    assert events.Tags()["images"] == ["kept", "samples"]
+    assert {event.step for event in events.Images("kept")} <= {2, 4}
+    assert "hp_metric" not in events.Tags()["scalars"]
+    rates = [name for name in events.Tags()["scalars"] if name.startswith("lr")]
+    assert sorted(rates) == [f"lr/{name}" for name in trained]
+    first = rows(tmp_path / "run" / "metrics.csv")[0]
+    assert all(float(first[name]) > 0 or name == "lr/backbone" for name in rates)
+
+
 def test_a_metric_that_is_no_number_is_an_empty_cell(tmp_path):
     MetricsFile(tmp_path).log_metrics({"loss": float("nan"), "val/miou": 0.5}, 3)
     assert rows(tmp_path / "metrics.csv") == [{"loss": "", "step": "3", "val/miou": "0.5"}]

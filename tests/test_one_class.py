@@ -47,11 +47,15 @@ def test_one_class_trains_and_is_scored_drawn_saved_and_predicted(data, tmp_path
     saved = MaskClassificationSemantic.from_pretrained(tmp_path / "model")
     evaluation = evaluate(saved, data, "32-true", "cpu")
     evaluation.save(tmp_path, "scores")
-    write_confusion(evaluation, tmp_path / "confusion.csv")
+    write_confusion(evaluation, tmp_path / "confusion.csv", "one class")
     assert read_json(tmp_path / "scores.json")["miou_classes"] == 1
     assert evaluation.miou == 1 and evaluation.confusion.shape == (1, 1, 1)
     assert not saved.predict(torch.zeros(3, 64, 64, dtype=torch.uint8)).any()
-    assert list(tmp_path.glob("samples/*.png")) and (tmp_path / "confusion.png").exists()
+    assert (
+        len(list(tmp_path.glob("samples/*.png"))) == 2
+        and (tmp_path / "samples" / "kept.png").exists()
+        and (tmp_path / "confusion.png").exists()
+    )
 
 
 def test_a_data_set_without_a_labelled_pixel_is_not_scored(data):

@@ -68,8 +68,9 @@ def evaluate_artefact(
     precision = precision or module.trained_precision or "bf16-mixed"
     evaluation = evaluate(module, data, precision, progress=sys.stderr.isatty(), description=name)
     evaluation.save(file.parent, name)
-    write_confusion(evaluation, file.with_name(f"{name}_confusion.csv"))
-    print_scores(f"{model} on {name}, {len(evaluation.confusion)} images, {precision}", evaluation)
+    title = f"{model} on {name}, {len(evaluation.confusion)} images, {precision}: {miou_words(evaluation)}"
+    write_confusion(evaluation, file.with_name(f"{name}_confusion.csv"), title)
+    print_scores(title, evaluation)
     return file
 
 
@@ -102,21 +103,26 @@ def keep_other_scores(path: Path, images: str) -> None:
 
 
 def print_scores(title: str, evaluation: "Evaluation") -> None:
-    """Prints the mIoU, and a table with the IoU of each class in %."""
+    """Prints the title, and a table with the IoU of each class in %."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from eomt.training.class_scores import over
-
     table = Table("class", "IoU")
     for name, iou in evaluation.class_iou.items():
         table.add_row(escape(name), "absent" if iou != iou else f"{100 * iou:.2f}")
-    print(f"{title}: mIoU {100 * evaluation.miou:.2f}{over(evaluation.class_iou)}")
+    print(title)
     Console().print(table)
 
 
-def write_confusion(evaluation: "Evaluation", path: Path) -> None:
+def miou_words(evaluation: "Evaluation") -> str:
+    """`mIoU 61.02 over 10 of 11 classes`, in percent."""
+    from eomt.training.class_scores import over
+
+    return f"mIoU {100 * evaluation.miou:.2f}{over(evaluation.class_iou)}"
+
+
+def write_confusion(evaluation: "Evaluation", path: Path, title: str) -> None:
     """Writes the confusion counts of all images as CSV, and as a PNG beside it."""
     from eomt.reporting.pictures import confusion_picture
 
@@ -126,4 +132,4 @@ def write_confusion(evaluation: "Evaluation", path: Path) -> None:
         rows.writerow(["target \\ prediction", *classes])
         rows.writerows([label, *row] for label, row in zip(classes, counts.tolist(), strict=True))
     with replacing(path.with_suffix(".png")) as draft:
-        confusion_picture(counts, classes, draft)
+        confusion_picture(counts, classes, draft, title)

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from eomt.files import Tolerated, replacing
 
@@ -87,6 +89,15 @@ class EventFile(TensorBoardLogger):
         with self.tolerated:
             if self.experiment is not None:
                 super().log_hyperparams(*args, **options)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: Sequence[str], step: int | None = None) -> None:
+        """Shows picture files under a name, as Lightning's logger for wandb does."""
+        with self.tolerated:
+            if self.experiment is not None:
+                for path in images:
+                    pixels = np.asarray(Image.open(path).convert("RGB"))
+                    self.experiment.add_image(key, pixels, step, dataformats="HWC")
 
     def save(self) -> None:
         with self.tolerated:

@@ -1,5 +1,6 @@
 """Pictures of predictions, with one legend."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from eomt.data.labels import LabelSet
 from eomt.files import replacing
-from eomt.indices import OUTLIER, OUTLIER_COLOR
+from eomt.indices import IGNORE, OUTLIER, OUTLIER_COLOR
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,7 +25,7 @@ def prediction_picture(
 ) -> None:
     """Writes a PNG with a row for each (image uint8 [3, H, W], label map uint8 [H, W], ...), one entry a column.
 
-    Ignored pixels of the target are black; the legend names the classes that appear.
+    The legend names the classes that appear, and `ignored`, which is black.
     """
     height, width = rows[0][0].shape[-2:]
     cell = 12 / len(columns)
@@ -44,8 +45,9 @@ def prediction_picture(
             axis.set_axis_off()
     seen = sorted({int(v) for _, *maps in rows for m in maps for v in m.unique() if v < len(classes)})
     patches = [Patch(color=[c / 255 for c in classes.colors[k]], label=classes.names[k]) for k in seen]
-    if any((m == OUTLIER).any() for _, *maps in rows for m in maps):
-        patches.append(Patch(color=[c / 255 for c in OUTLIER_COLOR], label="outlier"))
+    for value, name, color in ((OUTLIER, "outlier", OUTLIER_COLOR), (IGNORE, "ignored", (0, 0, 0))):
+        if any((m == value).any() for _, *maps in rows for m in maps):
+            patches.append(Patch(color=[c / 255 for c in color], label=name))
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 7), frameon=False)
     if title:
         figure.suptitle(title)
@@ -54,21 +56,33 @@ def prediction_picture(
     plt.close(figure)
 
 
-def confusion_picture(confusion: Tensor, names: Sequence[str], path: str | Path) -> None:
-    """Writes a PNG of confusion counts [K, K] (target, prediction): for each target class, where its pixels went."""
+def confusion_picture(confusion: Tensor, names: Sequence[str], path: str | Path, title: str = "") -> None:
+    """Writes a PNG of confusion counts [K, K] (target, prediction): for each target class, where its pixels went.
+
+    Behind each name stands the share of all labelled pixels that are of the class, or predicted as it.
+    """
     share = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    rows, columns = (totals(names, confusion.sum(axis)) for axis in (1, 0))
     side = 2.5 + 0.5 * len(names)
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     image = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
-    present = confusion.sum(1) > 0
     for row, column in share.round().nonzero().tolist():
         color = "white" if share[row, column] > 50 else "black"
         axis.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8)
-    labels = [name if there else f"{name} (absent)" for name, there in zip(names, present, strict=True)]
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axis.set_yticks(range(len(names)), labels)
-    axis.set(xlabel="prediction", ylabel="target")
+    axis.set_xticks(range(len(names)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(names)), rows)
+    axis.set(xlabel="prediction", ylabel=f"target, {int(confusion.sum()):,} labelled pixels")
+    figure.suptitle(textwrap.fill(title, 20 + 7 * len(names)))
     figure.colorbar(image, label="% of the target's pixels", shrink=0.8)
     with replacing(path) as draft:
         figure.savefig(draft, dpi=100)
     plt.close(figure)
+
+
+def totals(names: Sequence[str], counts: Tensor) -> list[str]:
+    """Class names, each with its share of all pixels: `road 31.4 %`, or `train (absent)`."""
+    everything = counts.sum().clamp(min=1)
+    return [
+        f"{name} {100 * count / everything:.1f} %" if count else f"{name} (absent)"
+        for name, count in zip(names, counts, strict=True)
+    ]

@@ -1,6 +1,5 @@
 """Pictures of what the network sees while it trains."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from eomt.files import Tolerated
+from eomt.training.callbacks import SaveBest
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 Row = tuple[Tensor, Tensor, Tensor]  # image uint8 [3, H, W]; labels and prediction uint8 [H, W]
@@ -17,7 +17,7 @@ Row = tuple[Tensor, Tensor, Tensor]  # image uint8 [3, H, W]; labels and predict
 class SamplePictures(Callback):
     """Every few epochs: image, target and prediction of some validation images, in `samples/` and the loggers.
 
-    The predictions are those that were scored.
+    The predictions are those that were scored. `kept.png` shows those of the network that `SaveBest` keeps.
 
     Args:
         directory: where the PNG files go.
@@ -46,16 +46,22 @@ class SamplePictures(Callback):
     def on_validation_end(self, trainer: Trainer, module: MaskClassificationSemantic) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         last = trainer.should_stop or trainer.global_step >= module.total_steps
-        if (due or last) and self.rows and not trainer.sanity_checking:
-            self.draw(trainer, self.rows)
+        if not self.rows or trainer.sanity_checking:
+            return
+        title = f"step {trainer.global_step}, mIoU {100 * float(trainer.callback_metrics['val/miou']):.2f}"
+        savers = [callback for callback in trainer.callbacks if isinstance(callback, SaveBest)]
+        if any(saver.best.get("step") == trainer.global_step for saver in savers):
+            self.draw(trainer, "kept", f"{title}: the network that is kept")
+        if due or last:
+            self.draw(trainer, f"epoch_{trainer.current_epoch:04d}_step_{trainer.global_step:06d}", title)
 
-    def draw(self, trainer: Trainer, rows: Sequence[Row]) -> None:
+    def draw(self, trainer: Trainer, name: str, title: str) -> None:
         """Writes and logs the picture."""
         from eomt.reporting.pictures import prediction_picture
 
-        path = self.directory / f"epoch_{trainer.current_epoch:04d}_step_{trainer.global_step:06d}.png"
+        path = self.directory / f"{name}.png"
         with self.tolerated:
-            prediction_picture(rows, trainer.datamodule.val_set.classes, path, title=f"step {trainer.global_step}")
+            prediction_picture(self.rows, trainer.datamodule.val_set.classes, path, title=title)
             for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):  # wandb
-                    logger.log_image("samples", [str(path)])
+                if hasattr(logger, "log_image"):  # TensorBoard and wandb
+                    logger.log_image("kept" if name == "kept" else "samples", [str(path)], step=trainer.global_step)

@@ -138,6 +138,17 @@ def is_saved(folder: Path, state: dict[str, Any]) -> bool:
     return "artefact_id" not in state or state["artefact_id"] == artefact_id_in(folder)
 
 
+class LearningRates(Callback):
+    """Logs `lr/heads`, `lr/backbone` and `lr/adapters`; where rates decay by layer, the largest of the backbone."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        rates: dict[str, float] = {}
+        for group in trainer.optimizers[0].param_groups:
+            name = "adapters" if group["kind"] == "lora" else group["kind"]
+            rates[f"lr/{name}"] = max(group["lr"], rates.get(f"lr/{name}", 0.0))
+        self.log_dict(rates)
+
+
 class MayBeClosed:
     """A stream, or none, whose reader may be gone: what cannot be written is passed over."""
 
