@@ -15,6 +15,7 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.comparison.evaluations import evaluate_run, report_runs
 from eomt.comparison.matrix import VARIANTS, run_matrix
+from eomt.comparison.watch import watch
 from eomt.processes import Interrupted, Interruption
 from train_with_lora import check_composed
 
@@ -27,6 +28,7 @@ EXAMPLES = f"""examples:
   python scripts/compare.py run experiment=toy_anomalies "variants=[baseline,rba,arcface,arcface_rba]" \\
       "anomaly=[toy_anomalies]"
   python scripts/compare.py report outputs/compare/dusk --baseline full
+  python scripts/compare.py watch outputs/compare/dusk                   # while it runs
 
 {textwrap.fill("variants: " + ", ".join(VARIANTS) + " (configs/variant/)", 100)}"""
 RUN_HELP = """variants=[...]   what trains (default: none, head, lora_r8, lora_r16, full)
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "run":
             with Interruption():
                 return run_matrix(args.overrides, args.config_name, check_composed)
+        if args.command == "watch":
+            watch(args.matrix, args.port, args.baseline, args.score)
         if args.command == "evaluate":
             evaluate_run(args.run, args.source)
             return 0
@@ -80,6 +84,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--costs", type=Path, metavar="FOLDER", help="take seconds and memory from the runs in it, measured undisturbed"
     )
     report.add_argument("--allow-different", action="store_true", help="mark runs that differ instead of stopping")
+    watching = commands.add_parser("watch", help="the report of a running matrix, in a browser of this machine")
+    watching.add_argument("matrix", type=Path, help="its output_dir")
+    watching.add_argument("--port", type=int, default=8642, help="of 127.0.0.1; 0: any free one (default: %(default)s)")
+    watching.add_argument("--baseline", help="as for report")
+    watching.add_argument("--score", help="as for report")
     evaluate = commands.add_parser("evaluate", help="evaluate a run for the report (run and report do it as needed)")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("source", nargs="*", metavar="key=value", help="the source domain, as in source= above")

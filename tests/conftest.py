@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -135,6 +136,20 @@ def run_script(name, *arguments, **options):
 
 run_training = partial(run_python, "train_with_lora.py")
 run_cold = partial(run_python, cold=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium that is there already."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        pytest.skip("no Chromium to open the page with")
+    options = "no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=[f"--{option}" for option in options.split()])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

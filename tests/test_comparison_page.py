@@ -522,19 +522,6 @@ def test_class_panels_have_one_scale_and_one_order_without_what_never_trained(ma
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not found:
-        pytest.skip("no Chromium to open the page with")
-    options = "no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=[f"--{option}" for option in options.split()])
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize(("kind", "tables"), [("report", 3), ("anomaly_report", 5)])
