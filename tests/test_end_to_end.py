@@ -225,6 +225,18 @@ def test_each_run_of_a_sweep_has_its_turn_and_those_that_failed_are_listed(sourc
     assert "Traceback" not in result.stderr
 
 
+def test_an_optimising_sweeper_gets_the_miou_of_each_run(toy_cache, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_jobs=1"]
+    search += ["hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=1", "model.lr=tag(log,interval(1e-4,1e-2))"]
+    train(toy_cache, tmp_path, "--multirun", *search, "data.batch_size=4", "trainer.max_epochs=1")
+    best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+    runs = [(summary_of(tmp_path / str(job))["miou"], tmp_path / str(job) / "config.yaml") for job in range(2)]
+    assert best["best_value"] == max(miou for miou, _ in runs)
+    chosen = yaml.safe_load(max(runs)[1].read_text())["model"]["lr"]
+    assert best["best_params"] == {"model.lr": pytest.approx(chosen)}
+
+
 def test_a_sweep_takes_one_folder(toy_cache, tmp_path):
     result = train(toy_cache, tmp_path, "--multirun", "seed=0,1", "output_dir=a,b", code=2)
     assert "output_dir=a,b: a sweep has one folder, and each run its own in it" in result.stderr

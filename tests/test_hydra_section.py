@@ -39,6 +39,8 @@ SPRUNG = [
     ({"callbacks": {"theirs": [{"_target_": "os.system", "command": "true"}]}}, "_target_ 'os.system'"),
     ({"launcher": {"_target_": "trap.Data"}}, "hydra.launcher._target_ 'trap.Data'"),
     ({"sweeper": {"_target_": "hydra.utils.Path"}}, "hydra.sweeper._target_ 'hydra.utils.Path'"),
+    ({"sweeper": {"_target_": "hydra_plugins.x.Y", "sampler": {"_target_": "trap.Data"}}}, "hydra.sweeper.sampler"),
+    ({"sweeper": {"_target_": "hydra_plugins.x.Y", "other": {"_target_": "optuna.samplers.X"}}}, "hydra.sweeper.other"),
     ({"callbacks": {"theirs": "${theirs}"}}, "hydra.callbacks.theirs ${theirs}"),
     ({"callbacks": {"x": {"_target_": "${....output_subdir}"}}}, "hydra.callbacks.x._target_ '${....output_subdir}'"),
     ({"job_logging": {"handlers": {"x": {"class": LATER}}}}, "hydra.job_logging.handlers.x.class"),

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from eomt.settings.config_check import find_target
 
 PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.")  # installed launchers and sweepers: Hydra takes no others
+SAMPLER = re.compile(r"optuna\.samplers\.[A-Z]\w*")
 COMMANDS = ("setup", "srun_args", "additional_parameters", "python", "custom_search_space")  # settings of theirs
 # classes of the standard library, colorlog and this project, which write a log
 LOGGING = re.compile(r"(logging(\.handlers)?|colorlog|eomt\.command_line)\.[A-Z]\w*")
@@ -81,7 +82,8 @@ def check_targets(node: Any, place: str) -> None:
         where = f"{place}.{key}"
         if key == "_target_":
             plugin = place in ("hydra.sweeper", "hydra.launcher") and str(value).startswith(PLUGINS)
-            if not plugin:
+            sampler = place == "hydra.sweeper.sampler" and SAMPLER.fullmatch(str(value))
+            if not plugin and not sampler:
                 find_target(value, where)
         elif key in COMMANDS and value:
             raise ValueError(f"{where} {value!r}: it is run or imported; give it on the command line and {REMEDY}")
