@@ -165,13 +165,7 @@ def build(cfg) -> tuple[Any, Any]:  # noqa: ANN001
     asked, there = cfg.model.get("num_classes"), datamodule.num_classes
     if asked not in (None, there):
         raise ValueError(f"model.num_classes {asked}: the data set has {there} classes; leave it out")
-    classes = {
-        "num_classes": there,
-        "class_weights": datamodule.class_weights,
-        "class_names": list(datamodule.classes.names),
-        "class_colors": [list(color) for color in datamodule.classes.colors],
-    }
-    return datamodule, instantiate(cfg.model, **classes, _convert_="all")
+    return datamodule, instantiate(cfg.model, **datamodule.class_settings, _convert_="all")
 
 
 def build_callbacks(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  # noqa: ANN001

@@ -109,6 +109,13 @@ class SegmentationDataModule(LightningDataModule):
             return None
         return class_weights(count_classes(self.train_set, self.num_workers), self.weighting)
 
+    @property
+    def class_settings(self) -> dict[str, Any]:
+        """What a `MaskClassificationSemantic` has to know of the classes: their number, names, colours and weights."""
+        names, colors = list(self.classes.names), [list(color) for color in self.classes.colors]
+        weights = {"class_weights": self.class_weights}
+        return {"num_classes": self.num_classes, "class_names": names, "class_colors": colors} | weights
+
     def check_files(self) -> None:
         """Looks at the files of a sample of both splits, spread evenly; the others are checked as they are read.
 
