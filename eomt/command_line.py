@@ -67,15 +67,16 @@ PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.swe
 PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
 PATH_KEYS += tuple(f"data.cut_paste.cutouts.{name}" for name in ("root", "annotations", "images"))
 PATH_KEYS += ("model.backbone_weights", "model.backbone_kwargs.pretrained_cfg_overlay.file")
+TEXT_KEYS = ("data.image_template", "data.mask_template", "data.split_by")  # with letters that Hydra would read
 
 
 def quote_path(word: str, sweeps: bool = False) -> str:
-    """Returns an override of a path in quotes, since Hydra reads `=`, commas, brackets and other letters otherwise.
+    """Returns an override of a path, or of another text that Hydra would read, in quotes: of `=`, commas, brackets.
 
     Left as they are: other overrides, what is quoted already, null, interpolations and, with `sweeps`, lists.
     """
     key, equals, value = word.partition("=")
-    if key.lstrip("+") not in PATH_KEYS or not value or value == "null" or "${" in value:
+    if key.lstrip("+") not in (*PATH_KEYS, *TEXT_KEYS) or not value or value == "null" or "${" in value:
         return word
     if unquoted(value) != value or (sweeps and "," in value):
         return word

@@ -2,23 +2,26 @@
 
 import os
 import random
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from eomt.command_line import did_you_mean
+from eomt.data import subsets
 from eomt.data.labels import LabelSet
-from eomt.data.listing import LONELY, list_pictures
-from eomt.data.sources import ColorDecoder, IndexDecoder, LabelDecoder, LoaderOptions, Sample, Source, Splits
-from eomt.files import PICTURES, read_yaml
+from eomt.data.pairs import NAME, Faults, Template, pair
+from eomt.data.sources import ColorDecoder, IndexDecoder, LabelDecoder, LoaderOptions, Sample, Splits
+from eomt.files import read_yaml
 from eomt.indices import IGNORE
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule
+
+SPLIT_BY = "write folder, sequence, or an expression with what names a sequence in brackets: '(drive\\d+)_'"
 
 
 def folder(
@@ -29,9 +32,12 @@ def folder(
     val_masks: str | None = None,
     val_share: float = 0.2,
     split_seed: int = 0,
+    split_by: str | None = None,
+    image_template: str = NAME,
+    mask_template: str = NAME,
     **loader: Unpack[LoaderOptions],
 ) -> "SegmentationDataModule":
-    """Images and masks with the same path below their folders, whatever their extensions; links are followed.
+    """Images and masks with the same name and path below their folders, whatever their endings; links are followed.
 
     Args:
         classes: YAML file of classes; see `read_classes`.
@@ -41,6 +47,9 @@ def folder(
         val_masks: Their masks.
         val_share: Share held out at random where there are no `val_images`; at least one image.
         split_seed: Chooses the images that are held out.
+        split_by: What stands on one side of a split as a whole, see `sequence_of`; None for single images.
+        image_template: How images are called, see `eomt.data.pairs.Template`.
+        mask_template: How masks are called: `{name}_mask.png`.
         **loader: See SegmentationDataModule.
 
     Raises:
@@ -50,7 +59,9 @@ def folder(
     from eomt.data.datamodule import feed
 
     places = {"images": images, "masks": masks, "val_images": val_images, "val_masks": val_masks}
-    data = feed(splits(classes, **places, val_share=val_share, split_seed=split_seed), **loader)
+    halves = {"val_share": val_share, "split_seed": split_seed, "split_by": split_by}
+    names = {"image_template": image_template, "mask_template": mask_template}
+    data = feed(splits(classes, **places, **halves, **names), **loader)
     for dataset in (data.train_set.with_transform(None), data.val_set):
         dataset[0]  # a mask of the other kind or size fails here, not in the middle of training
     return data
@@ -64,19 +75,49 @@ def splits(
     val_masks: str | None = None,
     val_share: float = 0.2,
     split_seed: int = 0,
+    split_by: str | None = None,
+    image_template: str = NAME,
+    mask_template: str = NAME,
 ) -> Splits:
     """The samples of `folder`, with its arguments and errors; no picture is read."""
-    label_set, decoder = read_classes(Path(classes))
     if (val_images is None) != (val_masks is None):
         raise ValueError(
             f"data.val_images and data.val_masks go together, got {val_images} and {val_masks}; set both or neither."
         )
+    label_set, decoder = read_classes(Path(classes))
     left_out: Counter[str] = Counter()
-    train = _pairs(Path(images), Path(masks), left_out)
+    templates = Template(image_template, "data.image_template"), Template(mask_template)
+    train = in_sequences(pair(Path(images), Path(masks), *templates, left_out), split_by)
     if val_images is None:
-        train, val = _split(train, val_share, split_seed)
+        train, val = split(train, val_share, split_seed)
     else:
-        val = _pairs(Path(val_images), Path(val_masks), left_out)
+        val = pair(Path(val_images), Path(val_masks), *templates, left_out, ("data.val_images", "data.val_masks"))
+    return Splits(train, val, label_set, decoder, left_out)
+
+
+def all_pairs(
+    classes: str,
+    images: str,
+    masks: str,
+    faults: Faults,
+    val_images: str | None = None,
+    val_masks: str | None = None,
+    image_template: str = NAME,
+    mask_template: str = NAME,
+) -> Splits:
+    """The samples of `folder` for a report: what cannot be paired is listed in `faults`, and nothing is split.
+
+    Raises:
+        FileNotFoundError: A folder or file is missing.
+        ValueError: The YAML is wrong.
+    """
+    label_set, decoder = read_classes(Path(classes))
+    left_out: Counter[str] = Counter()
+    templates = Template(image_template, "data.image_template"), Template(mask_template)
+    train, val = pair(Path(images), Path(masks), *templates, left_out, faults=faults), []
+    if val_images and val_masks:
+        keys = "data.val_images", "data.val_masks"
+        val = pair(Path(val_images), Path(val_masks), *templates, left_out, keys, faults)
     return Splits(train, val, label_set, decoder, left_out)
 
 
@@ -92,7 +133,10 @@ def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
         ValueError: Something in it is missing, unknown, of the wrong type or given twice.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"data.classes must be a YAML file of classes, {path} is not there; see docs/data.md.")
+        raise FileNotFoundError(
+            f"data.classes must be a YAML file of classes, {path} is not there; `python "
+            f"scripts/dataset_report.py --init IMAGES MASKS > {path}` writes one from masks, see docs/own_images.md."
+        )
     try:
         content = read_yaml(path)
     except ValueError as error:
@@ -174,56 +218,57 @@ def _is_color(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_byte, value))
 
 
-def _pairs(images: Path, masks: Path, left_out: Counter[str]) -> list[Sample]:
-    """Every image with its mask; what is left out is added to `left_out`."""
-    image_of, mask_of = _pictures(images, left_out), _pictures(masks, left_out)
-    _add_shared(mask_of, image_of, masks)
-    missing = [name for name in image_of if name not in mask_of]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(image_of)} images in {images} have no mask, the first is {missing[0]!r}; "
-            f"put a mask of that name into {masks}, or take the image away{did_you_mean(missing[0], mask_of)}"
-        )
-    left_out.update({LONELY: lonely} if (lonely := len(mask_of.keys() - image_of.keys())) else {})
-    return [Sample(name, Source(path), Source(mask_of[name])) for name, path in image_of.items()]
+def in_sequences(samples: list[Sample], split_by: str | None) -> list[Sample]:
+    """The samples with the sequences that they are of, frames in the order of their numbers; None leaves them alone."""
+    if split_by is None:
+        return samples
+    named = [replace(sample, sequence=sequence_of(sample.name, split_by)) for sample in samples]
+    return sorted(named, key=lambda sample: (sample.sequence, *_by_number(sample.name)))
 
 
-def _pictures(root: Path, left_out: Counter[str]) -> dict[str, str]:
-    """Every picture under root by its path there, without the extension."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"The folder {root} is not there; check the paths in data.")
-    listing = list_pictures(root)
-    left_out.update(listing.left_out)
-    found: dict[str, str] = {}
-    for parts in listing.pictures:
-        name, path = _name("/".join(parts)), os.path.join(root, *parts)
-        if name in found:
-            raise ValueError(f"{found[name]} and {path} differ in their extension only; keep one of them.")
-        found[name] = path
-    if not found:
-        raise FileNotFoundError(f"The folder {root} has no picture ({', '.join(PICTURES)}); check the paths in data.")
-    return found
+def sequence_of(name: str, split_by: str) -> str:
+    """The sequence that an image is of, by its name, which has its path below the folder and no ending.
+
+    Args:
+        name: `drive1/left_000017`.
+        split_by: `folder`: its subfolder, `drive1`. `sequence`: what stands before the number at its end,
+            `drive1/left_`. Anything else is a regular expression, of which the first group counts, or all that it
+            matches.
+
+    Raises:
+        ValueError: it is no regular expression, or matches nothing in the name.
+    """
+    if split_by == "folder":
+        return os.path.dirname(name)
+    if split_by == "sequence":
+        return re.sub(r"\d+$", "", name)
+    try:
+        found = re.search(split_by, name)
+    except re.error as error:
+        raise ValueError(f"data.split_by {split_by!r} is no regular expression ({error}); {SPLIT_BY}") from error
+    if not found or not (found[1] if found.re.groups else found[0]):
+        raise ValueError(f"data.split_by {split_by!r} finds no sequence in the name {name!r}; {SPLIT_BY}")
+    return found[1] if found.re.groups else found[0]
 
 
-def _add_shared(mask_of: dict[str, str], image_of: Mapping[str, str], masks: Path) -> None:
-    """Adds the masks in folders that were listed by another name: folders of images may share masks by a link."""
-    for place in sorted({os.path.dirname(name) for name in image_of if name not in mask_of}):
-        if (masks / place).is_dir():
-            shared = list_pictures(masks / place, deep=False).pictures
-            mask_of |= {_name(f"{place}/{name}"): f"{masks / place}/{name}" for (name,) in shared}
+def _by_number(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sorts frame_9 before frame_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)], name
 
 
-def _name(path: str) -> str:
-    """A picture's path without its ending; macOS writes letters and their dots apart, which are one name."""
-    return unicodedata.normalize("NFC", os.path.splitext(path)[0])
+def split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Holds out a share at random: of sequences whole ones where they are known, of a single one the last frames.
 
-
-def _split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    Raises:
+        ValueError: the share is not between 0 and 1, or there are fewer than two samples.
+    """
     if not 0 < share < 1:
         raise ValueError(f"data.val_share must lie between 0 and 1, got {share}; set data.val_images for no split.")
     if len(samples) < 2:
         raise ValueError(f"A split needs at least 2 images, there is {len(samples)}; set data.val_images.")
     count = min(len(samples) - 1, max(1, round(share * len(samples))))
+    if samples[0].sequence is not None:
+        return subsets.split_sequences(samples, count, seed)
     held_out = set(random.Random(seed).sample(range(len(samples)), count))
     return (
         [sample for index, sample in enumerate(samples) if index not in held_out],

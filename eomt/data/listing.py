@@ -21,6 +21,7 @@ LEFT_BY_SYSTEMS = "hidden, or left by a system"
 OTHER_KINDS = "no pictures by their ending"
 LISTED_ALREADY = "links to folders that are listed already"
 LONELY = "masks without an image"
+OTHER_NAMES = "called otherwise than the template"
 
 
 @dataclass

@@ -34,14 +34,18 @@ def hold_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[S
     if len(samples) < 2:
         raise ValueError(f"data.hold_out needs at least 2 training images, there is {len(samples)}; leave it out.")
     wanted = min(len(samples) - 1, max(1, round(share * len(samples))))
-    names = dict.fromkeys(sample.sequence for sample in samples)
-    if None in names:
+    if any(sample.sequence is None for sample in samples):
         held = {id(sample) for sample in choose_images(samples, wanted, seed)}
-    elif len(names) == 1:
-        held = {id(sample) for sample in samples[-wanted:]}
-    else:
-        held = {id(sample) for sample in samples if sample.sequence in _choose_sequences(samples, wanted, seed)}
-    return [s for s in samples if id(s) not in held], [s for s in samples if id(s) in held]
+        return [s for s in samples if id(s) not in held], [s for s in samples if id(s) in held]
+    return split_sequences(samples, wanted, seed)
+
+
+def split_sequences(samples: Sequence[Sample], wanted: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Splits samples that name their sequences as `hold_out` does, about `wanted` of them into the second part."""
+    if len({sample.sequence for sample in samples}) == 1:
+        return list(samples[:-wanted]), list(samples[-wanted:])
+    chosen = _choose_sequences(samples, wanted, seed)
+    return [s for s in samples if s.sequence not in chosen], [s for s in samples if s.sequence in chosen]
 
 
 def _choose_sequences(samples: Sequence[Sample], wanted: int, seed: int) -> set[str]:

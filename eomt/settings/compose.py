@@ -9,7 +9,7 @@ from typing import Any
 
 from yaml import YAMLError
 
-from eomt.command_line import PATH_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
+from eomt.command_line import PATH_KEYS, TEXT_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
 from eomt.files import read_yaml
 from eomt.places import CONFIGS
 from eomt.settings.backbone_choice import choose_backbone
@@ -323,7 +323,7 @@ def _read_data_of_run(run: Path, overrides: Sequence[str]) -> Described:
         key, _, value = override.partition("=")
         if OmegaConf.select(config, key, default=config) is config:
             raise ValueError(f"{key} is not in {run / 'config.yaml'}{did_you_mean(key.split('.')[-1], config.data)}")
-        OmegaConf.update(config, key, path_in(value) if key in PATH_KEYS else yaml.safe_load(value))
+        OmegaConf.update(config, key, path_in(value) if key in (*PATH_KEYS, *TEXT_KEYS) else yaml.safe_load(value))
     try:
         config = opened(config, run / "config.yaml")
     except ValueError as error:
