@@ -62,7 +62,7 @@ def test_one_line_tells_pairs_sizes_classes_and_what_is_ignored(sample, said):
     )
     assert lines == [
         "data: 2 + 2 pairs, images 20x30 to 40x30, 2 of 2 classes with pixels, 1 without a labelled pixel, "
-        "40.0 % of the pixels ignored (all 2 + all 2 label maps counted)"
+        "40.0 % of the pixels ignored (all 2 + all 2 label maps counted); read all 4 pairs"
     ]
     assert not warnings
 
@@ -202,3 +202,61 @@ def test_a_run_that_validates_on_unlabelled_images_alone_is_refused(sample, limi
         module.setup("fit")
     module.trainer.limit_val_batches = 1.0
     module.setup("fit")
+
+
+def test_of_many_pairs_the_line_says_how_many_were_looked_at(sample, said, monkeypatch):
+    monkeypatch.setattr("eomt.data.survey.IMAGES", 2)
+    (line,), _ = said([sample(str(k), 0, 1) for k in range(5)], [sample(f"v{k}", 0, 1) for k in range(3)])
+    assert line.endswith("; looked at 4 of 8 pairs")
+
+
+def test_an_error_of_the_sample_says_how_many_pairs_are_wrong(sample, said):
+    train = [sample(str(k), 0, 1) for k in range(5)]
+    for name in "24":
+        sample(name, 0, 77)
+    with pytest.raises(
+        ValueError, match=r"2_mask\.png has the value 77.* \(2 of 5 pairs .* scripts/dataset_"
+    ):
+        said(train, [sample("v", 0, 1)])
+    for name in "13":
+        os.truncate(train[int(name)].label.path, 40)
+    with pytest.raises(ValueError, match=r"1_mask\.png cannot be .* \(2 of 6 pairs looked at are wrong, of 6 in all"):
+        said(train, [sample("v", 0, 1)])
+
+
+def scene(seed, shift=0, size=(120, 160)):
+    """Something with light and dark places, smooth as photographs are; another seed is another place."""
+    small = np.random.default_rng(seed).integers(0, 256, (12, 20, 3), np.uint8)
+    return Image.fromarray(small).resize((2 * size[1], size[0])).crop((shift, 0, shift + size[1], size[0]))
+
+
+def written(tmp_path, sample, name, picture, **options):
+    picture.save(tmp_path / f"{name}.jpg", **options)
+    return sample(name, 0, 1, image=Source(str(tmp_path / f"{name}.jpg")), size=(picture.height, picture.width))
+
+
+def test_lossy_and_smaller_copies_on_both_sides_of_a_split_are_warned_of(sample, said, tmp_path):
+    train = [written(tmp_path, sample, f"t{k}", scene(k)) for k in range(5)]
+    copies = [
+        written(tmp_path, sample, "lossy", scene(1), quality=15),
+        written(tmp_path, sample, "small", scene(3).resize((100, 75))),
+    ]
+    _, (warning,) = said(train, [*copies, *(written(tmp_path, sample, f"v{k}", scene(20 + k)) for k in range(4))])
+    assert warning.startswith(
+        "at least 2 of the 6 validation images looked at nearly are training images (lossy like t1, small like t3)"
+    )
+    assert "data.split_by=sequence" in warning
+
+
+def test_neighbouring_frames_on_both_sides_are_found_among_many(sample, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("eomt.data.survey.IMAGES", 4)
+    frames = [written(tmp_path, sample, f"f{k}", scene(k // 20, 2 * (k % 20))) for k in range(40)]
+    val = [frames[k] for k in (5, 15, 25, 35)]
+    _, (warning,) = said([frame for frame in frames if frame not in val], val)
+    assert "f5 like f4" in warning and warning.startswith("at least 4 of the 4 ")
+
+
+def test_images_of_other_places_and_flat_ones_are_no_copies(sample, said, tmp_path):
+    pictures = [scene(k) for k in range(30)] + [Image.new("RGB", (160, 120), 40 * k) for k in range(6)]
+    samples = [written(tmp_path, sample, f"p{k}", picture) for k, picture in enumerate(pictures)]
+    assert not said(samples[::2], samples[1::2])[1]

@@ -19,9 +19,9 @@ from eomt.data import subsets
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.sampler import SameOrderSampler, SeededSampler
-from eomt.data.sources import Splits, spread
+from eomt.data.sources import Source, Splits, spread
 from eomt.data.statistics import class_weights, count_classes
-from eomt.data.survey import take_survey
+from eomt.data.survey import raise_first, take_survey, without_raising
 from eomt.data.transforms import TrainTransform
 from eomt.processes import heed_parent_alone
 
@@ -125,13 +125,15 @@ class SegmentationDataModule(LightningDataModule):
             ValueError: A picture is half-downloaded, does not fit its labels, or the like; it is named. Or a split has
                 no labelled pixel at all.
         """
-        looked = 0
+        looked, errors = 0, []
         for dataset in (self.train_set, self.val_set):
             chosen = spread(len(dataset), LOOKED_AT)
             for sample in (dataset.samples[index] for index in chosen):
-                sample.image.check_image()
-                sample.label.check_mask()
+                faults = [without_raising(Source.check_image, sample.image)]
+                faults += [without_raising(Source.check_mask, sample.label)]
+                errors += [error for error in faults if error][:1]
             looked += len(chosen)
+        raise_first(errors, looked, len(self.train_set) + len(self.val_set))
         survey = take_survey(self.train_set.with_transform(None), self.val_set, self.augment.largest)
         if rank_zero_only.rank:
             return

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from eomt.data import subsets
 from eomt.data.labels import LabelSet
+from eomt.data.listing import by_number
 from eomt.data.pairs import NAME, Faults, Template, pair
 from eomt.data.sources import ColorDecoder, IndexDecoder, LabelDecoder, LoaderOptions, Sample, Splits
 from eomt.files import read_yaml
@@ -223,7 +224,7 @@ def in_sequences(samples: list[Sample], split_by: str | None) -> list[Sample]:
     if split_by is None:
         return samples
     named = [replace(sample, sequence=sequence_of(sample.name, split_by)) for sample in samples]
-    return sorted(named, key=lambda sample: (sample.sequence, *_by_number(sample.name)))
+    return sorted(named, key=lambda sample: (sample.sequence, *by_number(sample.name)))
 
 
 def sequence_of(name: str, split_by: str) -> str:
@@ -249,11 +250,6 @@ def sequence_of(name: str, split_by: str) -> str:
     if not found or not (found[1] if found.re.groups else found[0]):
         raise ValueError(f"data.split_by {split_by!r} finds no sequence in the name {name!r}; {SPLIT_BY}")
     return found[1] if found.re.groups else found[0]
-
-
-def _by_number(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Sorts frame_9 before frame_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)], name
 
 
 def split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

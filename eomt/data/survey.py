@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from eomt.data.alike import difference_hash, nearly_same, neighbours
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
 from eomt.data.overlap import identify, shared_images
@@ -42,6 +44,7 @@ class Sampled:
         trained: Those of them that are left at the largest scale of training, bool [256].
         empty: Label maps without a labelled pixel among those of the decoded images.
         contents: Names of the decoded images by what identifies their pixels.
+        hashes: What they look like, by name; see `eomt.data.alike`.
     """
 
     total: int
@@ -52,6 +55,7 @@ class Sampled:
     trained: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.bool))
     empty: int = 0
     contents: dict[bytes, str] = field(default_factory=dict)
+    hashes: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"all {self.total}" if len(self.masks) == self.total else f"{len(self.masks)} of {self.total}"
@@ -78,7 +82,9 @@ class Survey:
             parts.append(f"{empty} without a labelled pixel")
         pixels = self.train.pixels + self.val.pixels
         parts.append(f"{percent(pixels[IGNORE] / pixels.sum())} of the pixels ignored")
-        return f"data: {', '.join(parts)} ({self.train} + {self.val} label maps counted)"
+        looked, total = len(self.train.sizes) + len(self.val.sizes), self.train.total + self.val.total
+        seen = f"read all {total:,} pairs" if looked == total else f"looked at {looked:,} of {total:,} pairs"
+        return f"data: {', '.join(parts)} ({self.train} + {self.val} label maps counted); {seen}"
 
 
 def take_survey(train: SegmentationDataset, val: SegmentationDataset, largest: Enlarge) -> Survey:
@@ -98,6 +104,7 @@ def take_survey(train: SegmentationDataset, val: SegmentationDataset, largest: E
         *about_classes(train, trained, validated),
         *about_scale(train.classes, trained),
         *about_overlap(train, val, trained, validated),
+        *about_likeness(train, val, trained, validated),
     ]
     return Survey(train.classes, trained, validated, warnings)
 
@@ -107,14 +114,21 @@ def sample_split(split: str, dataset: SegmentationDataset, largest: Enlarge = la
     classes, found = len(dataset.classes), Sampled(len(dataset))
     images = affordable([sample.image for sample in dataset.samples], IMAGES)
     with ThreadPool(threads([dataset.samples[index].image for index in images])) as pool:
-        for labels, name, content in pool.imap(partial(_read, dataset), images):
+        errors = []
+        for reading in pool.imap(partial(without_raising, partial(_read, dataset)), images):
+            if isinstance(reading, Exception):
+                errors.append(reading)
+                continue
+            labels, name, content, look = reading
             pixels = count_labels(labels)
             found.sizes.append(tuple(labels.shape))
             found.contents.setdefault(content, name)
+            found.hashes[name] = look
             found.pixels += pixels
             found.empty += not pixels[:classes].any()
             found.at_full_size |= pixels > 0
             found.trained |= count_labels(largest(labels)) > 0
+        raise_first(errors, len(images), len(dataset))
         found.masks += images
         if not found.pixels[:classes].all():
             more = affordable([sample.label for sample in dataset.samples], MASKS)
@@ -148,11 +162,33 @@ def threads(files: Sequence[Source]) -> int:
     return 1 if max(identify(file)[0] for file in files) > BYTES / LEAST else THREADS
 
 
-def _read(dataset: SegmentationDataset, index: int) -> tuple[Tensor, str, bytes]:
-    """Labels [H, W] of image `index`, its name, and what identifies its pixels."""
+def _read(dataset: SegmentationDataset, index: int) -> tuple[Tensor, str, bytes, np.ndarray]:
+    """Labels [H, W] of image `index`, its name, what identifies its pixels, and what they look like."""
     image, labels = dataset[index]
     content = hashlib.sha256(repr(image.shape).encode() + image.permute(1, 2, 0).contiguous().numpy().tobytes())
-    return labels, dataset.samples[index].name, content.digest()
+    return labels, dataset.samples[index].name, content.digest(), difference_hash(image)
+
+
+def without_raising(read: Callable[[Any], Any], item: Any) -> Any:
+    """What `read` returns, or the error of a file that is wrong."""
+    try:
+        return read(item)
+    except (ValueError, OSError) as error:
+        return error
+
+
+def raise_first(errors: Sequence[Exception], looked: int, total: int) -> None:
+    """Raises the first of these errors, if there is one, and says how many there are."""
+    if not errors:
+        return
+    if len(errors) == 1 and looked == total:
+        raise errors[0]
+    text = str(errors[0]).rstrip(".")
+    kind = type(errors[0]) if isinstance(errors[0], OSError) else ValueError
+    raise kind(
+        f"{text} ({len(errors):,} of {looked:,} pairs looked at are wrong, of {total:,} in all: "
+        "scripts/dataset_report.py lists every fault)"
+    ) from errors[0]
 
 
 def histogram(dataset: SegmentationDataset, index: int) -> Tensor:
@@ -214,6 +250,32 @@ def about_overlap(
         yield (
             f"{'at least ' * (len(names) < len(val))}{len(names)} of {len(val)} validation images are training images, "
             f"too ({listed(names)}): scores on them say nothing about new images; take them out of one of the splits"
+        )
+
+
+def about_likeness(
+    train: SegmentationDataset, val: SegmentationDataset, trained: Sampled, validated: Sampled
+) -> Iterator[str]:
+    """Says which validation images of the sample nearly are training images.
+
+    Where no sequences are known, training images whose names come just before theirs are looked at, too.
+    """
+    looks = dict(trained.hashes)
+    if not any(train.sequences) and not any(val.sequences):
+        near = [train.samples[index] for index in neighbours(train.samples, val.samples)]
+        near = [near[k] for k in affordable([sample.image for sample in near], len(near))]
+        places = {sample.name: index for index, sample in enumerate(train.samples)}
+        with ThreadPool(threads([sample.image for sample in near])) as pool:
+            new = [sample.name for sample in near if sample.name not in looks]
+            looks |= zip(new, pool.map(lambda name: difference_hash(train.image(places[name])), new), strict=True)
+    same = {name for content, name in validated.contents.items() if content in trained.contents}
+    new = {name: look for name, look in validated.hashes.items() if name not in same}
+    if found := nearly_same(new, looks):
+        pairs = listed([f"{name} like {other}" for name, other in found.items()])
+        yield (
+            f"at least {len(found)} of the {len(validated.hashes)} validation images looked at nearly are training "
+            f"images ({pairs}): scores on neighbouring frames of a video, or on copies, say little about new images; "
+            "hold out whole sequences (data.split_by=sequence or folder), or take them out of one of the splits"
         )
 
 
