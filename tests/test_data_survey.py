@@ -214,9 +214,7 @@ def test_an_error_of_the_sample_says_how_many_pairs_are_wrong(sample, said):
     train = [sample(str(k), 0, 1) for k in range(5)]
     for name in "24":
         sample(name, 0, 77)
-    with pytest.raises(
-        ValueError, match=r"2_mask\.png has the value 77.* \(2 of 5 pairs .* scripts/dataset_"
-    ):
+    with pytest.raises(ValueError, match=r"2_mask\.png has the value 77.* \(2 of 5 pairs .* scripts/dataset_"):
         said(train, [sample("v", 0, 1)])
     for name in "13":
         os.truncate(train[int(name)].label.path, 40)

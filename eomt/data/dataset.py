@@ -54,14 +54,18 @@ class SegmentationDataset(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach out to the GPUs
                 return self[index]
-        sample = self.samples[index]
         image, labels = self.image(index), self.labels(index)
         if image.shape[1:] != labels.shape:
-            raise ValueError(
-                f"An image and its labels must have one size: {sample.image} is {_size(image[0])}, {sample.label} is "
-                f"{_size(labels)} (height x width); export one of them again."
-            )
+            raise ValueError(self.sizes_differ(index, image, labels))
         return self.transform(image, labels) if self.transform else (image, labels)
+
+    def sizes_differ(self, index: int, image: Tensor, labels: Tensor) -> str:
+        """The sentence on an image [3, H, W] and labels [H, W] of another size."""
+        sample = self.samples[index]
+        return (
+            f"An image and its labels must have one size: {sample.image} is {_size(image[0])}, {sample.label} is "
+            f"{_size(labels)} (height x width); export one of them again."
+        )
 
     @property
     def names(self) -> list[str]:

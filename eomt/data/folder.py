@@ -79,8 +79,12 @@ def splits(
     split_by: str | None = None,
     image_template: str = NAME,
     mask_template: str = NAME,
+    faults: Faults | None = None,
 ) -> Splits:
-    """The samples of `folder`, with its arguments and errors; no picture is read."""
+    """The samples of `folder`, with its arguments and errors; no picture is read.
+
+    Where `faults` are given, images without a mask are listed there instead of being an error.
+    """
     if (val_images is None) != (val_masks is None):
         raise ValueError(
             f"data.val_images and data.val_masks go together, got {val_images} and {val_masks}; set both or neither."
@@ -88,38 +92,45 @@ def splits(
     label_set, decoder = read_classes(Path(classes))
     left_out: Counter[str] = Counter()
     templates = Template(image_template, "data.image_template"), Template(mask_template)
-    train = in_sequences(pair(Path(images), Path(masks), *templates, left_out), split_by)
-    if val_images is None:
-        train, val = split(train, val_share, split_seed)
+    train = in_sequences(pair(Path(images), Path(masks), *templates, left_out, faults=faults), split_by)
+    if val_images is not None:
+        keys = "data.val_images", "data.val_masks"
+        val = pair(Path(val_images), Path(val_masks), *templates, left_out, keys, faults)
+    elif faults and len(train) < 2:
+        val = []
     else:
-        val = pair(Path(val_images), Path(val_masks), *templates, left_out, ("data.val_images", "data.val_masks"))
+        train, val = split(train, val_share, split_seed)
     return Splits(train, val, label_set, decoder, left_out)
 
 
-def all_pairs(
+def tolerant(
     classes: str,
     images: str,
     masks: str,
-    faults: Faults,
     val_images: str | None = None,
     val_masks: str | None = None,
+    val_share: float = 0.2,
+    split_seed: int = 0,
+    split_by: str | None = None,
     image_template: str = NAME,
     mask_template: str = NAME,
-) -> Splits:
-    """The samples of `folder` for a report: what cannot be paired is listed in `faults`, and nothing is split.
+    **loader: Unpack[LoaderOptions],
+) -> tuple["SegmentationDataModule | None", Faults]:
+    """The data module of `folder` for a report: what cannot be paired is listed, and no mask is opened.
+
+    Returns:
+        The data module, None where pairs are too few for two splits; and the images without a partner, by kind.
 
     Raises:
         FileNotFoundError: A folder or file is missing.
-        ValueError: The YAML is wrong.
+        ValueError: The YAML is wrong, or the split is impossible.
     """
-    label_set, decoder = read_classes(Path(classes))
-    left_out: Counter[str] = Counter()
-    templates = Template(image_template, "data.image_template"), Template(mask_template)
-    train, val = pair(Path(images), Path(masks), *templates, left_out, faults=faults), []
-    if val_images and val_masks:
-        keys = "data.val_images", "data.val_masks"
-        val = pair(Path(val_images), Path(val_masks), *templates, left_out, keys, faults)
-    return Splits(train, val, label_set, decoder, left_out)
+    from eomt.data.datamodule import feed
+
+    faults: Faults = {}
+    places = (classes, images, masks, val_images, val_masks)
+    found = splits(*places, val_share, split_seed, split_by, image_template, mask_template, faults)
+    return feed(found, **loader) if found.train and found.val else None, faults
 
 
 def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:

@@ -1,11 +1,29 @@
 """Decoding masks: pictures whose pixels are values of classes, so that each must be read as it was written."""
 
+from collections.abc import Sequence
 from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from eomt.data.pictures import PHOTOMETRIC, decode_picture, is_deep, open_picture, raw_modes
+
+
+class Turned(ValueError):
+    """A picture is stored turned."""
+
+
+class Lossy(ValueError):
+    """A mask is in a format that changes values."""
+
+
+class UnknownValues(ValueError):
+    """A mask has values that no class lists; `values` are all of them, ids or (R, G, B)."""
+
+    def __init__(self, sentence: str, values: Sequence[Any] = ()) -> None:
+        super().__init__(sentence)
+        self.values = list(values)
+
 
 LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 
@@ -30,7 +48,7 @@ def check_mask(picture: Image.Image, file: BinaryIO, name: str) -> None:
         ValueError: its format does not keep values as they were, or programs read them differently.
     """
     if lossy := _lossy(picture, file):
-        raise ValueError(
+        raise Lossy(
             f"{name} is a {lossy}, a lossy format, which changes the values of a mask: export the masks as PNG again; "
             "a converted file would keep what is wrong."
         )
@@ -42,7 +60,7 @@ def check_mask(picture: Image.Image, file: BinaryIO, name: str) -> None:
 def refuse_turned(picture: Image.Image, name: str, partner: str) -> None:
     """Raises ValueError for a picture that is known to be stored turned; `partner` is what belongs to it."""
     if (orientation := picture.info["orientation"]) != 1:
-        raise ValueError(
+        raise Turned(
             f"{name} is stored turned (EXIF orientation {orientation}), and {partner} may belong to either view; save "
             "it upright, without the tag."
         )

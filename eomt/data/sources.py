@@ -14,7 +14,7 @@ from PIL import Image
 from typing_extensions import Required, TypedDict
 
 from eomt.data.labels import LabelSet
-from eomt.data.masks import check_mask, decode_mask, refuse_turned
+from eomt.data.masks import UnknownValues, check_mask, decode_mask, refuse_turned
 from eomt.data.pictures import check_mode, decode_picture, looks_whole, open_picture
 
 UNKNOWN = 253  # in lookup tables: a value that no class lists, unless there are as many classes
@@ -175,13 +175,16 @@ class IndexDecoder:
             raise ValueError(f"{source} must have a single channel of class ids, it has mode {picture.mode}; {remedy}")
         if values.dtype != np.uint8:  # pictures of 1, 16 or 32 bits, or of fractions
             if (wrong := ~np.isin(values, np.arange(256))).any():
-                raise ValueError(f"{source} has the value {values[wrong][0]}, label values are 0..255; {self.remedy}")
+                unknown = np.unique(values[wrong]).tolist()
+                first = f"{source} has the value {values[wrong][0]}, label values are 0..255; {self.remedy}"
+                raise UnknownValues(first, unknown)
             values = values.astype(np.uint8)
         if picture.mode == "P":
             self._check_palette(picture, source)
         labels = np.array(Image.fromarray(values).point(self.table))  # in a sixth of the time that numpy takes
         if (doubtful := labels == UNKNOWN).any() and len(unknown := np.setdiff1d(values[doubtful], self.known)):
-            raise ValueError(f"{source} has the value {unknown[0]}, which no class lists; {self.remedy}")
+            first = f"{source} has the value {unknown[0]}, which no class lists; {self.remedy}"
+            raise UnknownValues(first, unknown.tolist())
         return labels
 
     def _check_palette(self, picture: Image.Image, source: str) -> None:
@@ -224,7 +227,9 @@ class ColorDecoder:
         position = np.searchsorted(self.codes, values).clip(max=len(self.codes) - 1)
         if (unknown := self.codes[position] != values).any():
             color = tuple(int(channel) for channel in rgb[unknown][0])
-            raise ValueError(f"{source} has the colour {color}, which no class lists; {self._remedy(picture)}")
+            colors = [(code >> 16, code >> 8 & 255, code & 255) for code in np.unique(values[unknown]).tolist()]
+            first = f"{source} has the colour {color}, which no class lists; {self._remedy(picture)}"
+            raise UnknownValues(first, colors)
         return self.indices[position]
 
     def _remedy(self, picture: Image.Image) -> str:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from eomt.data.datamodule import SegmentationDataModule
 from eomt.data.dataset import SegmentationDataset
+from eomt.data.faults import Faults, by_kind, examine_pair, fault_lines
 from eomt.data.statistics import class_weights, counts_from_histograms
 from eomt.files import replacing, write_json, write_text
 from eomt.indices import IGNORE, OUTLIER
@@ -29,33 +31,48 @@ HEADER = ("class", "pixels", "images", "weight: inverse", "effective number")
 
 
 def report_dataset(
-    name: str, datamodule: SegmentationDataModule, out: Path, splits: Collection[str] = ("train", "val")
+    name: str,
+    datamodule: SegmentationDataModule,
+    out: Path,
+    splits: Collection[str] = ("train", "val"),
+    lonely: Faults = MappingProxyType({}),
 ) -> bool:
     """Reads every file of the splits once, prints what is in them, and writes report.md, counts.json and grid.png.
 
+    Args:
+        name: of the data set.
+        datamodule: its splits.
+        out: folder to write to.
+        splits: that are read.
+        lonely: what is wrong with files that belong to no pair, by kind and name.
+
     Returns:
-        Whether no file is broken.
+        Whether nothing is wrong.
     """
     datasets = {"train": datamodule.train_set.with_transform(None), "val": datamodule.val_set}
     chosen = {split: dataset for split, dataset in datasets.items() if split in splits}
     reports = {split: examine(split, dataset, datamodule.num_workers) for split, dataset in chosen.items()}
+    faults = {split: report["faults"] for split, report in reports.items()} | ({"pairs": lonely} if lonely else {})
     print_report(name, reports, datamodule.left_out)
-    write_json(out / "counts.json", {"data": name, "splits": reports, "left_out": dict(datamodule.left_out)})
-    write_text(out / "report.md", markdown(name, reports, datamodule.left_out))
+    print_faults(faults, {split: report["unknown_values"] for split, report in reports.items()})
+    facts = {"data": name, "splits": reports, "left_out": dict(datamodule.left_out), "unpaired": dict(lonely)}
+    write_json(out / "counts.json", facts)
+    write_text(out / "report.md", markdown(name, reports, datamodule.left_out, lonely))
     draw_grid(chosen, reports, out / "grid.png")
-    return not any(report["broken"] for report in reports.values())
+    return not any(faults.values())
 
 
 def examine(split: str, dataset: SegmentationDataset, num_workers: int) -> dict[str, Any]:
-    """Reads every image and label map of a split; broken ones are listed and left out of the counts.
+    """Reads every image and label map of a split; wrong ones are listed and left out of the counts.
 
     Returns:
         `images`, `sizes` ("HxW": count), `ignored_share` and `outlier_share` of the pixels, `classes` (pixels, images
-        and weights of each), `empty` (names of images without a labelled pixel) and `broken` (errors by name).
+        and weights of each), `empty` (names of images without a labelled pixel), `broken` (the first error by name),
+        `faults` (all of them, by kind and name) and `unknown_values` (masks by each value of no class).
     """
     loader = DataLoader(Readings(dataset), batch_size=None, num_workers=num_workers)
     readings = list(track(loader, description=f"Reading {split}", total=len(dataset), transient=True))
-    whole = [index for index, reading in enumerate(readings) if reading["error"] is None]
+    whole = [index for index, reading in enumerate(readings) if not reading["faults"]]
     histograms = [readings[index]["histogram"] for index in whole] or [torch.zeros(256, dtype=torch.long)]
     counts = counts_from_histograms(histograms, len(dataset.classes))
     labelled = max(1, int(counts.pixels.sum()))
@@ -64,6 +81,7 @@ def examine(split: str, dataset: SegmentationDataset, num_workers: int) -> dict[
     weights = {kind: class_weights(counts, kind) for kind in ("inverse", "effective_number")}
     names = dataset.names
     sizes = [readings[index]["size"] for index in whole]
+    wrong = {names[index]: reading["faults"] for index, reading in enumerate(readings) if reading["faults"]}
     return {
         "images": len(dataset),
         "sizes": dict(sorted(Counter(sizes).items())),
@@ -81,12 +99,14 @@ def examine(split: str, dataset: SegmentationDataset, num_workers: int) -> dict[
             for k, name in enumerate(dataset.classes.names)
         ],
         "empty": [names[i] for i in whole if not readings[i]["histogram"][: len(dataset.classes)].any()],
-        "broken": {names[i]: reading["error"] for i, reading in enumerate(readings) if reading["error"]},
+        "broken": {name: next(iter(faults.values())) for name, faults in wrong.items()},
+        "faults": by_kind(wrong),
+        "unknown_values": dict(Counter(str(value) for reading in readings for value in reading["unknown"])),
     }
 
 
 class Readings:
-    """Facts of one image and its label map as item i: size and histogram of labels, or the error of a broken file."""
+    """Facts of one image and its label map as item i: size and histogram of labels, or what is wrong with them."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset = dataset
@@ -95,13 +115,13 @@ class Readings:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            _, labels = self.dataset[index]
-        except (ValueError, OSError) as error:
-            return {"error": str(error)}
-        height, width = labels.shape
-        histogram = torch.bincount(labels.flatten(), minlength=256)
-        return {"error": None, "size": f"{height}x{width}", "histogram": histogram}
+        found = examine_pair(self.dataset, index)
+        facts = {"faults": found.faults, "unknown": found.unknown}
+        if found.labels is None:
+            return facts
+        height, width = found.labels.shape
+        histogram = torch.bincount(found.labels.flatten(), minlength=256)
+        return facts | {"size": f"{height}x{width}", "histogram": histogram}
 
 
 def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -144,23 +164,40 @@ def print_report(name: str, reports: dict[str, Any], left_out: Mapping[str, int]
         for row in rows(report):
             table.add_row(*map(escape, row))
         console.print(table)
-        for file, error in report["broken"].items():
-            console.print(f"[red]broken[/red] {escape(file)}: {escape(error)}", soft_wrap=True)
     console.print(escape(left_out_line(left_out)), soft_wrap=True)
 
 
-def markdown(name: str, reports: dict[str, Any], left_out: Mapping[str, int]) -> str:
+def print_faults(faults: Mapping[str, Faults], unknown: Mapping[str, Mapping[str, int]]) -> None:
+    """Prints what is wrong in each split, by kind, with the first names and one sentence of each."""
+    console = Console()
+    for split, kinds in faults.items():
+        for line in fault_lines(kinds, unknown.get(split, {})):
+            head = "" if line.startswith(" ") else f"[red]{split}:[/red] "
+            console.print(head + escape(line), soft_wrap=True)
+
+
+def markdown(name: str, reports: dict[str, Any], left_out: Mapping[str, int], lonely: Faults) -> str:
     """Returns the report as Markdown, with `grid.png` at its end."""
     lines = [f"# Dataset report: {markdown_escape(name)}", ""]
     for split, report in reports.items():
         lines += [f"## {split}", "", markdown_escape(summary(report)) + ".", ""]
         lines += [f"| {' | '.join(HEADER)} |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
         lines += [f"| {' | '.join(map(markdown_escape, row))} |" for row in rows(report)]
-        lines += ["", *(f"- broken: {markdown_escape(f'{file}: {error}')}" for file, error in report["broken"].items())]
+        lines += ["", *fault_list(report["faults"])]
         lines += [*(f"- without a labelled pixel: {markdown_escape(file)}" for file in report["empty"]), ""]
+    lines += [*fault_list(lonely), ""] if lonely else []
     return "\n".join(
         [*lines, markdown_escape(left_out_line(left_out)), "", "![images beside their labels](grid.png)", ""]
     )
+
+
+def fault_list(faults: Faults) -> list[str]:
+    """Returns a line of Markdown for each fault."""
+    return [
+        f"- {markdown_escape(f'{kind}: {file}: {sentence}')}"
+        for kind, names in faults.items()
+        for file, sentence in names.items()
+    ]
 
 
 def draw_grid(

@@ -1,5 +1,6 @@
 """Composing configurations with Hydra, and building the data that they describe."""
 
+import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -248,6 +249,27 @@ def open_data(overrides: Sequence[str], img_size: Sequence[int], batch_size: int
     return name, build_data(config, remedy)
 
 
+def open_data_with_faults(overrides: Sequence[str]) -> tuple[str, Any, dict[str, dict[str, str]]]:
+    """Opens a data set as `open_data` does, for a report: what it can go on without is listed instead of raised.
+
+    A data set whose module has a function `tolerant` is opened by it.
+
+    Returns:
+        The name, the data module (None where nothing is left to report on), and the sentence on each file by kind.
+
+    Raises:
+        ValueError, FileNotFoundError: as `open_data` does.
+    """
+    name, config, remedy = _compose_data(overrides, [64, 64], 1)  # nothing is trained: any crop and batch will do
+    _check_described(config, remedy, files=False)
+    data = plain(config.data)
+    module = data.pop("_target_").rpartition(".")[0]
+    tolerant = getattr(importlib.import_module(module), "tolerant", None)
+    if tolerant is None:
+        return name, build_data(config, remedy), {}
+    return name, *tolerant(**data | {"cut_paste": None})
+
+
 def data_of_run(run: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
     """Opens the data set that a run trained on, by its `config.yaml` and any `data.key=value`.
 
@@ -368,10 +390,10 @@ def keys_in(node: Any) -> Iterator[str]:
         yield from keys_in(value)
 
 
-def _check_described(config: Any, remedy: str) -> None:
+def _check_described(config: Any, remedy: str, files: bool = True) -> None:
     """Raises ValueError or FileNotFoundError for data that can be known to be wrong without torch."""
     from omegaconf import OmegaConf
 
     if missing := sorted(OmegaConf.missing_keys(config.data)):
         raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")
-    check_data(plain(config.data), any_target=bool(config.get("allow_any_target")))
+    check_data(plain(config.data), any_target=bool(config.get("allow_any_target")), files=files)

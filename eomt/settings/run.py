@@ -131,8 +131,8 @@ def check_model(model: Mapping[str, Any]) -> None:
 MODEL_PARTS = ("encoder", "loss", "optimizer")  # objects that YAML may describe
 
 
-def check_data(data: Mapping[str, Any], any_target: bool = False) -> None:
-    """The arguments of a data set's function, and the places of its files where it has a function `splits`.
+def check_data(data: Mapping[str, Any], any_target: bool = False, files: bool = True) -> None:
+    """The arguments of a data set's function and, if `files`, their places where it has a function `splits`.
 
     `splits` takes the function's own arguments, imports no torch, and raises what is wrong.
     """
@@ -141,7 +141,7 @@ def check_data(data: Mapping[str, Any], any_target: bool = False) -> None:
     target = find_target(data["_target_"], "data._target_", any_target)
     check_call(data, "data", any_target)
     splits = getattr(sys.modules.get(target.__module__), "splits", None)
-    if splits:
+    if splits and files:
         splits(**{name: data[name] for name in inspect.signature(splits).parameters if name in data})
 
 
