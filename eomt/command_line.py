@@ -12,7 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
 from eomt.places import as_typed
@@ -47,7 +47,12 @@ class LogFile(logging.FileHandler):
 
 
 class ScreenLog(logging.StreamHandler):
-    """The same on the screen, where nobody may be left to read."""
+    """The same on the screen, where nobody may be left to read; a progress bar makes room for each line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # no bar without it
+        with tqdm.tqdm.external_write_mode(self.stream) if tqdm else nullcontext():
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

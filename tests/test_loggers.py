@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 from conftest import TOY_DATA, TOY_MODEL, run_training
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from eomt.command_line import LogFile, ScreenLog
 from eomt.files import Tolerated
@@ -153,6 +155,16 @@ def test_a_log_that_stays_full_is_closed_without_an_error(tmp_path, full_disk, c
     handler.close()
     ScreenLog(Gone()).emit(record("to nobody"))
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_line_of_the_log_stands_beside_no_progress_bar(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar = tqdm(total=2, file=screen, desc="Epoch 0")
+    ScreenLog(screen).emit(record("step 1"))
+    bar.close()
+    lines = [part for part in re.split("[\r\n]", screen.getvalue()) if "step 1" in part]
+    assert lines == ["step 1"]
 
 
 def test_a_mistake_in_a_call_of_the_log_is_still_shown(tmp_path, capsys):
