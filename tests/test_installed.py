@@ -1,7 +1,10 @@
 """The wheel in an environment of its own, without a checkout: the command `eomt`, and what a notebook imports."""
 
+import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -109,3 +112,26 @@ def test_a_command_runs_its_script_with_its_words(monkeypatch, capsys):
     assert "/nowhere/at/all" in capsys.readouterr().err
     assert cli.main(["train", "--no_such_flag"]) == 2
     assert sys.argv[0] == str(ROOT / "train_with_lora.py")  # which further processes are started by
+
+
+def test_the_image_is_built_from_what_the_wheel_needs_and_the_linter_has_no_complaint():
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter:
+        result = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout
+    text = (ROOT / "Dockerfile").read_text()
+    copied = {name for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for name in line.split()}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == allowed and all((ROOT / name).exists() for name in copied)
+    assert {"setup.py", "pyproject.toml", "configs", "scripts", "eomt", "lora_config.py"} <= copied
+
+
+def test_the_container_for_developers_makes_what_the_makefile_has():
+    settings = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    target = settings["postCreateCommand"].removeprefix("make ")
+    assert re.search(f"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_page_completes_every_command():
+    (line,) = re.findall(r"complete -o default -W \"(.*?)\" eomt", (ROOT / "docs" / "installing.md").read_text())
+    assert line.split() == list(places.COMMANDS)
