@@ -34,12 +34,12 @@ from eomt.models.checkpoint import (
     NOT_WEIGHTS,
     OPTIONAL_KEYS,
     POS_EMBED,
-    clean_key,
     describe,
     needs_pretrained,
     read_checkpoint,
 )
 from eomt.settings.backbone_choice import plain_backbone
+from eomt.settings.eomt_names import bare
 from eomt.settings.formats import EVALUATION, SUMMARY, read_format
 from eomt.settings.hub import local_path
 from eomt.training.index_check import check_indices, indices_of
@@ -282,7 +282,7 @@ class RunFacts:
         module, wanted = self.module, self.module.state_dict()
         keys = wanted.keys()
         if self.init["use_lora"]:
-            in_folder = (key for key in keys if is_adapter(key) or not clean_key(key).startswith(BACKBONE))
+            in_folder = (key for key in keys if is_adapter(key) or not bare(key).startswith(BACKBONE))
             keys = in_folder if self.path.is_dir() else module.trained_keys()
         return {name_in_folder(key): wanted[key].shape for key in keys}
 

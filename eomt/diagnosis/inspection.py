@@ -28,7 +28,6 @@ from eomt.models.checkpoint import (
     BACKBONE,
     NOT_WEIGHTS,
     POS_EMBED,
-    clean_key,
     describe,
     map_dinov3,
     needs_pretrained,
@@ -39,7 +38,7 @@ from eomt.models.resampling import find_grid, fit_pos_embed
 from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.backbone_files import flat
 from eomt.settings.eomt_files import weights_in
-from eomt.settings.eomt_names import LIGHTLY, TRANSFORMERS, program_of
+from eomt.settings.eomt_names import LIGHTLY, TRANSFORMERS, bare, program_of
 from eomt.settings.hub import hub_place
 from eomt.settings.model import completed
 
@@ -116,7 +115,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
             stored = read_checkpoint(path)
             said = {"hyper_parameters": {}, "state_dict": stored.tensors, "kind": stored.content}
             return {**said, "lora": None}, [path]
-        state = {clean_key(str(key)): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+        state = {bare(str(key)): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         if not state:
             raise ValueError(f"{path} holds no tensors")
         found = {name: content[name] for name in BASE_RECORD if name in content}
@@ -146,7 +145,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
         }
     if not state:
         raise ValueError(f"{path} holds no tensors: it is no saved network")
-    return content | {"state_dict": {clean_key(key): tensor for key, tensor in state.items()}}, files
+    return content | {"state_dict": {bare(key): tensor for key, tensor in state.items()}}, files
 
 
 def own_settings(init: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -216,7 +215,7 @@ def describe_network(init: Mapping[str, Any], state: Mapping[str, Tensor]) -> di
 
 def name_in_folder(key: str) -> str:
     """Gives a state-dict key the name that it has in a run's folder: PEFT's files leave the adapter's own name out."""
-    key = clean_key(key).removeprefix("base_model.model.")
+    key = bare(key).removeprefix("base_model.model.")
     if not is_adapter(key):
         return key
     return key.removeprefix(BACKBONE).replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")

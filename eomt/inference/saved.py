@@ -8,6 +8,7 @@ from typing import Any
 from eomt import __version__
 from eomt.command_line import did_you_mean
 from eomt.files import read_json, restored
+from eomt.settings.backbone_files import places_in
 from eomt.settings.config_check import argument_types, check_type
 from eomt.settings.formats import ARTEFACT, SUMMARY, read_format, refuse_exported
 from eomt.settings.hub import here, local_path, named_on_hub
@@ -72,10 +73,8 @@ def check_artefact(path: str | Path) -> Path:
 def find_weights(path: str | Path) -> Path:
     """Returns the file of weights or the folder that is meant; raises as `find_artefact` does."""
     path = here(path)
-    if path.is_dir() and not (path / CONFIG_FILE).is_file():  # as downloaded from a hub
-        for name in (WEIGHTS_FILE, "pytorch_model.bin", f"{WEIGHTS_FILE}.index.json"):
-            if (path / name).is_file():
-                return path / name
+    if path.is_dir() and not (path / CONFIG_FILE).is_file() and (places := places_in(path)):  # as from a hub
+        return places[0]
     in_folder = path.is_file() and (path.parent / CONFIG_FILE).is_file() and path.name != BASE_FILE
     return path.parent if in_folder else path if path.is_file() else find_artefact(path)
 

@@ -18,10 +18,9 @@ from eomt.models.backbone_weights import combine
 from eomt.models.other_eomts import map_eomt
 from eomt.models.resampling import fit_pos_embed, record_resampling
 from eomt.settings.backbone_choice import refuse_backbone
-from eomt.settings.backbone_files import USUAL, flat, read_state, shards
-from eomt.settings.backbone_names import name_tensors
-from eomt.settings.eomt_files import describe_file, weights_in
-from eomt.settings.eomt_names import PUBLISHED, program_of, sizes_of
+from eomt.settings.backbone_files import USUAL, flat, parts_of, places_in, read_state
+from eomt.settings.eomt_files import describe_file, name_published, weights_in
+from eomt.settings.eomt_names import PUBLISHED, bare, program_of, sizes_of
 from eomt.settings.hub import local_path
 
 if TYPE_CHECKING:  # reading alone needs no timm
@@ -108,11 +107,11 @@ def read_checkpoint(path: str | Path) -> Stored:
         raise ValueError(f"ckpt_path {path} holds a {type(content).__name__} as state_dict: nothing would be loaded")
     shapes = {key: list(value.shape) for key, value in flat(content) if isinstance(value, Tensor)}
     refuse_backbone(path, shapes)
-    tensors = {clean_key(str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {bare(str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
     if any(map(is_adapter, tensors)):
         raise ValueError(
-            f"ckpt_path {path} is the checkpoint of a LoRA run, which holds no backbone: continue that run with "
-            "resume=, or open its adapter/ folder with MaskClassificationSemantic.from_pretrained"
+            f"ckpt_path {path} holds an adapter, which holds no backbone: if it is the checkpoint of a LoRA run, "
+            "continue that with resume=, else open the adapter/ folder with MaskClassificationSemantic.from_pretrained"
         )
     if shapes and program_of(shapes) != PUBLISHED:
         return read_other(path, content)
@@ -124,7 +123,7 @@ def read_checkpoint(path: str | Path) -> Stored:
 def read_content(path: Path) -> Any:
     """What a file of weights holds; the index of a folder in parts means all of them."""
     if path.suffix == ".json":
-        return {key: tensor for part in shards(path) for key, tensor in read_state(part).items()}
+        return {key: tensor for part in parts_of(path) for key, tensor in read_state(part).items()}
     return read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
 
 
@@ -165,9 +164,7 @@ def weight_files(path: str | Path) -> list[Path]:
         )
     if not path.is_dir():
         return [path]
-    files = [path / name for name in USUAL]
-    indices = [path / f"{name}.index.json" for name in USUAL]  # of transformers, in parts
-    return [file for file in files if file.is_file()] or [file for file in indices if file.is_file()] or files[:1]
+    return places_in(path) or [path / USUAL[0]]
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
@@ -185,11 +182,6 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     return {"state_dict": tensors, "hyper_parameters": settings, "num_heads": said["num_heads"]}
 
 
-def clean_key(key: str) -> str:
-    """Drops what a training module (`network.`) and `torch.compile` (`_orig_mod`) add to a name."""
-    return key.replace("._orig_mod", "").removeprefix("_orig_mod.").removeprefix("network.")
-
-
 def map_dinov3(state: dict[str, Tensor], path: str | Path = "the checkpoint") -> dict[str, Tensor]:
     """Names of the published DINOv3 EoMT (transformers' backbone) -> timm's `*_dinov3_qkvb`; others pass unchanged.
 
@@ -197,14 +189,11 @@ def map_dinov3(state: dict[str, Tensor], path: str | Path = "the checkpoint") ->
     """
     if not any(map(DINOV3.match, state)):
         return state
-    backbone = {key.removeprefix(BACKBONE): tensor for key, tensor in state.items() if key.startswith(BACKBONE)}
     try:
-        names = name_tensors(backbone)
-        mapped = combine(names.made_of, backbone) | {key: backbone[key] for key in names.left_out}
+        names = name_published(state)
+        return combine(names.made_of, state) | {key: state[key] for key in names.left_out}
     except ValueError as error:
         raise ValueError(f"ckpt_path {path}: {error}") from None
-    rest = {key: tensor for key, tensor in state.items() if not key.startswith(BACKBONE)}
-    return {BACKBONE + key: tensor for key, tensor in mapped.items()} | rest
 
 
 def describe_head(state: Mapping[str, Tensor]) -> dict[str, Any]:

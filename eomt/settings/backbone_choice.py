@@ -12,13 +12,24 @@ from typing import Any
 
 from eomt.files import read_json
 from eomt.fingerprints import is_adapter
-from eomt.settings.backbone_files import USUAL, header_shapes, read_shapes, weight_files
+from eomt.settings.backbone_files import header_shapes, places_in, read_shapes, weight_files
 from eomt.settings.backbone_names import Names, name_tensors
-from eomt.settings.backbones import DEFAULT_BACKBONE, DEIT, DINOV2, DINOV3, MAE, TOLD, VIT, Backbone, recognise
+from eomt.settings.backbones import (
+    DEFAULT_BACKBONE,
+    DEIT,
+    DINOV2,
+    DINOV3,
+    MAE,
+    NO_EOMT,
+    TOLD,
+    VIT,
+    Backbone,
+    plain_vit,
+    recognise,
+)
+from eomt.settings.eomt_names import PUBLISHED, program_of
 from eomt.settings.hub import local_path
 
-QUERIES = ("q.weight", "class_head.weight", "mask_head.0.weight")  # of an EoMT, under the published names
-PEER_QUERIES = ("query.weight", "class_predictor.weight")  # and under transformers'
 FAMILIES = {  # transformers' model_type
     "dinov2": DINOV2,
     "dinov2_with_registers": DINOV2,
@@ -93,11 +104,9 @@ def check_kind(keys: Collection[str]) -> None:
         raise ValueError(
             "it holds an adapter, and backbone_weights takes a plain backbone: give what it was trained on"
         )
-    known = {key.rpartition("network.")[2] for key in keys}
-    if known & set(QUERIES):
-        raise ValueError("it holds a whole EoMT, with queries and heads: give it as model.ckpt_path")
-    if known & set(PEER_QUERIES):
-        raise ValueError("it holds transformers' EoMT with its queries, and backbone_weights takes a plain backbone")
+    if program := program_of(keys):
+        whole = "a whole EoMT" if program == PUBLISHED else program
+        raise ValueError(f"it holds {whole}, with queries and heads: give it as model.ckpt_path")
     if not keys:
         raise ValueError("it holds no tensors")
 
@@ -181,7 +190,7 @@ def check_no_backbone(path: str | Path) -> None:
     """Raises what `refuse_backbone` does for a file that `ckpt_path` names, as far as it is known without torch."""
     file = local_path(path)
     if file.is_dir():
-        file = next((file / name for name in USUAL if (file / name).is_file()), file)
+        file = next(iter(places_in(file)), file)
     if file.suffix != ".safetensors" or not file.is_file():
         return
     try:
@@ -195,10 +204,9 @@ def refuse_backbone(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> No
     """Raises ValueError where the tensors of what `ckpt_path` names are a plain backbone."""
     try:
         check_kind(shapes)
-        backbone = recognise(name_tensors(shapes), shapes)
     except ValueError:  # something else
         return
-    raise ValueError(
-        f"ckpt_path {path} holds {backbone}, a plain backbone without queries and heads: give it as "
-        "model.backbone_weights, and leave ckpt_path out"
-    )
+    if backbone := plain_vit(shapes):
+        raise ValueError(
+            f"ckpt_path {path} holds {backbone}, {NO_EOMT}: give it as model.backbone_weights, and leave ckpt_path out"
+        )

@@ -13,6 +13,7 @@ from eomt.settings.hub import local_path
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 USUAL = ("model.safetensors", "pytorch_model.bin")
+PLACES = tuple(f"{name}{ending}" for name in USUAL for ending in ("", ".index.json"))  # whole, or in parts
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -26,20 +27,27 @@ def weight_files(path: str | Path) -> list[Path]:
         raise FileNotFoundError(f"backbone_weights {path}: no such file or folder")
     refuse_exported(path)
     if not path.is_dir():
-        return [path]
+        return parts_of(path)
     if (path / "adapter_config.json").is_file():
         raise ValueError(f"backbone_weights {path} is an adapter, which holds no backbone: give what it was trained on")
-    for name in USUAL:
-        if (path / name).is_file():
-            return [path / name]
-        if (index := path / f"{name}.index.json").is_file():
-            return shards(index)
+    if places := places_in(path):
+        return parts_of(places[0])
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
         raise FileNotFoundError(f"backbone_weights {path} has no file that ends in {', '.join(SUFFIXES)}")
     if len(found) > 1:
         raise ValueError(f"backbone_weights {path} has {', '.join(file.name for file in found)}: give one of them")
     return found
+
+
+def places_in(folder: Path) -> list[Path]:
+    """Those files of a folder that usually hold weights, or the index of their parts, the preferred one first."""
+    return [folder / name for name in PLACES if (folder / name).is_file()]
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The files that one of `places_in` stands for."""
+    return shards(file) if file.suffix == ".json" else [file]
 
 
 def shards(index: Path) -> list[Path]:

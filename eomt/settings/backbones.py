@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eomt.settings.backbone_names import Names
+from eomt.settings.backbone_names import Names, name_tensors
 
+NO_EOMT = "a plain backbone without queries and heads"
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"  # where neither backbone_name nor a file names one
 DINOV2, DINOV3, MAE, DEIT, VIT = "DINOv2", "DINOv3", "MAE", "DeiT", ""
 LETTERS = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H", (1536, 40): "g"}
@@ -36,6 +37,7 @@ DEIT_NAMES = {
 TOLD = {f"vit_{size}_patch14_{reg}dinov2" for size in ("small", "base", "large", "giant") for reg in ("", "reg4_")}
 TOLD |= {*DINOV3_NAMES.values(), *DEIT_NAMES.values()}
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
+ATTENTION, QKV = re.compile(r"blocks\.\d+\.attn\."), re.compile(r"blocks\.\d+\.attn\.qkv\.weight")
 PATCHES = "patch_embed.proj.weight"
 Shape = Sequence[int]
 
@@ -113,6 +115,11 @@ def recognise(names: Names, shapes: Mapping[str, Shape]) -> Backbone:
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:
         what = f"{PATCHES} is {patches}" if patches else f"no {PATCHES} among {', '.join(sorted(shapes)[:3])}, ..."
         raise ValueError(f"no plain ViT for images in three channels: {what}")
+    if not any(ATTENTION.match(name) for name in made):
+        raise ValueError(f"no plain ViT: no attention in blocks among {', '.join(sorted(shapes)[:3])}, ...")
+    widths = {first[name][-1] for name in made if QKV.fullmatch(name)} | {patches[0]}
+    if len(widths) > 1:
+        raise ValueError(f"no plain ViT: its blocks are {', '.join(map(str, sorted(widths)))} wide")
     if not blocks or blocks != set(range(len(blocks))):
         raise ValueError(f"no whole ViT: its blocks are {sorted(blocks)}")
     scaled = any(name.startswith("blocks.0.") and re.search(r"\.(ls1\.gamma|gamma_1)$", name) for name in made)
@@ -131,6 +138,14 @@ def recognise(names: Names, shapes: Mapping[str, Shape]) -> Backbone:
         rotary=rotary,
         distilled=distilled,
     )
+
+
+def plain_vit(shapes: Mapping[str, Shape]) -> Backbone | None:
+    """The plain ViT that tensors of these shapes make; None where they are something else."""
+    try:
+        return recognise(name_tensors(shapes), shapes)
+    except ValueError:
+        return None
 
 
 def _family(

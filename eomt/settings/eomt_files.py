@@ -6,21 +6,21 @@ torch is needed only for files other than `.safetensors`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eomt.files import parse_json, read_json, read_pickle
-from eomt.settings.backbone_files import flat, header_shapes, shards
+from eomt.fingerprints import is_adapter
+from eomt.settings.backbone_files import USUAL, flat, header_shapes, parts_of, places_in
 from eomt.settings.backbone_names import Names, Part, name_tensors
-from eomt.settings.backbones import DINOV2, DINOV3, Backbone, recognise
+from eomt.settings.backbones import DINOV2, DINOV3, NO_EOMT, Backbone, plain_vit, recognise
 from eomt.settings.config_check import check_type
 from eomt.settings.eomt_names import BACKBONE, KNOWN, LIGHTLY, PUBLISHED, TRANSFORMERS, bare, name_eomt, program_of
 from eomt.settings.eomt_names import sizes_of as sizes_of_shapes
 from eomt.settings.formats import refuse_exported
 
-USUAL = ("model.safetensors", "pytorch_model.bin")
 CONFIG_TYPES = {
     "image_size": int | list[int],
     "num_attention_heads": int,
@@ -100,14 +100,8 @@ class EomtFile:
 def eomt_files(path: str | Path) -> list[Path]:
     """Returns the files that hold the weights: the one named, or those of a folder, which may be in parts."""
     path = Path(path).expanduser()
-    if not path.is_dir():
-        return [path]
-    for name in USUAL:
-        if (path / name).is_file():
-            return [path / name]
-        if (index := path / f"{name}.index.json").is_file():
-            return shards(index)
-    return [path / USUAL[0]]
+    found = places_in(path) if path.is_dir() else [path]
+    return parts_of(found[0]) if found and found[0].is_file() else [*found, path / USUAL[0]][:1]
 
 
 def read_eomt_file(path: str | Path) -> EomtFile:
@@ -154,9 +148,9 @@ def describe_file(
     """
     program = program_of(shapes)
     if program is None:
-        raise ValueError(f"{path} {what_is_there(files[0], shapes)}; known are {KNOWN}")
+        raise ValueError(f"{path} {what_is_there(files[0], shapes)}")
     try:
-        names = name_eomt(shapes, program) if program != PUBLISHED else _published(shapes)
+        names = name_eomt(shapes, program) if program != PUBLISHED else name_published(shapes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     firsts = {name: shapes[parts[0].key] for name, parts in names.made_of.items()}
@@ -169,24 +163,31 @@ def describe_file(
     return file
 
 
-def _published(shapes: Mapping[str, Sequence[int]]) -> Names:
+def name_published(keys: Iterable[str]) -> Names:
     """The names of the published code, whose DINOv3 backbone has transformers' names."""
-    backbone = {bare(key).removeprefix(BACKBONE): key for key in shapes if bare(key).startswith(BACKBONE)}
+    keys = list(keys)
+    backbone = {bare(key).removeprefix(BACKBONE): key for key in keys if bare(key).startswith(BACKBONE)}
     names = name_tensors(backbone)
-    made_of = {bare(key): [Part(key)] for key in shapes if not bare(key).startswith(BACKBONE)}
+    made_of = {bare(key): [Part(key)] for key in keys if not bare(key).startswith(BACKBONE)}
     for name, parts in names.made_of.items():
         made_of[BACKBONE + name] = [Part(backbone[key], third) for key, third in parts]
     return Names(made_of, [backbone[key] for key in names.left_out])
 
 
-def what_is_there(file: Path, keys: Mapping[str, Any]) -> str:
-    """Returns what can be said of a file that is no EoMT: what the config.json beside it names, its keys."""
+def what_is_there(file: Path, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Returns what can be said of a file that is no EoMT: what it is, or its first keys and what is known."""
+    if any(map(is_adapter, shapes)):
+        return "holds an adapter, which holds no backbone: give the folder of the adapter, with its settings"
+    if any(key.endswith(".exp_avg") for key in shapes):
+        return "holds the state of an optimiser and no network: give the weights that were saved beside it"
+    if backbone := plain_vit(shapes):
+        return f"holds {backbone}, {NO_EOMT}: start a training from it with model.backbone_weights"
     config = _config(file.parent / "config.json")
     kind = config.get("architectures") or config.get("model_type")
     kind = kind[0] if isinstance(kind, list) and kind else kind
     named = f"is no EoMT, but {kind}, as the config.json beside it says" if kind else "is no EoMT that is known here"
-    first = ", ".join(sorted(map(str, keys))[:3])
-    return f"{named}: it holds {first or 'no tensors'}{', ...' if len(keys) > 3 else ''}"
+    first = ", ".join(sorted(shapes)[:3])
+    return f"{named}: it holds {first or 'no tensors'}{', ...' if len(shapes) > 3 else ''}; known are {KNOWN}"
 
 
 def _config(file: Path) -> dict[str, Any]:

@@ -17,10 +17,10 @@ KNOWN = (
 )
 BACKBONE = "encoder.backbone."
 WRAPPER = re.compile(r"((state_dict|train_model|module|model|network|_orig_mod)\.)*")
-SIGNS = {  # a name that no other program has
-    TRANSFORMERS: re.compile(r"(query\.weight|class_predictor\.\w+|upscale_block\..*)$"),
-    LIGHTLY: re.compile(r"queries\.weight$"),
-    PUBLISHED: re.compile(r"(q\.weight|encoder\..*|(class_head|mask_head\.\d)\.\w+|attn_mask_probs)$"),
+SIGNS = {  # how a name begins that no other network has
+    TRANSFORMERS: ("query.weight", "upscale_block."),
+    LIGHTLY: ("queries.weight",),
+    PUBLISHED: ("q.weight", "mask_head.0.", "encoder.backbone.blocks."),
 }
 BACKBONES = {
     TRANSFORMERS: re.compile(r"(?=(embeddings|layers|layernorm)\.)"),
@@ -46,9 +46,9 @@ def bare(key: str) -> str:
 
 
 def program_of(keys: Iterable[str]) -> str | None:
-    """Returns the program whose EoMT has tensors of these names; None where no name is an EoMT's."""
+    """Returns the program whose EoMT has tensors of these names; None where they are no EoMT's."""
     names = [bare(key) for key in keys]
-    return next((program for program, sign in SIGNS.items() if any(map(sign.match, names))), None)
+    return next((program for program, signs in SIGNS.items() if any(name.startswith(signs) for name in names)), None)
 
 
 def name_eomt(keys: Iterable[str], program: str) -> Names:
