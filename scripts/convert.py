@@ -11,6 +11,7 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.exchange.opening import need_transformers, recognised
 from eomt.files import check_place
+from eomt.settings.hub import here, named_on_hub, pinned
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
     from torch import Tensor
@@ -122,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_place(args.out, of_file=args.to in ONE_FILE)
     if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
         raise ValueError(f"{args.out} exists and is not empty: choose a new place")
-    print(f"{args.source}: {recognised(args.source)}")
+    place = named_on_hub(args.source)
+    args.source = here(args.source)
+    print(f"{pinned(str(place)) if place else args.source}: {recognised(args.source)}")
     TARGETS[args.to](args)
     print(f"Wrote {args.out}")
     return 0
@@ -134,7 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="IN", type=Path, help="an adapter/ or model/ folder, a checkpoint, or another program's file")
+    add("source", metavar="IN", help="an adapter/ or model/ folder, a checkpoint, another program's file, or user/name")
     add("out", metavar="OUT", type=Path, help="what to write; it must not hold anything yet")
     add("--to", required=True, choices=sorted(TARGETS), help="whose files to write")
     add(

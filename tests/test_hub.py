@@ -1,6 +1,9 @@
 """The hub: what is loaded from there is pinned to a commit, and what is sent there tells nothing private."""
 
+import json
+import logging
 import shutil
+from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
@@ -35,14 +38,23 @@ class Hub:
 
     def download(self, repo, file, revision=None):
         self.asked.append(("file", file, revision))
-        path = self.root / repo / revision / file
-        if not path.is_file():
+        if not (self.root / repo / revision / file).is_file():
             raise huggingface_hub.errors.HFValidationError(f"404: {file}")
-        return str(path)
+        return str(self.fetch(repo, revision, [file]) / file)
 
     def snapshot(self, repo, revision=None, allow_patterns=None):
         self.asked.append(("folder", tuple(allow_patterns), revision))
-        return str(self.root / repo / revision)
+        return str(self.fetch(repo, revision, allow_patterns))
+
+    def fetch(self, repo, revision, patterns):
+        """Only what is asked for comes into the cache, as with the hub's own client."""
+        there, cache = self.root / repo / revision, self.root / "cache" / repo / revision
+        for file in (file for file in there.rglob("*") if file.is_file()):
+            name = file.relative_to(there).as_posix()
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, cache / name)
+        return cache
 
 
 @pytest.fixture
@@ -52,9 +64,11 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", there.download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", there.snapshot)
     monkeypatch.chdir(tmp_path)
-    hub._commit.cache_clear()
+    for cached in (hub._commit, hub._fetched):
+        cached.cache_clear()
     yield there
-    hub._commit.cache_clear()
+    for cached in (hub._commit, hub._fetched):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +184,59 @@ def test_what_the_hub_does_not_give_is_one_sentence(stand_in, saved):
 def test_results_of_a_network_on_the_hub_need_a_folder(stand_in):
     with pytest.raises(ValueError, match="--output"):
         results_of("user/name", "evaluation")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder of transformers' EoMT on DINOv3, with pixels and norms of its own."""
+    programs = pytest.importorskip("test_other_programs")
+    folder = tmp_path_factory.mktemp("theirs")
+    programs.theirs_of(programs.DINOV3).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    return folder, programs.settings_of(programs.DINOV3)
+
+
+@pytest.mark.parametrize("place", ["hf://user/name/a/model.safetensors", "hf://user/name/a"])
+def test_what_stands_beside_a_file_on_the_hub_holds_for_it_as_in_its_folder(place, stand_in, theirs):
+    folder, settings = theirs
+    stand_in.fill("user/name", folder, f"{FIRST}/a")
+    module = MaskClassificationSemantic(**settings, ckpt_path=place)
+    assert module.network.encoder.norm.eps == 1e-6 and (module.network.encoder.pixel_mean == 0.5).all()
+    with pytest.raises(ValueError, match="has num_heads 3, the configuration says 2"):
+        kwargs = settings["backbone_kwargs"] | {"num_heads": 2}
+        MaskClassificationSemantic(**settings | {"backbone_kwargs": kwargs}, ckpt_path=place)
+
+
+def test_the_log_says_the_commit_once_and_where_on_the_hub_the_weights_are(stand_in, saved, caplog):
+    stand_in.fill("user/name", saved / "model")
+    with caplog.at_level(logging.INFO):
+        MaskClassificationSemantic(**TINY, ckpt_path="hf://user/name/model.safetensors")
+    assert caplog.text.count("is commit") == 1
+    assert f"CHECKPOINT hf://user/name@{FIRST}/model.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["user/name", "hf://user/name"])
+def test_a_network_on_the_hub_is_converted(name, stand_in, saved, tmp_path, call_script):
+    stand_in.fill("user/name", saved / "model")
+    assert call_script("convert.py", name, tmp_path / "out", "--to", "eomt")[0] == 0
+    one, other = (MaskClassificationSemantic.from_pretrained(path) for path in (tmp_path / "out", saved / "model"))
+    assert torch.equal(outputs(one), outputs(other))
+    code, error = call_script("convert.py", "nobody/nothing", tmp_path / "new", "--to", "eomt")
+    assert code == 1 and "nobody/nothing: no such file or folder, and hf://nobody/nothing could not be had" in error
+
+
+def test_the_base_that_an_adapter_of_peft_names_is_had_from_the_hub(stand_in, tmp_path, call_script):
+    import peft
+    from test_other_programs import REGISTERS, theirs_of
+
+    base = theirs_of(REGISTERS)
+    base.save_pretrained(tmp_path / "base")
+    stand_in.fill("user/base", tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = "user/base"
+    adapted.save_pretrained(tmp_path / "peft")
+    for out, more in (("named", ()), ("given", ("--ckpt_path", "hf://user/base"))):
+        code, error = call_script("convert.py", tmp_path / "peft", tmp_path / out, "--to", "adapter", *more)
+        assert code == 0, error
+        module = MaskClassificationSemantic.from_pretrained(tmp_path / out)
+        assert module.hparams.ckpt_path == f"hf://user/base@{FIRST}"

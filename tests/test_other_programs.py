@@ -327,3 +327,21 @@ def test_what_a_safetensors_file_is_is_said_without_torch(tmp_path):
         [sys.executable, "-c", f"{code} print(r({str(tmp_path)!r}))"], cwd=ROOT, capture_output=True
     )
     assert result.stdout.decode().startswith("transformers' EoMT: a DINOv2 ViT 48 wide"), result.stderr.decode()
+
+
+@dinov3
+def test_transformers_names_without_their_config_are_refused_where_timms_norms_are_others(tmp_path):
+    theirs_of(DINOV3).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"transformers' EoMT without its config.json.*norm_eps: 1e-06"):
+        MaskClassificationSemantic(**settings_of(DINOV3, ckpt_path=str(tmp_path)))
+    kwargs = settings_of(DINOV3)["backbone_kwargs"] | {"norm_eps": 1e-6}
+    module = MaskClassificationSemantic(**settings_of(DINOV3, ckpt_path=str(tmp_path), backbone_kwargs=kwargs))
+    assert module.network.encoder.norm.eps == 1e-6
+
+
+def test_transformers_names_without_their_config_are_warned_of(tmp_path, caplog):
+    theirs_of(REGISTERS).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    MaskClassificationSemantic(**settings_of(REGISTERS, ckpt_path=str(tmp_path)))
+    assert "without its config.json" in caplog.text and "timm's" in caplog.text

@@ -22,6 +22,7 @@ from eomt.lora.saved_config import CONFIG_FILE
 from eomt.settings.backbone_names import places, renamed
 from eomt.settings.eomt_files import EomtFile, read_eomt_file
 from eomt.settings.eomt_names import BACKBONE, BACKBONES, TRANSFORMERS, bare, head_name
+from eomt.settings.hub import local_path, named_on_hub, pinned
 from lora_config import adapted_layers, listed
 
 if TYPE_CHECKING:
@@ -95,27 +96,34 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def base_of(path: Path, config: Mapping[str, Any], ckpt_path: str | None) -> EomtFile:
-    """The network that an adapter was trained on; ValueError where it is not named, or not there."""
-    named = ckpt_path or config.get("base_model_name_or_path")
-    if not named or not Path(named).expanduser().exists():
-        raise ValueError(
-            f"{path} names as its base {named!r}, which is not there: give the folder or file of the network it was "
-            "trained on with --ckpt_path"
-        )
-    return read_eomt_file(named)
+def base_of(path: Path, config: Mapping[str, Any], ckpt_path: str | None) -> str:
+    """Where the network is that an adapter was trained on, pinned; ValueError where it is not named, or not there."""
+    named = str(ckpt_path or config.get("base_model_name_or_path") or "")
+    place, why = named_on_hub(named), ""
+    if place and not ckpt_path:
+        place = place._replace(revision=place.revision or config.get("revision"))
+    try:
+        found = pinned(str(place) if place else named)
+        if found and local_path(found).exists():
+            return found
+    except ConnectionError as error:
+        why = f" ({error})"
+    raise ValueError(
+        f"{path} names as its base {named!r}, which is not there{why}: give the folder or file of the network it was "
+        "trained on with --ckpt_path"
+    )
 
 
-def open_foreign(path: Path, config: Mapping[str, Any], base: EomtFile) -> MaskClassificationSemantic:
-    """The network with an adapter of PEFT's on its own base, by timm's layers."""
+def open_foreign(path: Path, config: Mapping[str, Any], place: str) -> MaskClassificationSemantic:
+    """The network with an adapter of PEFT's on its own base, which is at `place`, by timm's layers."""
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-    tensors = read_tensors(path / WEIGHTS_FILE)[0]
+    base, tensors = read_eomt_file(local_path(place)), read_tensors(path / WEIGHTS_FILE)[0]
     updates, heads, added = sort_tensors(tensors, base, path / WEIGHTS_FILE)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     ranks = {name: sum(update.a.shape[0] for update in parts) for name, parts in updates.items()}
     rank = min(ranks.values())
-    settings = settings_of(base)
+    settings = settings_of(base) | {"ckpt_path": place}
     if "class_head.weight" in heads and len(heads["class_head.weight"]) != settings["num_classes"] + 1:
         settings |= {"num_classes": len(heads["class_head.weight"]) - 1, "load_ckpt_class_head": False}
         settings |= {"class_names": None, "class_colors": None}

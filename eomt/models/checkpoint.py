@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from eomt.settings.backbone_choice import refuse_backbone
 from eomt.settings.backbone_files import USUAL, flat, parts_of, places_in, read_state
 from eomt.settings.eomt_files import describe_file, name_published, weights_in
 from eomt.settings.eomt_names import PUBLISHED, bare, program_of, sizes_of
-from eomt.settings.hub import local_path
+from eomt.settings.hub import hub_place, local_path, pinned
 
 if TYPE_CHECKING:  # reading alone needs no timm
     from eomt.models.eomt import EoMT
@@ -273,7 +273,8 @@ def load_checkpoint(
     reasons = []
     for file in weight_files(path):
         try:
-            return load_one(network, file, load_class_head, delta_weights)
+            report = load_one(network, file, load_class_head, delta_weights)
+            return replace(report, path=str(pinned(path))) if hub_place(path) else report
         except ValueError as error:
             reasons.append(str(error))
     raise ValueError("; and ".join(reasons))

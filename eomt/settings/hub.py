@@ -78,27 +78,19 @@ def pinned(place: str | Path | None) -> Any:
     found = hub_place(place)
     if found is None or COMMIT.fullmatch(found.revision or ""):
         return str(found) if found else place
-    commit = _commit(found)
-    log.info("%s is commit %s", found, commit)
-    return str(found._replace(revision=commit))
+    return str(found._replace(revision=_commit(found._replace(file=None))))
 
 
 def local_path(place: str | Path) -> Path:
     """Returns where a file or folder lies on this machine; what is on the hub is fetched, once.
 
+    With a file comes the JSON beside it, as config.json, which says what its tensors do not.
+
     Raises:
         ConnectionError: the hub does not give it. ValueError: see `hub_place`.
     """
     found = hub_place(pinned(place))
-    if found is None:
-        return Path(place).expanduser()
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    if found.is_file:
-        return Path(_asked(found, lambda: hf_hub_download(found.repo, found.file, revision=found.revision)))
-    wanted = [f"{found.file}/{pattern}" if found.file else pattern for pattern in WANTED]
-    folder = _asked(found, lambda: snapshot_download(found.repo, revision=found.revision, allow_patterns=wanted))
-    return Path(folder, found.file or "")
+    return _fetched(found) if found else Path(place).expanduser()
 
 
 def here(path: str | Path) -> Path:
@@ -120,7 +112,23 @@ def here(path: str | Path) -> Path:
 def _commit(place: HubPlace) -> str:
     from huggingface_hub import HfApi
 
-    return _asked(place, lambda: HfApi().repo_info(place.repo, revision=place.revision).sha)
+    commit = _asked(place, lambda: HfApi().repo_info(place.repo, revision=place.revision).sha)
+    log.info("%s is commit %s", place, commit)
+    return commit
+
+
+@functools.cache  # asking again for a folder asks the hub
+def _fetched(place: HubPlace) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    folder, wanted = PurePosixPath(place.file or ""), WANTED
+    if place.is_file:
+        _asked(place, lambda: hf_hub_download(place.repo, place.file, revision=place.revision))
+        is_index = folder.suffix == ".json"  # of parts, which are meant, too
+        folder, wanted = folder.parent, WANTED if is_index else ("*.json",)
+    patterns = [str(folder / pattern) for pattern in wanted]
+    root = _asked(place, lambda: snapshot_download(place.repo, revision=place.revision, allow_patterns=patterns))
+    return Path(root, place.file or "")
 
 
 def _asked(place: HubPlace, ask: Callable[[], str]) -> str:
