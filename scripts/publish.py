@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         draft = Path(folder)
         facts = stage(artefact, draft, args.repo, scores, base, args.licence, args.picture)
-        if facts.is_adapter and not facts.base.repo and "in this folder" not in facts.base.words:
+        if facts.is_adapter and facts.base.setting:
             print(
                 "warning: others have to find the base by themselves; give --base hf://user/name/file", file=sys.stderr
             )

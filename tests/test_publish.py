@@ -1,6 +1,7 @@
 """Publishing: what is sent opens elsewhere, its card says what it is, and nothing of the machine is told."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import ROOT, TINY
 from peft import PeftConfig
 from PIL import Image
+from safetensors.torch import save_file
 
 from eomt.comparison.card_scores import known_scores
-from eomt.exchange.model_card import cleaned_command
+from eomt.exchange.model_card import OF_THE_MACHINE, TOLD, cleaned_command
 from eomt.exchange.publishing import FILES, refuse_paths, stage
 from eomt.settings import hub
+from eomt.settings.compose import compose_run
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 NAMES = ["road", "side|walk", *(f"class {k}" for k in range(2, 19))]
@@ -78,8 +81,8 @@ def evaluate(run, folder, own):
     (folder / "evaluation" / "night.json").write_text(json.dumps(facts))
 
 
-def outputs(module):
-    image = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(1))
+def outputs(module, size=(64, 128)):
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), module.eval().network.deployed():
         return torch.cat([part.flatten() for parts in module.network(image) for part in parts])
 
@@ -102,6 +105,74 @@ def test_a_command_is_told_without_what_is_of_its_machine(run):
     assert cleaned_command(["x.py", "data.root=data", "data.images=a*.png", "model.x=${oc.env:KEY}"]) == (
         "x.py data.root=PLACE data.images=PLACE model.x=PLACE"
     )
+
+
+def test_a_command_keeps_every_part_of_the_recipe_and_says_where_others_were_left_out():
+    recipe = [
+        "data/cut_paste=toy",
+        "callbacks=ema",
+        "+callbacks.ema.decay=0.99",
+        "allow_any_target=true",
+    ]
+    assert cleaned_command(["train_with_lora.py", *recipe, "logger=wandb"]) == " ".join(["train_with_lora.py", *recipe])
+    assert cleaned_command(["train_with_lora.py", "seed=1", "optimizer=x"]) == "train_with_lora.py seed=1 …"
+    flags = ["--config", "my/own.yaml", "--use_lora", "--lora_rank=8", "--lora_target_modules", "qkv", "proj"]
+    flags += ["--images", "photos", "--img_size", "64", "128", "--use_wandb", "--output_dir", "out", "--multirun"]
+    assert cleaned_command(["train_with_lora.py", *flags]) == (
+        "train_with_lora.py --config PLACE --use_lora true --lora_rank 8 --lora_target_modules qkv proj --images PLACE "
+        "--img_size 64 128"
+    )
+
+
+def test_every_setting_of_a_run_is_of_the_recipe_or_of_its_machine():
+    config = compose_run(["experiment=anomalies", "data.root=x"])
+    groups = {folder.name for folder in (ROOT / "configs").iterdir() if folder.is_dir()}
+    assert not {*config, *groups} - {*TOLD, *OF_THE_MACHINE}
+
+
+@pytest.mark.parametrize("name", ["ckpt_path", "backbone_weights"])
+def test_the_line_of_code_on_a_card_works_with_the_base_put_in(name, tmp_path):
+    settings = TINY | {"img_size": [64, 64]}  # a plain backbone's positions are taken to be square
+    network, base = MaskClassificationSemantic(**settings), tmp_path / "plain.safetensors"
+    if name == "ckpt_path":
+        network.save_pretrained(base := tmp_path / "base")
+    else:
+        save_file({key: t.contiguous() for key, t in network.backbone.state_dict().items()}, base)
+    module = MaskClassificationSemantic(**{**settings, "use_lora": True, name: str(base)})
+    module.save_pretrained(tmp_path / "run" / "adapter")
+    card, _ = staged(tmp_path / "run", tmp_path / "draft")
+    (line,) = re.findall(r"^module = (.*)$", card, re.MULTILINE)
+    line = line.replace("user/name", str(tmp_path / "draft")).replace("BASE", str(base))
+    opened = eval(line, {"MaskClassificationSemantic": MaskClassificationSemantic})
+    assert torch.equal(outputs(opened, (64, 64)), outputs(module, (64, 64)))
+
+
+@pytest.mark.parametrize("text", ["user/rootnet", "me/root", "car /truck", "https://a.b/c", "hf://user/name", "and/or"])
+def test_what_only_looks_like_a_path_of_this_machine_is_published(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/root")
+    (tmp_path / "README.md").write_text(f'x = open("{text}")')
+    refuse_paths(tmp_path)
+
+
+PRIVATE = [
+    "/home/me",
+    "`/data/x`",
+    "['/data/x']",
+    "a (/x/y)",
+    "~/x",
+    "C:/data/x",
+    "C:\\data",
+    "\\\\server\\share",
+    "{here}",
+]
+
+
+@pytest.mark.parametrize("text", PRIVATE)
+def test_a_path_of_a_machine_is_not_published_however_it_is_written(text, tmp_path):
+    here = f"/{Path(__file__).parts[1]}"  # one folder alone, which is there
+    (tmp_path / "README.md").write_text(f"see {text.format(here=here)}")
+    with pytest.raises(ValueError, match=r"README.md would tell the world of"):
+        refuse_paths(tmp_path)
 
 
 def test_what_is_published_opens_on_its_base_and_tells_no_path(run, tmp_path):

@@ -13,12 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from eomt.command_line import PATH_KEYS
+from eomt.flags import FLAGS, HYDRA_FLAGS, split_flag, take_values
 from eomt.settings.hub import hub_place
 
-TOLD = ("model", "data", "trainer", "experiment", "variant", "lora", "seed", "trunk_cache", "views", "patience")
+TOLD = ("model", "data", "trainer", "callbacks", "experiment", "variant", "lora", "seed", "trunk_cache", "views")
+TOLD += ("patience", "allow_any_target", "--config-name", "-cn")
+OF_THE_MACHINE = (
+    "logger",
+    "name",
+    "group",
+    "job",
+    "output_dir",
+    "resume",
+    "hydra",
+)  # left out silently
 SECRET = re.compile(r"token|secret|passw|credential|api_?key|auth", re.IGNORECASE)
 PLACE = "PLACE"  # stands for a path
-PATHS = re.compile(r"(?<![\w:/.>-])(?:~|/[\w.@+-]+)/[\w.@+-]+|\b[A-Za-z]:\\")  # absolute ones, in any text
+# absolute ones in any text, also of Windows
+PATHS = re.compile(r"(?<![\w:/.>-])(?:~(?=/)|/[\w.@+-]+)(?:/[\w.@+-]+)*|\b[A-Za-z]:[\\/]|(?<![\w\\])\\\\\w")
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter's base is: in words, by fingerprint, and its repository and commit on the hub, if it has one."""
+    """What an adapter's base is: in words, by fingerprint, and its repository and commit on the hub, if it has one.
+
+    `setting` names the file that others have to find by themselves, None where there is none.
+    """
 
     words: str
     fingerprint: str | None = None
     repo: str | None = None
     revision: str | None = None
+    setting: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,22 +95,37 @@ class CardFacts:
 
 
 def cleaned_command(words: Sequence[str]) -> str:
-    """A command without what is of its machine: paths become `PLACE`, and only settings of the recipe are left."""
+    """A command without what is of its machine: paths become `PLACE`, and only settings of the recipe are left.
+
+    It ends with `…` where something was left out that may be of the recipe.
+    """
     if not words:
         return ""
-    kept, rest = [Path(words[0]).name], list(words[1:])
+    kept, more = [Path(words[0]).name], False
+    rest = [part for word in words[1:] for part in split_flag(word)]
     while rest:
         word = rest.pop(0)
-        if word in ("--config-name", "-cn") and rest:
-            kept += [word, rest.pop(0)]
-        key, equals, value = word.partition("=")
-        name = key.lstrip("+~")
-        if name.partition(".")[0] not in TOLD or SECRET.search(name):
+        if word in FLAGS:
+            values, rest = take_values(word, rest)
+            name = re.split("[= ]", FLAGS[word].override)[0]
+            told = [word, *(hidden(name, value) for value in values)]
+        elif word.startswith("-"):
+            count = HYDRA_FLAGS.get(word, 1)
+            name, told, rest = word, [word, *rest[:count]], rest[count:]
+        else:
+            key, equals, value = word.partition("=")
+            name = key.lstrip("+~")
+            told = [f"{key}{equals}{hidden(name, value)}"]
+        root = re.split("[./]", name)[0]
+        if SECRET.search(name) or root in OF_THE_MACHINE or (root.startswith("-") and root not in TOLD):
             continue
-        if equals and not hub_place_or_none(value) and is_place(name, value):
-            value = PLACE
-        kept.append(f"{key}{equals}{value}")
-    return shlex.join(kept)
+        kept, more = (kept + told, more) if root in TOLD else (kept, True)
+    return shlex.join(kept) + (" …" if more else "")
+
+
+def hidden(name: str, value: str) -> str:
+    """The value of a setting, or `PLACE` for a path; a place on the hub may be told."""
+    return PLACE if value and is_place(name, value) and not hub_place_or_none(value) else value
 
 
 def is_place(name: str, value: str) -> bool:
@@ -163,9 +194,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    base = (
-        "" if facts.base.repo or not facts.is_adapter or "in this folder" in facts.base.words else ', ckpt_path="BASE"'
-    )
+    base = f', {facts.base.setting}="BASE"' if facts.is_adapter and facts.base.setting else ""
     return (
         "```python\nfrom eomt.training.mask_classification_semantic import MaskClassificationSemantic\n\n"
         f'module = MaskClassificationSemantic.from_pretrained("{facts.repo}"{base})\n'
