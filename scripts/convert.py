@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
-from eomt.exchange.opening import need_transformers, recognised
+from eomt.exchange.opening import need_transformers, recognised, refuse_size
 from eomt.files import check_place
 from eomt.settings.hub import here, named_on_hub, pinned
 
@@ -43,6 +43,8 @@ def to_eomt(args: argparse.Namespace) -> None:
 
 def to_adapter(args: argparse.Namespace) -> None:
     """An adapter/ folder of this project."""
+    refuse_size(args.source, args.img_size)
+
     from eomt.exchange.adapters import write_adapter
 
     write_adapter(args.source, args.out, args.ckpt_path, args.backbone_weights)
@@ -149,7 +151,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", nargs="+", help="of onnx, pt2: what to compare on (default: the run's data)")
     add("--ckpt_path", metavar="BASE", help="the base weights of an adapter, if they have moved")
     add("--backbone_weights", metavar="BASE", help="the same for an adapter on a plain backbone from a file")
-    add("--img_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of a file that does not say it")
+    add(
+        "--img_size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of another program's file (default: as it says)",
+    )
     args = parser.parse_args(argv)
     for name in sorted({name for names in OPTIONS.values() for name in names}):
         if getattr(args, name) is not None and name not in OPTIONS.get(args.to, ()):

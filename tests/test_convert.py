@@ -1,5 +1,6 @@
 """scripts/convert.py: whatever holds an EoMT becomes what another program reads, and what it does not know is named."""
 
+import json
 from functools import partial
 
 import pytest
@@ -251,3 +252,48 @@ def test_what_is_read_is_said_first_and_what_is_unknown_with_what_is_known(tmp_p
     code, error = call(tmp_path / "ours", tmp_path / "ours", "--to", "hf")
     assert code == 1 and "exists and is not empty" in error
     assert not (tmp_path / "out").exists()
+
+
+USELESS = {
+    "--img_size 32 32": ("ours", "eomt", "says its image size itself"),
+    "--ckpt_path nowhere": ("hf", "eomt", "is for adapters"),
+    "--backbone_weights nowhere": ("hf", "eomt", "is for adapters"),
+    "--img_size 32 64": ("adapter", "adapter", "says its image size itself"),
+    "--backbone_weights nowhere ": ("peft", "adapter", "has its base in ckpt_path"),
+    "--img_size 64 64": ("peft", "adapter", "says its image size itself"),
+    "--ckpt_path nowhere ": ("ours", "hf", "is for adapters"),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """One of each kind of what convert.py reads."""
+    folder = tmp_path_factory.mktemp("sources")
+    base, theirs = network_of(REGISTERS), theirs_of(REGISTERS)
+    base.save_pretrained(folder / "ours")
+    settings = {"use_lora": True, "ckpt_path": str(folder / "ours")}
+    MaskClassificationSemantic(**{**dict(base.hparams), **settings}).save_pretrained(folder / "adapter")
+    theirs.save_pretrained(folder / "hf")
+    peft_on_transformers(theirs, folder / "peft")
+    return folder
+
+
+@pytest.mark.parametrize("option", USELESS)
+def test_an_option_that_would_do_nothing_is_refused_by_its_name(option, sources, tmp_path, call):
+    kind, target, why = USELESS[option]
+    code, error = call(sources / kind, tmp_path / "out", "--to", target, *option.split())
+    assert code == 1 and option.split()[0].strip("-") in error and why in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_adapter_still_says_of_which_adapter_and_base_it_is(sources):
+    from eomt.exchange.deployed import Signature, describe
+    from eomt.exchange.opening import open_merged
+
+    config = json.loads((sources / "adapter" / "eomt_config.json").read_text())
+    facts = describe(open_merged(sources / "adapter"), Signature(), "fp32")
+    assert facts["artefact_id"] == config["artefact_id"] and len(facts["artefact_id"]) == 64
+    assert facts["base_fingerprint"] == config["base_fingerprint"]
+    whole = open_merged(sources / "ours")
+    facts = describe(whole, Signature(), "fp32")
+    assert facts["artefact_id"] == whole.artefact_id and facts["base_fingerprint"] is None

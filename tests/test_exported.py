@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from test_predict import SIZES, build, draw, main, save, values
 from test_pretrained import trained
 
 from eomt.exchange import extras, onnx_export
-from eomt.exchange.deployed import Agreement, Deployed, Signature, check_agreement
+from eomt.exchange.deployed import Agreement, Deployed, Signature, check_agreement, describe
 from eomt.exchange.onnx_export import export_onnx
-from eomt.exchange.onnx_scorer import OnnxScorer
+from eomt.exchange.onnx_scorer import METADATA, OnnxScorer, description
 from eomt.exchange.quantised import quantise, saved_bytes
 from eomt.exchange.torch_package import DESCRIPTION, export_package
 from eomt.inference.crops import draw_crops
@@ -114,6 +115,33 @@ def test_predict_writes_the_same_files_from_an_onnx_file_alone(module, file, tmp
         ours, theirs = (values(tmp_path / out / name).long() for out in ("of_onnx", "of_torch"))
         apart = 1 if "confidence" in name else 0
         assert ((ours - theirs).abs() <= apart).float().mean() > 0.999
+
+
+DESCRIBED = {"schema": 1, "img_size": [64, 128], "outputs": "classes", "images": "uint8", "batch": None}
+DESCRIBED |= {"class_names": ["a", "b"], "class_colors": [[0, 0, 0], [1, 2, 3]]}
+WRONG = [("img_size", [64]), ("img_size", [64, 0]), ("outputs", "masks"), ("images", "int8"), ("batch", 0)]
+WRONG += [
+    ("batch", "2"),
+    ("class_names", [1, 2]),
+    ("class_colors", [[0, 0, 0]]),
+    ("class_colors", [[0, 0], [1, 300, 3]]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*WRONG, *((name, ...) for name in DESCRIBED if name != "schema")])
+def test_a_description_that_lacks_something_or_says_what_cannot_be_is_refused_naming_it(name, value):
+    facts = DESCRIBED | {name: value}
+    written = json.dumps({key: value for key, value in facts.items() if value is not ...})
+    meta = SimpleNamespace(custom_metadata_map={METADATA: written})
+    session = SimpleNamespace(get_modelmeta=lambda: meta)
+    with pytest.raises(ValueError, match=rf"network.onnx.*{name}"):
+        description(session, Path("network.onnx"))
+
+
+def test_a_description_as_it_is_written_passes(module):
+    written = json.dumps(describe(module, Signature(), "fp32"))
+    meta = SimpleNamespace(custom_metadata_map={METADATA: written})
+    assert description(SimpleNamespace(get_modelmeta=lambda: meta), Path("x.onnx"))["batch"] is None
 
 
 def test_predict_writes_a_submission_from_an_onnx_file(file, tmp_path, monkeypatch):

@@ -190,8 +190,11 @@ def test_a_panoptic_network_starts_a_semantic_one_with_its_queries_and_a_new_cla
         path = tmp_path / f"published.{form}"
         torch.save(state, path) if form == "bin" else save_file(state, path)
     settings = settings_of(REGISTERS, ckpt_path=str(path))
-    with pytest.raises(ValueError, match=r"num_q 14|num_classes 9"):
-        MaskClassificationSemantic(**settings)
+    whose = "transformers' EoMT: .* and has" if form == "hf" else "has"
+    start = "load_ckpt_class_head=false starts from it, with its queries and a fresh class head"
+    for queries in (6, 14):
+        with pytest.raises(ValueError, match=rf"{whose} num_classes 9, the configuration says 4: .*{start}"):
+            MaskClassificationSemantic(**settings | {"num_q": queries})
     with caplog.at_level(logging.INFO):
         module = MaskClassificationSemantic(**settings, load_ckpt_class_head=False)
     assert "has 14 queries, which are taken over" in caplog.text and "class_head.weight" in caplog.text
@@ -255,6 +258,17 @@ def test_a_config_that_contradicts_its_weights_is_refused_naming_both(name, tmp_
         read_checkpoint(tmp_path)
 
 
+@dinov3
+@pytest.mark.parametrize("entries", [{"rope_theta": 10000.0}, {"rope_parameters": {"rope_theta": 10000.0}}])
+def test_other_rotary_periods_are_refused_in_either_spelling_of_transformers(entries, tmp_path):
+    theirs_of(DINOV3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("rope_")}
+    (tmp_path / "config.json").write_text(json.dumps(config | entries))
+    with pytest.raises(ValueError, match=r"config.json says rope_theta 10000\.0"):
+        read_checkpoint(tmp_path)
+
+
 IMPOSSIBLE = [
     ("config.json", "image_size", "64"),
     ("config.json", "image_size", [64]),
@@ -263,6 +277,7 @@ IMPOSSIBLE = [
     ("config.json", "id2label", ["road"]),
     ("config.json", "id2label", {"a": "road"}),
     ("config.json", "rope_parameters", 3),
+    ("config.json", "rope_theta", "100"),
     ("config.json", "class_colors", [3]),
     ("preprocessor_config.json", "image_mean", 0.5),
 ]

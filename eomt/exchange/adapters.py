@@ -73,6 +73,11 @@ def write_adapter(
             raise ValueError(f"{path} holds a whole network, and no adapter: --to eomt writes it")
         module.save_pretrained(directory)
         return
+    if backbone_weights:
+        raise ValueError(
+            f"backbone_weights {backbone_weights}: {path}, an adapter of another program, has its base in ckpt_path: "
+            "leave it out"
+        )
     if not (path / CONFIG_FILE).is_file():
         raise ValueError(f"{path} is no folder of an adapter: it has no {CONFIG_FILE}")
     config = read_json(path / CONFIG_FILE)

@@ -78,7 +78,9 @@ def describe(module: MaskClassificationSemantic, signature: Signature, precision
         "class_colors": [list(color) for color in classes.colors],
         **asdict(signature),
         "precision": precision,
-        "artefact_id": module.artefact_id,
+        # of an adapter that was merged, its own
+        "artefact_id": module.artefact_id or module.merged_from.get("artefact_id"),
+        "base_fingerprint": module.merged_from.get("base_fingerprint"),
         # for information: the graph has it inside
         **{name: value.flatten().tolist() for name, value in statistics.items() if value is not None},
     }

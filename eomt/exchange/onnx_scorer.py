@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from eomt.command_line import one_sentence
 from eomt.exchange.extras import require
 from eomt.files import parse_json
+from eomt.settings.config_check import check_type
 from eomt.settings.formats import EXPORTED, check_format
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Channel = Annotated[int, Field(ge=0, le=255)]
+TYPES = {  # what a description says, as far as it is used
+    "img_size": Annotated[list[PositiveInt], Field(min_length=2, max_length=2)],
+    "outputs": Literal["classes", "queries"],
+    "images": Literal["uint8", "float"],
+    "batch": PositiveInt | None,
+    "class_names": Annotated[list[str], Field(min_length=1)],
+    "class_colors": list[Annotated[list[Channel], Field(min_length=3, max_length=3)]],
+}
 METADATA = "eomt"  # the name, among those of an ONNX file's metadata, of what it says of itself, as JSON
 
 
@@ -69,6 +81,14 @@ def description(session: Any, path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: its description is a {type(found).__name__}, no mapping: export it again")
     check_format(found, EXPORTED, path)
+    for name, kind in TYPES.items():
+        if name not in found:
+            raise ValueError(f"{path}: its description has no {name}: export it again")
+        check_type(found[name], kind, f"{path}: {name}")
+    if len(found["class_colors"]) != len(found["class_names"]):
+        raise ValueError(
+            f"{path}: its description has another number of class_colors than of class_names: export again"
+        )
     return found
 
 

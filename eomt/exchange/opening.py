@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eomt.files import read_json, read_pickle
+from eomt.inference.bases import PLACES, refuse_base
 from eomt.inference.saved import CONFIG_FILE, check_artefact, read_config
 from eomt.lora.saved_config import CONFIG_FILE as ADAPTER_CONFIG
 from eomt.settings.backbones import DINOV2, DINOV3, Backbone
@@ -75,8 +76,10 @@ def open_merged(
     if not is_ours(path):
         if (Path(path) / ADAPTER_CONFIG).is_file():
             raise ValueError(f"{path} is an adapter of another program: first convert it with --to adapter")
+        refuse_base(Path(path), {"ckpt_path": ckpt_path})
         return open_other(read_eomt_file(path), img_size, backbone_weights)
     found = check_artefact(path)
+    refuse_size(found, img_size)
     from eomt.inference.artefacts import merge_adapter
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
@@ -84,6 +87,12 @@ def open_merged(
     if module.lora is not None:
         merge_adapter(module)
     return module.eval()
+
+
+def refuse_size(path: str | Path, img_size: Sequence[int] | None) -> None:
+    """Raises ValueError where an image size is given for what says its own."""
+    if img_size:
+        raise ValueError(f"--img_size {' '.join(map(str, img_size))}: {path} says its image size itself: leave it out")
 
 
 def open_other(
@@ -95,11 +104,12 @@ def open_other(
         backbone_weights: of a file of differences to a pretrained backbone; None: timm's.
     """
     from eomt.inference.artefacts import set_settings
-    from eomt.inference.bases import PLACES
     from eomt.models.checkpoint import needs_pretrained
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     differences = needs_pretrained(file.path, None)
+    if not differences:
+        refuse_base(file.path, {"backbone_weights": backbone_weights})
     base = {"backbone_weights": backbone_weights, "pretrained": differences and not backbone_weights}
     module = MaskClassificationSemantic(**settings_of(file, img_size) | base)
     set_settings(module, {**module.hparams, "pretrained": False, **dict.fromkeys(PLACES)})

@@ -62,6 +62,7 @@ class Module(Protocol):
     base: Identity | None
     trained_precision: str | None
     artefact_id: str | None
+    merged_from: dict[str, str | None]
     source: str | None
     settings_type: ClassVar[type]
 
@@ -385,6 +386,8 @@ def merge_adapter(module: Module) -> None:
     if module.lora is None:
         raise ValueError("this network has no adapter to merge")
     merge(module.lora)
+    base = record_base(module.base)["base_fingerprint"]
+    module.merged_from = {"artefact_id": module.artefact_id, "base_fingerprint": base}
     module.__dict__["lora"], module.base, module.adapters, module.strict_loading = None, None, {}, True
     module.artefact_id = None
     merged = {"use_lora": False, "delta_weights": False, **PLAIN_BASE, **dict.fromkeys(PLACES)}

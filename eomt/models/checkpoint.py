@@ -288,7 +288,7 @@ def load_one(network: EoMT, path: Path, load_class_head: bool, delta_weights: bo
     report = LoadReport(str(path), stored.content, reinitialised=fresh, num_heads=stored.num_heads)
     said = {"num_heads": stored.num_heads, "norm_eps": stored.norm_eps}
     found = describe(state) | {name: value for name, value in said.items() if value is not None}
-    check_agreement(network, found, path, load_class_head)
+    check_agreement(network, found, f"{path} holds {stored.content} and" if stored.content else path, load_class_head)
     differences = resolve_differences(state, delta_weights, path)
     if differences:
         state = {key: tensor for key, tensor in state.items() if key not in OPTIONAL_KEYS}  # zeros there
@@ -338,8 +338,12 @@ def check_base(own: Mapping[str, Tensor], path: str | Path) -> None:
         )
 
 
-def check_agreement(network: EoMT, found: Mapping[str, Any], path: str | Path, load_class_head: bool) -> None:
-    """Raises ValueError naming both values where the checkpoint was made for another network."""
+def check_agreement(network: EoMT, found: Mapping[str, Any], what: str | Path, load_class_head: bool) -> None:
+    """Raises ValueError naming both values where the checkpoint was made for another network.
+
+    Args:
+        what: the checkpoint's path, and in words what it holds.
+    """
     configured = {
         "num_blocks": network.num_blocks,
         "num_q": network.num_q,
@@ -350,18 +354,21 @@ def check_agreement(network: EoMT, found: Mapping[str, Any], path: str | Path, l
         "norm_eps": getattr(network.encoder.norm, "eps", None),
     }
     if load_class_head:
-        configured = describe_head(network.state_dict()) | configured | {"num_classes": network.num_classes}
+        # classes before queries: a network for other classes may start one with any number of queries
+        configured = describe_head(network.state_dict()) | {"num_classes": network.num_classes} | configured
     for name, value in configured.items():
         if name not in found or found[name] == value or value is None:
             continue
         remedy = f"set {name}={found[name]}"
-        if name in ("head", "arcface_scale", "num_classes"):
+        if load_class_head and name in ("num_classes", "num_q"):
+            remedy += ", or load_ckpt_class_head=false starts from it, with its queries and a fresh class head"
+        elif name in ("head", "arcface_scale"):
             remedy += ", or load_ckpt_class_head=false to train a fresh class head"
         elif name == "norm_eps":
             remedy = f"set backbone_kwargs={{norm_eps: {found[name]}}}"
         elif name in ("embed_dim", "depth", "num_heads"):
             remedy = "choose the backbone_name (and backbone_kwargs) that the checkpoint was trained with"
-        raise ValueError(f"ckpt_path {path} has {name} {found[name]}, the configuration says {value}: {remedy}")
+        raise ValueError(f"ckpt_path {what} has {name} {found[name]}, the configuration says {value}: {remedy}")
 
 
 def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> None:

@@ -21,11 +21,13 @@ from eomt.settings.backbones import (
     DINOV3,
     MAE,
     NO_EOMT,
+    ROPE_THETA,
     TOLD,
     VIT,
     Backbone,
     plain_vit,
     recognise,
+    rope_theta,
 )
 from eomt.settings.eomt_names import PUBLISHED, program_of
 from eomt.settings.hub import local_path
@@ -38,7 +40,6 @@ FAMILIES = {  # transformers' model_type
     "deit": DEIT,
     "vit": VIT,
 }
-ROPE_THETA = 100.0  # of DINOv3, in timm, too
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,13 @@ def _agreeing(backbone: Backbone, config: Mapping[str, Any], file: Path, path: s
         return backbone
     if backbone.family in (VIT, family):
         backbone = replace(backbone, family=family)
-    rope = config.get("rope_parameters") or {}
     said = {
         "model_type": (config["model_type"], next(kind for kind, name in FAMILIES.items() if name == backbone.family)),
         "hidden_size": (config.get("hidden_size"), backbone.width),
         "num_hidden_layers": (config.get("num_hidden_layers"), backbone.depth),
         "patch_size": (config.get("patch_size"), backbone.patch_size),
         "num_register_tokens": (config.get("num_register_tokens"), backbone.registers),
-        "rope_theta": (config.get("rope_theta", rope.get("rope_theta")), ROPE_THETA),
+        "rope_theta": (rope_theta(config), ROPE_THETA),
         "hidden_act": (None if backbone.gated else config.get("hidden_act"), "gelu"),
     }
     for name, (there, here) in said.items():

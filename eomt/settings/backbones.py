@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from eomt.settings.backbone_names import Names, name_tensors
 
@@ -37,6 +38,7 @@ DEIT_NAMES = {
 TOLD = {f"vit_{size}_patch14_{reg}dinov2" for size in ("small", "base", "large", "giant") for reg in ("", "reg4_")}
 TOLD |= {*DINOV3_NAMES.values(), *DEIT_NAMES.values()}
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
+ROPE_THETA = 100.0  # of DINOv3, in timm, too
 ATTENTION, QKV = re.compile(r"blocks\.\d+\.attn\."), re.compile(r"blocks\.\d+\.attn\.qkv\.weight")
 PATCHES = "patch_embed.proj.weight"
 Shape = Sequence[int]
@@ -138,6 +140,11 @@ def recognise(names: Names, shapes: Mapping[str, Shape]) -> Backbone:
         rotary=rotary,
         distilled=distilled,
     )
+
+
+def rope_theta(config: Mapping[str, Any]) -> Any:
+    """What transformers' config.json says of rotary periods, in the spelling of any version; None without."""
+    return config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
 
 
 def plain_vit(shapes: Mapping[str, Shape]) -> Backbone | None:

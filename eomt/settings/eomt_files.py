@@ -15,7 +15,7 @@ from eomt.files import parse_json, read_json, read_pickle
 from eomt.fingerprints import is_adapter
 from eomt.settings.backbone_files import USUAL, flat, header_shapes, parts_of, places_in
 from eomt.settings.backbone_names import Names, Part, name_tensors
-from eomt.settings.backbones import DINOV2, DINOV3, NO_EOMT, Backbone, plain_vit, recognise
+from eomt.settings.backbones import DINOV2, DINOV3, NO_EOMT, ROPE_THETA, Backbone, plain_vit, recognise, rope_theta
 from eomt.settings.config_check import check_type
 from eomt.settings.eomt_names import BACKBONE, KNOWN, LIGHTLY, PUBLISHED, TRANSFORMERS, bare, name_eomt, program_of
 from eomt.settings.eomt_names import sizes_of as sizes_of_shapes
@@ -28,6 +28,7 @@ CONFIG_TYPES = {
     "id2label": dict[str, str],
     "class_colors": list[list[int]],
     "rope_parameters": dict,
+    "rope_theta": float,
 }
 PROCESSOR_TYPES = {"image_mean": list[float], "image_std": list[float], "do_normalize": bool}
 LIGHTLY_TYPES = {
@@ -298,7 +299,7 @@ def _check_config(file: EomtFile, config_file: Path) -> None:
         "num_register_tokens": (config.get("num_register_tokens"), backbone.registers),
         "id2label": (len(config["id2label"]) if config.get("id2label") else None, sizes.get("num_classes")),
         "hidden_act": (config.get("hidden_act"), "gelu"),
-        "rope_theta": ((config.get("rope_parameters") or {}).get("rope_theta"), 100.0),
+        "rope_theta": (rope_theta(config), ROPE_THETA),
     }
     for name, (there, here) in said.items():
         if there is not None and here is not None and there != here:

@@ -91,6 +91,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.adapters: dict[str, Adapter] = {}  # those not in use, and the base's heads
         self.trained_precision: str | None = None  # of the run that a saved network comes from
         self.artefact_id: str | None = None  # of what was opened or saved last
+        self.merged_from: dict[str, str | None] = {}  # ids of the adapter and the base that were merged
         self.source: str | None = None  # its place on the hub, with its commit, if it was opened from there
         self.lora_settings = chosen.lora
         self.choose_trainable()
