@@ -1,11 +1,15 @@
-"""The command line of `train_with_lora.py`: short flags, which stand for overrides, and `--help`."""
+"""The command line of `train_with_lora.py`: short flags, which stand for overrides; and every script's `--help`."""
 
+import argparse
+import functools
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eomt.command_line import PATH_KEYS, did_you_mean, quote_path, quoted
 
@@ -232,3 +236,82 @@ Short flags and what they stand for
   --multirun            one run for each of model.lora_rank=4,8,16
   --hydra-help          options of Hydra itself
 """
+
+
+# Scripts
+
+WIDTH = 80  # columns that `--help` takes at most
+COMMAND, WORD = re.compile(r" +python "), re.compile(r'(?:-- )?(?:--[\w-]+ [^\s=-][^\s=]*(?!\S)|(?:"[^"]*"|\S)+)')
+ROW = re.compile(r"( *\S+(?: \S+)* {2,})(\S.*)")  # of a table: a name, or several, and what it is
+
+
+def script_parser(description: str | None, epilog: str = "", **options: Any) -> argparse.ArgumentParser:
+    """Returns the parser of a script, whose `--help` looks as `help_style` says."""
+    return argparse.ArgumentParser(**help_style(description, epilog), **options)
+
+
+def help_style(description: str | None = None, epilog: str = "") -> dict[str, Any]:
+    """Returns what argparse needs for a `--help` of at most 80 columns, whatever the screen; see `in_columns`."""
+    width = min(shutil.get_terminal_size().columns - 2, WIDTH)
+    return {
+        "description": in_columns(description or ""),
+        "epilog": in_columns(epilog),
+        "formatter_class": functools.partial(argparse.RawDescriptionHelpFormatter, width=width),
+    }
+
+
+def in_columns(text: str) -> str:
+    """Wraps paragraphs and tables to 80 columns, and lets long commands go on behind a backslash."""
+    return "\n".join(line for block in _blocks(text) for line in _wrapped(block))
+
+
+def _blocks(text: str) -> list[str]:
+    """Paragraphs, rows of tables and commands, each as one line."""
+    blocks: list[str] = []
+    for line in text.strip().splitlines():
+        last = blocks[-1] if blocks else ""
+        row = None if COMMAND.match(last) else ROW.match(last)
+        indent = len(line) - len(line.lstrip())
+        if last.endswith("\\"):
+            blocks[-1] = f"{last[:-1].rstrip()} {line.strip()}"
+        elif (row and line and indent == len(row[1])) or (_is_prose(line) and _is_prose(last)):
+            blocks[-1] = f"{last.rstrip()} {line.strip()}"
+        else:
+            blocks.append(line)
+    return blocks
+
+
+def _is_prose(line: str) -> bool:
+    return bool(line) and not line.startswith(" ") and not line.endswith(":") and not ROW.match(line)
+
+
+def _wrapped(block: str) -> list[str]:
+    """A block in lines."""
+    if len(block) <= WIDTH:
+        return [block]
+    if COMMAND.match(block):
+        return _wrapped_command(*re.split(r" +# ", block, maxsplit=1))
+    row = ROW.match(block)
+    first, rest = (row[1], row[2]) if row else ("", block)
+    fill = textwrap.TextWrapper(WIDTH, first, " " * len(first), break_long_words=False, break_on_hyphens=False)
+    return fill.wrap(rest)
+
+
+def _wrapped_command(command: str, comment: str = "") -> list[str]:
+    """A command in lines that a shell reads as one; its comment stands above, since none may follow a backslash."""
+    lines = [f"  # {comment}"] if comment else []
+    line = ""
+    for word in WORD.findall(command):
+        if len(f"{line} {word} \\") > WIDTH:
+            lines.append(f"{line} \\")
+            line = f"      {word}"
+        else:
+            line = f"{line} {word}" if line else f"  {word}"
+    return [*lines, line]
+
+
+def positive(text: str) -> int:
+    """Reads a number of things; argparse says what is wrong with another text."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
+    return int(text)

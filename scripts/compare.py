@@ -6,7 +6,6 @@ number of steps, and evaluates what the last step left. Run the same command aga
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from eomt.command_line import reports_errors
 from eomt.comparison.evaluations import evaluate_run, report_runs
 from eomt.comparison.matrix import VARIANTS, run_matrix
 from eomt.comparison.watch import watch
+from eomt.flags import help_style, script_parser
 from eomt.processes import Interrupted, Interruption
 from train_with_lora import check_composed
 
@@ -30,7 +30,7 @@ EXAMPLES = f"""examples:
   python scripts/compare.py report outputs/compare/dusk --baseline full
   python scripts/compare.py watch outputs/compare/dusk                   # while it runs
 
-{textwrap.fill("variants: " + ", ".join(VARIANTS) + " (configs/variant/)", 100)}"""
+variants: {", ".join(VARIANTS)} (configs/variant/)"""
 RUN_HELP = """variants=[...]   what trains (default: none, head, lora_r8, lora_r16, full)
 seeds=[...]      default: 0
 images=[...]     numbers of training images, as in images=[16,64,all]: fewer are a part of more (default: all)
@@ -69,13 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line: `run`, `report` or `evaluate`, with what belongs to it."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser = script_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train and evaluate a matrix", description=RUN_HELP, formatter_class=raw)
+    run = commands.add_parser("run", help="train and evaluate a matrix", **help_style(RUN_HELP))
     run.add_argument("overrides", nargs="*", metavar="key=value")
     run.add_argument("--config-name", default="cityscapes", help="of train_with_lora.py (default: %(default)s)")
-    report = commands.add_parser("report", help="one table, plots and pictures: HTML, Markdown, CSV, LaTeX")
+    formats = "one table, plots and pictures: HTML, Markdown, CSV, LaTeX"
+    report = commands.add_parser("report", help=formats, **help_style())
     report.add_argument("runs", nargs="+", type=Path, help="matrix folders, or folders of single runs")
     report.add_argument("--baseline", help="the variant that others are compared to (default: full or baseline)")
     report.add_argument("--score", help="of anomalies, one for the whole table (default: rba)")
@@ -84,12 +84,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--costs", type=Path, metavar="FOLDER", help="take seconds and memory from the runs in it, measured undisturbed"
     )
     report.add_argument("--allow-different", action="store_true", help="mark runs that differ instead of stopping")
-    watching = commands.add_parser("watch", help="the report of a running matrix, in a browser of this machine")
+    watching = commands.add_parser("watch", help="the report of a running matrix, in a browser of this machine", **help_style())
     watching.add_argument("matrix", type=Path, help="its output_dir")
     watching.add_argument("--port", type=int, default=8642, help="of 127.0.0.1; 0: any free one (default: %(default)s)")
     watching.add_argument("--baseline", help="as for report")
     watching.add_argument("--score", help="as for report")
-    evaluate = commands.add_parser("evaluate", help="evaluate a run for the report (run and report do it as needed)")
+    what = "evaluate a run for the report (run and report do it as needed)"
+    evaluate = commands.add_parser("evaluate", help=what, **help_style())
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("source", nargs="*", metavar="key=value", help="the source domain, as in source= above")
     return parser.parse_args(options_first(sys.argv[1:] if argv is None else argv))

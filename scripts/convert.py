@@ -11,6 +11,7 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.exchange.opening import need_transformers, recognised, refuse_size
 from eomt.files import check_place
+from eomt.flags import positive, script_parser
 from eomt.settings.hub import here, named_on_hub, pinned
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
@@ -135,9 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("source", metavar="IN", help="an adapter/ or model/ folder, a checkpoint, another program's file, or user/name")
     add("out", metavar="OUT", type=Path, help="what to write; it must not hold anything yet")
@@ -165,12 +164,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.to in ONE_FILE and args.out.suffix != f".{args.to}":
         parser.error(f"OUT {args.out}: the file is known by its ending; name it {args.out.with_suffix('.' + args.to)}")
     return args
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
-    return int(text)
 
 
 if __name__ == "__main__":

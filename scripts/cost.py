@@ -14,6 +14,7 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.cost.variant_costs import print_costs, variant_costs
 from eomt.files import check_place, write_json
+from eomt.flags import script_parser
 from eomt.settings.compose import compose_run, plain
 
 EXAMPLES = """examples:
@@ -44,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="group=choice key=value", help="as for train_with_lora.py")
     add("--memory", type=float, metavar="GIB", help="what fits a card of this size, and the largest batch")

@@ -9,6 +9,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import did_you_mean, path_in, reports_errors
 from eomt.files import check_place
+from eomt.flags import script_parser
 from eomt.settings.compose import datasets_known, open_data_with_faults
 
 EXAMPLES = """examples:
@@ -100,12 +101,7 @@ def fix(datamodule, view: str) -> bool:  # noqa: ANN001
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line, which names a data set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="dataset_report.py data=NAME [data.key=value ...] [options]",
-    )
+    parser = script_parser(__doc__, EXAMPLES, usage="dataset_report.py data=NAME [data.key=value ...] [options]")
     add = parser.add_argument
     add("overrides", nargs="*", metavar="data=NAME data.key=value", help="as for train_with_lora.py")
     add("--out", type=Path, help="folder to write to (default: outputs/dataset_report/NAME)")

@@ -1,6 +1,5 @@
 """Five minutes on a CPU: a tiny network learns clear weather, then night and fog, with and without LoRA."""
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -11,12 +10,13 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.comparison.demo import run_demo
 from eomt.files import check_place
+from eomt.flags import script_parser
 
 
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or the exit code of the run that failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo") / time.strftime("%Y-%m-%d_%H-%M-%S"))
     parser.add_argument("overrides", nargs="*", help="passed to every run, for example trainer.max_epochs=1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, and where it is from")

@@ -14,6 +14,7 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.diagnosis.report import examine, print_findings, write_findings
 from eomt.files import check_place
+from eomt.flags import script_parser
 
 EXAMPLES = """examples:
   python scripts/doctor.py outputs/lora                               # a run, on its own data
@@ -43,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line, in which only the data can be chosen."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "path", type=Path, metavar="RUN_OR_MODEL", help="a run's folder, its adapter/ or model/ folder, or a checkpoint"

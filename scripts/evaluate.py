@@ -11,6 +11,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
+from eomt.flags import script_parser
 from eomt.reporting.evaluation_report import evaluate_artefact
 
 EXAMPLES = """examples:
@@ -32,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("model", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
     add(

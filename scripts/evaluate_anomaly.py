@@ -14,6 +14,7 @@ from eomt.anomaly.request import choose_benchmarks, parse, variant_to_export
 from eomt.anomaly.scores import variants
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.files import check_place
+from eomt.flags import script_parser
 from eomt.inference.saved import check_artefact, results_of
 
 EXAMPLES = """examples:
@@ -63,12 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s MODEL [KEY=VALUE ...] [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__, EXAMPLES, usage="%(prog)s MODEL [KEY=VALUE ...] [options]")
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, a run's folder, or a checkpoint")
     add("settings", nargs="*", default=[], metavar="KEY=VALUE", help="see below")

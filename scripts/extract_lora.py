@@ -13,6 +13,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.diagnosis.extraction import FACTS, PLOT, RANKS, extract, print_facts
+from eomt.flags import script_parser
 
 EXAMPLES = """examples:
   python scripts/extract_lora.py outputs/full outputs/source/model outputs/extracted --rank 16
@@ -43,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("full", metavar="FULL", type=Path, help="a model/ folder of a full fine-tune, its run's folder or checkpoint")
     add("base", metavar="BASE", help="what it was trained from: an EoMT, a plain backbone, or timm")

@@ -9,6 +9,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.files import check_place, write_json
+from eomt.flags import script_parser
 from eomt.inference.saved import find_weights
 
 PLOTS = (".png", ".jpg", ".pdf", ".svg")
@@ -54,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("path", metavar="PATH", help="an adapter/ or model/ folder, a run's folder, a .ckpt, .safetensors or .bin file")
     add("--base", help="weights to check the adapter against: a file, or a model/ folder")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import _checkout  # noqa: F401
 
 from eomt.command_line import fail, reports_errors
-from eomt.flags import translate_flags
+from eomt.flags import script_parser, translate_flags
 from eomt.launch.arguments import (
     check_training,
     check_training_matrix,
@@ -72,12 +72,7 @@ def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Reads the launcher's own words."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --machine NAME [options] -- ARGUMENTS OF train_with_lora.py",
-    )
+    parser = script_parser(__doc__, EXAMPLES, usage="%(prog)s --machine NAME [options] -- ARGUMENTS")
     parser.add_argument(
         "--machine", required=True, help="T4, L4, L40S, A100, H100_X_8, ... (see `lightning machine list`)"
     )

@@ -10,6 +10,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.files import check_place
+from eomt.flags import script_parser
 from eomt.settings.compose import open_data
 
 EXAMPLES = """examples:
@@ -17,7 +18,7 @@ EXAMPLES = """examples:
   python scripts/make_cut_paste.py --out pasted data=cityscapes data.root=/data/cs data/cut_paste=folder \\
       data.cut_paste.cutouts.root=/data/objects data.cut_paste.probability=1 data.cut_paste.match_color=true
   python scripts/make_cut_paste.py --out pasted --seed 1 data=cityscapes data.root=/data/cs data/cut_paste=coco \\
-      data.cut_paste.cutouts.annotations=/data/coco/annotations/instances_train2017.json \\
+      data.cut_paste.cutouts.annotations=/data/coco/instances_train2017.json \\
       data.cut_paste.cutouts.images=/data/coco/train2017
 
 Writes leftImg8bit/ and gtFine/ (label 254: outlier; validation images as they were), manifest.json and preview.png.
@@ -46,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("overrides", nargs="+", metavar="data=NAME data.key=value", help="as for train_with_lora.py")
     add("--out", type=Path, required=True, help="folder to write; it must not be there")

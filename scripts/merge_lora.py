@@ -13,6 +13,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.diagnosis.merging import merge_and_check
+from eomt.flags import script_parser
 
 EXAMPLES = """examples:
   python scripts/merge_lora.py outputs/lora/adapter outputs/lora/model_merged
@@ -37,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", type=Path, help="an adapter/ folder, a LoRA run's folder, or its checkpoint")
     add("out", metavar="OUT", type=Path, help="folder to write; it must not hold anything yet")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import _checkout  # noqa: F401
 
 from eomt.command_line import fail, reports_errors
+from eomt.flags import positive, script_parser
 
 if TYPE_CHECKING:  # torch and what needs it is imported late: --help answers at once
     from eomt.data.labels import LabelSet
@@ -45,12 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line and checks it as far as it can be without opening a file."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s MODEL INPUT OUTPUT [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__, EXAMPLES, usage="%(prog)s MODEL INPUT OUTPUT [options]")
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, a checkpoint, or an ONNX file")
     add("input", metavar="INPUT", help='an image, a folder of images, a "quoted pattern" of images, or a video')
@@ -60,7 +56,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cityscapes-submission", action="store_true", help="only label ids, named as the benchmark server wants")
     add("--batch-size", type=positive, default=4, metavar="N", help="images per forward (default: %(default)s)")
     add("--workers", type=positive, default=4, metavar="N", help="threads that read and write (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: a GPU if there is one; for ONNX files the CPU",
+    )
     add("--precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
     add("--int8", choices=("weights", "dynamic"), help="round linear layers to 8 bits: weights alone, or inputs, too")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
@@ -81,12 +82,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def is_onnx(path: Path) -> bool:
     return path.suffix.lower() == ".onnx"
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> "Tally":

@@ -14,6 +14,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.exchange.publishing import check_login, check_picture, check_repo, data_name, stage, upload
+from eomt.flags import script_parser
 from eomt.inference.saved import check_artefact, run_of
 from eomt.settings.hub import hub_place, named_on_hub, pinned
 
@@ -80,9 +81,7 @@ def check_opens(draft: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("artefact", metavar="ADAPTER", type=Path, help="an adapter/ or model/ folder, or a run's folder")
     add("repo", metavar="user/name", help="the repository; it is made if it is not there")

@@ -1,0 +1,58 @@
+"""`--help` of every command line fits a screen of 80 columns."""
+
+import argparse
+import runpy
+import sys
+
+import pytest
+from conftest import ROOT
+
+from eomt.flags import help_text, in_columns, positive
+
+SCRIPTS = [path.name for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "_checkout.py"]
+COMMANDS = [(name,) for name in SCRIPTS] + [("compare.py", command) for command in ("run", "report", "evaluate")]
+
+
+def too_wide(text):
+    return [line for line in text.splitlines() if len(line) > 80]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_help_of_every_script_is_at_most_80_columns_wide_on_any_screen(words, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [words[0], *words[1:], "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / words[0]), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and printed.startswith("usage:") and not too_wide(printed)
+
+
+def test_the_help_of_training_is_at_most_80_columns_wide():
+    assert not too_wide(help_text(ROOT / "configs"))
+
+
+def test_a_long_command_goes_on_behind_a_backslash_and_its_comment_stands_above():
+    command = 'python scripts/x.py first "a quoted word with spaces" second=[1,2,3] third=4 --option value'
+    assert in_columns(f"examples:\n  {command}   # why\n  python y.py   # short") == (
+        "examples:\n"
+        "  # why\n"
+        '  python scripts/x.py first "a quoted word with spaces" second=[1,2,3] third=4 \\\n'
+        "      --option value\n"
+        "  python y.py   # short"
+    )
+
+
+def test_paragraphs_and_tables_are_wrapped_and_stay_apart():
+    text = f"{'word ' * 20}\n{'more ' * 3}\n\nname     {'what ' * 20}\n         it is\nother    short"
+    lines = in_columns(text).splitlines()
+    assert not too_wide("\n".join(lines)) and lines[2] == ""
+    assert lines[3].startswith("name     what") and lines[4].startswith("         what")
+    assert lines[4].endswith("it is") and lines[-1] == "other    short"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", ""])
+def test_a_number_of_things_is_a_whole_one_from_1_on(text):
+    assert positive("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError, match="give a whole number from 1 on"):
+        positive(text)
