@@ -39,9 +39,11 @@ def check_room(path: str | Path, needed: int) -> None:
         raise _no_room(path, f"{_size(needed)} are needed", shutil.disk_usage(place).free)
 
 
-def check_place(path: str | Path, of_file: bool = False) -> None:
-    """Raises OSError where a folder, or a file, cannot be written at `path`, as far as that is known before."""
+def check_place(path: str | Path, of_file: bool = False, empty: bool = False) -> None:
+    """Raises OSError where a folder or file cannot be written, as far as is known; ValueError if it is not `empty`."""
     path, wanted = Path(path), "file" if of_file else "folder"
+    if empty and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise ValueError(f"{path} exists and is not empty: choose a new {wanted}")
     if path.exists() and not (path.is_file() if of_file else path.is_dir()):
         raise OSError(f"{path} is {'a file' if path.is_file() else 'no file'}: name a {wanted}")
     try:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
-from eomt.exchange.opening import need_transformers, recognised, refuse_size
+from eomt.exchange.extras import require
+from eomt.exchange.opening import recognised, refuse_size
 from eomt.files import check_place
 from eomt.flags import positive, script_parser
 from eomt.settings.hub import here, named_on_hub, pinned
@@ -53,7 +54,7 @@ def to_adapter(args: argparse.Namespace) -> None:
 
 def to_hf(args: argparse.Namespace) -> None:
     """A folder that transformers opens."""
-    need_transformers()  # before the network is opened
+    require("hf", "--to hf", "transformers")  # before the network is opened
     from eomt.exchange.hf import write_hf
 
     difference = write_hf(open_network(args), args.out)
@@ -62,8 +63,6 @@ def to_hf(args: argparse.Namespace) -> None:
 
 def to_onnx(args: argparse.Namespace) -> None:
     """One ONNX file."""
-    from eomt.exchange.extras import require
-
     require("onnx", "--to onnx", *TOOLS)
     network, crops = open_with_crops(args)
     from eomt.exchange.onnx_export import export_onnx
@@ -123,9 +122,7 @@ def open_network(args: argparse.Namespace) -> "MaskClassificationSemantic":
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
     args = parse(argv)
-    check_place(args.out, of_file=args.to in ONE_FILE)
-    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
-        raise ValueError(f"{args.out} exists and is not empty: choose a new place")
+    check_place(args.out, of_file=args.to in ONE_FILE, empty=True)
     place = named_on_hub(args.source)
     args.source = here(args.source)
     print(f"{pinned(str(place)) if place else args.source}: {recognised(args.source)}")

@@ -105,3 +105,11 @@ def test_without_transformers_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
     with pytest.raises(ImportError, match=r"eomt-lora\[hf\]"):
         write_hf(module, tmp_path)
+
+
+def test_writing_for_transformers_prints_no_bars_and_leaves_them_as_they_were(tmp_path, capfd):
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    before = is_progress_bar_enabled()
+    write_hf(network_of(REGISTERS), tmp_path)
+    assert capfd.readouterr() == ("", "") and is_progress_bar_enabled() == before

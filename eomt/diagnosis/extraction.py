@@ -93,9 +93,7 @@ def check_request(full: Path, base: str, out: Path, ranks: Sequence[int]) -> Pat
     """
     if wrong := [rank for rank in ranks if rank < 1]:
         raise ValueError(f"rank {wrong[0]}: at least 1")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: choose a new folder")
-    check_place(out)
+    check_place(out, empty=True)
     full = check_artefact(full)
     if full.is_dir() and read_config(full)["init"].get("use_lora"):
         raise ValueError(f"{full} is an adapter already: give the model/ folder of a full fine-tune")

@@ -35,9 +35,7 @@ def merge_and_check(
     Raises:
         ValueError, OSError: the adapter, the images or `out` are not what they should be, or the networks disagree.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: choose a new folder")
-    check_place(out)
+    check_place(out, empty=True)
     adapter = check_artefact(adapter)
     pictures = check_images(images, run_of(adapter))
     nothing = f"{adapter} is a whole network, not an adapter: there is nothing to merge"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from eomt.exchange.opening import need_transformers
+from eomt.exchange.extras import require
 from eomt.files import check_room, replacing_files
 from eomt.fingerprints import first_misfit
 from eomt.models.eomt import EoMT
@@ -55,10 +57,15 @@ def write_hf(module: MaskClassificationSemantic, directory: str | Path) -> float
         ImportError: transformers is not installed. OSError: the disk has no room.
         ValueError: transformers' EoMT cannot be this network; nothing is written.
     """
-    need_transformers()
+    require("hf", "--to hf", "transformers")
+    check_kind(module)
+    with quietly():
+        return _write_checked(module, directory)
+
+
+def _write_checked(module: MaskClassificationSemantic, directory: str | Path) -> float:
     import transformers
 
-    check_kind(module)
     rotary = is_rotary(module.network)
     kind = "EomtDinov3" if rotary else "Eomt"
     if not hasattr(transformers, f"{kind}ForUniversalSegmentation"):
@@ -72,6 +79,24 @@ def write_hf(module: MaskClassificationSemantic, directory: str | Path) -> float
         model.save_pretrained(draft)
         processor_of(module, transformers).save_pretrained(draft)
     return difference
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the notes that importing transformers prints where torchao is installed, and without its bars."""
+    notes = logging.getLogger("torch.utils._pytree")
+    level = notes.level
+    notes.setLevel(logging.ERROR)
+    try:
+        from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+        had_bars = is_progress_bar_enabled()
+        disable_progress_bar()
+        yield
+        if had_bars:
+            enable_progress_bar()
+    finally:
+        notes.setLevel(level)
 
 
 def is_rotary(network: EoMT) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,12 +20,6 @@ if TYPE_CHECKING:  # mistakes are told before torch is there
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 OWN_SETTINGS = {"img_size", "num_classes", "num_q"}  # in this project's checkpoints
-
-
-def need_transformers() -> None:
-    """Raises ImportError naming the extra where transformers is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError("transformers is not installed: pip install 'eomt-lora[hf]'")
 
 
 def is_ours(path: str | Path) -> bool:
