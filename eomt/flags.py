@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eomt.command_line import PATH_KEYS, did_you_mean, quote_path, quoted
+from eomt.places import as_typed
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,10 @@ Short flags and what they stand for
 # Scripts
 
 WIDTH = 80  # columns that `--help` takes at most
-COMMAND, WORD = re.compile(r" +python "), re.compile(r'(?:-- )?(?:--[\w-]+ [^\s=-][^\s=]*(?!\S)|(?:"[^"]*"|\S)+)')
+COMMAND, WORD = (
+    re.compile(r" +(python|eomt) "),
+    re.compile(r'(?:-- )?(?:--[\w-]+ [^\s=-][^\s=]*(?!\S)|(?:"[^"]*"|\S)+)'),
+)
 ROW = re.compile(r"( *\S+(?: \S+)* {2,})(\S.*)")  # of a table: a name, or several, and what it is
 
 
@@ -261,8 +265,11 @@ def help_style(description: str | None = None, epilog: str = "") -> dict[str, An
 
 
 def in_columns(text: str) -> str:
-    """Wraps paragraphs and tables to 80 columns, and lets long commands go on behind a backslash."""
-    return "\n".join(line for block in _blocks(text) for line in _wrapped(block))
+    """Wraps paragraphs and tables to 80 columns, and lets long commands go on behind a backslash.
+
+    Commands are named as the user has them.
+    """
+    return "\n".join(line for block in _blocks(as_typed(text)) for line in _wrapped(block))
 
 
 def _blocks(text: str) -> list[str]:

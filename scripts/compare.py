@@ -84,7 +84,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--costs", type=Path, metavar="FOLDER", help="take seconds and memory from the runs in it, measured undisturbed"
     )
     report.add_argument("--allow-different", action="store_true", help="mark runs that differ instead of stopping")
-    watching = commands.add_parser("watch", help="the report of a running matrix, in a browser of this machine", **help_style())
+    what = "the report of a running matrix, in a browser of this machine"
+    watching = commands.add_parser("watch", help=what, **help_style())
     watching.add_argument("matrix", type=Path, help="its output_dir")
     watching.add_argument("--port", type=int, default=8642, help="of 127.0.0.1; 0: any free one (default: %(default)s)")
     watching.add_argument("--baseline", help="as for report")
