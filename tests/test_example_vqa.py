@@ -489,6 +489,10 @@ def test_a_checkpoint_holds_what_trains_alone_and_one_that_is_not_whole_is_said(
     assert not [name for name in content if ".base_layer." in name or "encoder.layers.0.fc1" in name]
     assert any("lora_A" in name for name in content) and any("decoder" in name for name in content)
     shutil.copytree(both, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
+    tensors = load_file(both / "base.safetensors")
+    tensors["vision.layernorm.weight"] += 1
+    save_file(tensors, tmp_path / "run/base.safetensors")
+    assert "beside other frozen weights" in error(capsys, "--output_dir", tmp_path / "run", "--resume")
     for path in (tmp_path / "run/checkpoints").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:-100])
     assert "no whole checkpoint" in error(capsys, "--output_dir", tmp_path / "run", "--resume")
@@ -654,6 +658,9 @@ def test_more_flags_reach_the_run(small, scenes, tmp_path):
         (["--compare", "--use_text_lora"], "--compare sets --use_text_lora itself"),
         (["--ablate", "4", "--text_lora_r", 8], "leave --text_lora_r out"),
         (["--ablate", "4", "--lora_preset", "small"], "leave --lora_preset out"),
+        (["--compare", "--seeds", "0,-1"], "--seed -1: it must be at least 0"),
+        (["--seed", 2**32], "--seed 4294967296: it must be below"),
+        (["--sample_every", 3, "--epochs", 2], "--sample_every 3 does nothing in --epochs 2"),
         (["--ablate", "4", "--train_all"], "--ablate is of LoRA, and --train_all freezes nothing"),
         (["--ablate", "4", "--use_vision_lora", "--text_lora_dropout", 0.2], "--text_lora_dropout does nothing beside"),
         (["--compare", "--use_type_loss"], "--use_type_loss does nothing without --use_text_lora"),
@@ -700,19 +707,22 @@ def test_wandb_is_a_choice(tmp_path):
 
 def test_transformers_missing_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"transformers.*pip install eomt-lora\[hf\]"):
+    with pytest.raises(ImportError, match=r"transformers.*pip install eomt-lora\[vqa\]"):
         build_vision(read_config("tiny"))
 
 
 def test_the_table_has_a_row_for_each_variant_and_keeps_runs_that_are_there(small, tmp_path, capsys):
     table = ["--config", small, *RUN, "--epochs", 1, "--ablate", "2,4", "--seeds", "0,1", "--lora_lr", 1e-2]
-    table += ["--use_vision_lora", "--output_dir", tmp_path / "table"]
+    table += ["--use_vision_lora", "--unfreeze_encoder_layers", 1, "--output_dir", tmp_path / "table"]
     assert train_no_latent.main(list(map(str, table))) == 0
     results = json.loads((tmp_path / "table/results.json").read_text())
     rows = {row["variant"]: row for row in results["rows"]}
     assert [*rows] == ["rank 2", "rank 4"] and len(rows["rank 4"]["em_of_seeds"]) == 2
     assert (rows["rank 2"]["adapters"], rows["rank 4"]["adapters"]) == (576, 1152)
     assert rows["rank 2"]["to_first"] == 0 and "no measurable difference" in (tmp_path / "table/results.md").read_text()
+    assert rows["rank 4"]["rates"] == {"lr": 1e-2, "lora_lr": 1e-2, "weight_decay": 0.01}
+    assert rows["rank 4"]["adapters_have"]["vision"]["rank"] == 4 and results["seeds"] == [0, 1]
+    assert results["machine"]["processor"] and results["versions"]["transformers"] and results["commands"]
     before = (tmp_path / "table/rank_2/seed_1/summary.json").stat().st_mtime_ns
     assert train_no_latent.main(list(map(str, table))) == 0
     assert (tmp_path / "table/rank_2/seed_1/summary.json").stat().st_mtime_ns == before

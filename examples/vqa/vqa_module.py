@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from vqa_scores import Answered, Score, scores_by_type, type_accuracy
 from vqa_tokens import decode
 
+from eomt.fingerprints import combine_hashes, hash_tensors
 from eomt.lora.groups import parameter_groups
 from eomt.training.adapter_checkpoints import leave_out_frozen, put_back_frozen
 from eomt.training.schedules import lr_factor
@@ -97,10 +99,18 @@ class VQAModule(LightningModule):
         """The names of what trains, all those of tensors that are tied."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
+    @cached_property
+    def frozen(self) -> str:
+        """A fingerprint of what does not train, taken once."""
+        return combine_hashes(hash_tensors({n: p.detach() for n, p in self.named_parameters() if not p.requires_grad}))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         leave_out_frozen(checkpoint, self.trained_keys())
+        checkpoint["frozen"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("frozen") != self.frozen:
+            raise ValueError("the checkpoint was trained beside other frozen weights than base.safetensors holds now")
         put_back_frozen(checkpoint, self.trained_keys(), self.state_dict())
 
 

@@ -170,6 +170,11 @@ def _check_numbers(settings: Settings) -> None:
     for name, least in at_least.items():
         if (value := getattr(settings, name)) is not None and value < least:
             raise ValueError(f"--{name} {value}: it must be at least {least}")
+    if settings.sample_every > settings.epochs:
+        raise ValueError(f"--sample_every {settings.sample_every} does nothing in --epochs {settings.epochs}")
+    for name in ("seed", "data_seed"):
+        if (value := getattr(settings, name)) >= 2**32:
+            raise ValueError(f"--{name} {value}: it must be below 2**32")
     for name in ("lr", "lora_lr"):
         if (value := getattr(settings, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value:g}: it must be above 0, for example 5e-5")
@@ -188,7 +193,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{one.name}", action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         known = "" if one.default is None else f" (default: {one.default})"
-        parser.add_argument(f"--{one.name}", type=kind, choices=choices, default=argparse.SUPPRESS, help=text + known)
+        metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+        parser.add_argument(
+            f"--{one.name}", type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=text + known
+        )
 
 
 def settle(given: Mapping[str, Any]) -> Settings:

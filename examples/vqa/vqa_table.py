@@ -93,6 +93,8 @@ def tabulate(
     planned = {name: replace(settings, **changes) for name, changes in variants.items()}  # errors come first
     for own in planned.values():
         check_network(own)
+        for seed in seeds:
+            replace(own, seed=seed)
     from eomt.reporting.run_summary import provenance
 
     origin = provenance(seeds)
@@ -183,7 +185,18 @@ def markdown(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     said = [f"- {reading(row, rows[0]['variant'])}" for row in rows[1:]]
     note = f"Means over {seeds} seed{'s' * (seeds > 1)}; intervals are over questions, not over seeds."
-    return "\n".join([*lines, "", note, "", *said, ""])
+    return "\n".join([*lines, "", note, "", *said, "", *type_lines(rows), ""])
+
+
+def type_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the types of questions."""
+    kinds = [kind for kind in rows[0]["em_of_types"] if kind != "all"]
+    lines = ["Exact match by type, with the picture and with a blank one:", "", f"| variant | {' | '.join(kinds)} |"]
+    lines.append("|---" * (len(kinds) + 1) + "|")
+    for row in rows:
+        both = [(row["em_of_types"][kind], row["blank_em_of_types"][kind]) for kind in kinds]
+        lines.append(f"| {row['variant']} | {' | '.join(f'{em:.1f}, {blank:.1f}' for em, blank in both)} |")
+    return lines
 
 
 def reading(row: Mapping[str, Any], first: str) -> str:

@@ -36,7 +36,7 @@ def import_transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "this example needs the package transformers, which cannot be imported here: pip install eomt-lora[hf]"
+            "this example needs the package transformers, which cannot be imported here: pip install eomt-lora[vqa]"
         ) from error
     return transformers
 
