@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import unicodedata
@@ -607,7 +608,9 @@ def test_help_fits_a_screen_of_80_columns(script, monkeypatch, capsys):
     assert not [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
 
 
-def test_more_flags_reach_the_run(small, scenes, tmp_path):
+def test_more_flags_reach_the_run_and_it_is_scored_on_its_device(small, scenes, tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(DeterministicVQA, "to", lambda self, place: places.append(place))
     data = [scenes / "questions.csv", scenes / "images"]
     weights = tmp_path / "weights.json"
     assert compute_answer_weights.main(["--train_csv", str(data[0]), "--output", str(weights)]) == 0
@@ -618,6 +621,7 @@ def test_more_flags_reach_the_run(small, scenes, tmp_path):
     flags += ["--precision", "bf16-mixed", "--unfreeze_encoder_layers", 0, "--unfreeze_decoder", *STEPS]
     flags += ["--config", small, "--output_dir", tmp_path / "run"]
     assert train_no_latent.main([*map(str, flags)]) == 0
+    assert places == [torch.device("cpu")]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert "val/loss" in summary["kept"] and (tmp_path / "run/tensorboard").is_dir()
     model, _ = load_model(tmp_path / "run/model")
@@ -749,6 +753,16 @@ def test_a_gain_that_one_seed_does_not_have_is_no_gain():
     row = {"variant": "both", "to_first": 1.4, "to_first_interval": (0.1, 2.9), "to_first_of_seeds": [3.3, -0.4]}
     assert reading(row, "frozen") == "both: seeds disagree about it and frozen (+3.3, -0.4)"
     assert reading({**row, "to_first_of_seeds": [2, 0.8]}, "frozen") == "both: 1.4 points above frozen"
+
+
+def test_the_readme_shows_what_results_json_holds_and_how_it_was_made():
+    from vqa_table import markdown
+
+    readme, results = (EXAMPLE / "README.md").read_text(), json.loads((EXAMPLE / "results.json").read_text())
+    shown = readme.split("<!-- results.json -->\n")[1].split("<!-- end of results.json -->")[0]
+    assert shown.strip() == markdown(results["rows"], len(results["seeds"])).strip()
+    commands = re.sub(r" \\\n +", " ", readme)
+    assert all(command.removeprefix("python ") in commands for command in results["commands"])
 
 
 def test_the_lightning_module_is_short():

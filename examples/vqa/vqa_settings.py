@@ -14,14 +14,8 @@ from lora_config import PRESETS, LoRASettings, preset_for
 
 PARTS = ("vision", "text")
 LORA = {"vision": (8, 16.0, 0.1), "text": (16, 32.0, 0.1)}  # rank, alpha and dropout, unless told otherwise
-MAY_DIFFER = (
-    "output_dir",
-    "resume",
-    "num_workers",
-    "logger",
-    "sample_every",
-    "analyze_dataset",
-)  # of a run that goes on
+# what may be told a run that goes on
+MAY_DIFFER = ("output_dir", "resume", "num_workers", "logger", "sample_every", "analyze_dataset")
 DRAWN = "drawn"  # --start: a network that learns scenes by day before
 EITHER_LORA = ("use_vision_lora", "use_text_lora")
 NEEDS = {  # flags that do nothing without one of these

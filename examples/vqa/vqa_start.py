@@ -95,7 +95,7 @@ def check_network(settings: Settings) -> None:
 
 
 def drawn_source(settings: Settings, folder: Path) -> Path:
-    """`model/` of a network that is trained in full on scenes by day, which others than those of the run are."""
+    """`model/` of a network that is trained in full on scenes by day, of another seed than those of the run."""
     kept = ("config", "img_size", "batch_size", "gradient_accumulation_steps", "lr", "dropout", "weight_decay", "seed")
     kept += ("scheduler", "use_type_loss", "precision", "num_workers")
     source = Settings(
