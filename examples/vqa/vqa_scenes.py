@@ -39,7 +39,7 @@ def draw(answers: Sequence[str], size: int, domain: str, dice: random.Random) ->
     """A scene of which these are shape, number, colour and place."""
     shape, number, colour, place = answers
     ground = dice.randint(*DOMAINS[domain])
-    dim = 1.0 if domain == "day" else dice.uniform(0.45, 0.7)
+    dim = 1.0 if domain == "day" else dice.uniform(0.2, 0.4)
     picture = Image.new("RGB", (size, size), (ground, ground, min(ground + 10, 255)))
     paint = ImageDraw.Draw(picture)
     paint.fontmode = "L"

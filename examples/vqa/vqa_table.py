@@ -110,6 +110,9 @@ def tabulate(
     commits = sorted({str(summary["git_commit"]) for summary in summaries})
     origin |= {"git_commit": " and ".join(commits), "versions": summaries[0]["versions"]}  # some may be of earlier days
     facts = {"what": WHAT, **origin, "settings": settings.as_dict(), "rows": rows}
+    if settings.start == DRAWN:
+        source = read_json(folder / "source" / "summary.json")
+        facts["source"] = {name: source[name] for name in ("scores", "cpu_seconds", "rates", "settings", "git_commit")}
     write_json(folder / "results.json", facts)
     write_text(folder / "results.md", markdown(rows, len(seeds)))
     print(f"\n{markdown(rows, len(seeds))}")
