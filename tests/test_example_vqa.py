@@ -733,6 +733,12 @@ def test_the_table_has_a_row_for_each_variant_and_keeps_runs_that_are_there(smal
     assert "now it is" in error(capsys, *table, "--epochs", 2)
 
 
+def test_a_table_says_before_its_first_run_that_an_encoder_has_too_few_layers(small, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(Path(small).read_text().replace("encoder_layers: 3", "encoder_layers: 2"))
+    said = error(capsys, "--compare", "--config", tmp_path / "c.yaml", "--output_dir", tmp_path / "table")
+    assert "--unfreeze_encoder_layers 3: the text encoder has 2" in said and not (tmp_path / "table").exists()
+
+
 def test_the_comparison_is_of_what_trains():
     from vqa_table import VARIANTS, of_parts
 

@@ -77,9 +77,16 @@ def check_network(settings: Settings) -> None:
     """Warns of frozen weights that are random.
 
     Raises:
-        ValueError: the decoder's are. FileNotFoundError: there is no configuration, or no file of weights.
+        ValueError: the decoder's are, or the text encoder has fewer layers than are to train.
+        FileNotFoundError: there is no configuration, or no file of weights.
     """
-    read_config(settings.config)
+    layers = read_config(settings.config).text.get("encoder_layers", 12)  # as MBartConfig has it
+    sized_here = not settings.pretrained and settings.start in (None, DRAWN)
+    if sized_here and settings.unfreeze_encoder_layers > layers:
+        raise ValueError(
+            f"--unfreeze_encoder_layers {settings.unfreeze_encoder_layers}: the text encoder has {layers}, give 0 to "
+            f"{layers}"
+        )
     for name in ("vision_weights", "start"):
         if (path := getattr(settings, name)) and path != DRAWN and not Path(path).exists():
             raise FileNotFoundError(f"--{name} {path}: there is no such file or folder")
