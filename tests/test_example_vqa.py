@@ -726,6 +726,7 @@ def test_the_table_has_a_row_for_each_variant_and_keeps_runs_that_are_there(smal
     assert rows["rank 2"]["to_first"] == 0 and "no measurable difference" in (tmp_path / "table/results.md").read_text()
     assert rows["rank 4"]["rates"] == {"lr": 1e-2, "lora_lr": 1e-2, "weight_decay": 0.01}
     assert rows["rank 4"]["adapters_have"]["vision"]["rank"] == 4 and results["seeds"] == [0, 1]
+    assert 0 < rows["rank 2"]["most_common_em_of_types"]["object"] <= 100
     assert results["machine"]["processor"] and results["versions"]["transformers"] and results["commands"]
     before = (tmp_path / "table/rank_2/seed_1/summary.json").stat().st_mtime_ns
     assert train_no_latent.main(list(map(str, table))) == 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vqa_questions import TYPES
 from vqa_scenes import write_scenes
 from vqa_scores import exact_match, interval, span
 from vqa_settings import DRAWN, PARTS, Settings
@@ -152,6 +154,7 @@ def table_rows(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
                 "em_of_seeds": seeds,
                 "em_of_types": by_type(summaries, "em"),
                 "blank_em_of_types": by_type(summaries, "blank_em"),
+                "most_common_em_of_types": most_common(places[0]),
                 "blank_em": float(blank.mean()),
                 "to_first": float((em - first).mean()),
                 "to_first_interval": interval(em - first),
@@ -170,6 +173,14 @@ def by_type(summaries: Sequence[Mapping[str, Any]], name: str) -> dict[str, floa
         kind: float(np.mean([summary["scores"][kind][name] for summary in summaries]))
         for kind in summaries[0]["scores"]
     }
+
+
+def most_common(place: Path) -> dict[str, float]:
+    """What always giving the most common answer of a type would score on a run's questions."""
+    answers: dict[str, Counter] = {name: Counter() for name in TYPES}
+    for row in read_json(place / "predictions.json")["questions"]:
+        answers[TYPES[row["type"]]][row["answer"]] += 1
+    return {name: 100 * max(each.values()) / each.total() for name, each in answers.items() if each}
 
 
 def matches(place: Path, key: str) -> list[float]:
@@ -199,6 +210,8 @@ def type_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         both = [(row["em_of_types"][kind], row["blank_em_of_types"][kind]) for kind in kinds]
         lines.append(f"| {row['variant']} | {' | '.join(f'{em:.1f}, {blank:.1f}' for em, blank in both)} |")
+    common = rows[0]["most_common_em_of_types"]
+    lines.append(f"| always the most common answer | {' | '.join(f'{common[kind]:.1f}' for kind in kinds)} |")
     return lines
 
 
