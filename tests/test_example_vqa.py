@@ -4,12 +4,18 @@ reach."""
 import csv
 import json
 import os
+import random
+import re
+import shutil
 import sys
 import unicodedata
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_config import LoRASettings, find_targets
@@ -22,11 +28,14 @@ import eval_no_latent  # noqa: E402
 import train_no_latent  # noqa: E402
 import vqa_scenes  # noqa: E402
 import vqa_scores  # noqa: E402
+import vqa_start  # noqa: E402
 from model_no_latent import TARGETS, DeterministicVQA  # noqa: E402
+from vqa_callbacks import MONITOR, Checkpoints  # noqa: E402
 from vqa_config import VQAConfig, read_config  # noqa: E402
+from vqa_data import read_picture  # noqa: E402
 from vqa_files import load_model, start_of  # noqa: E402
 from vqa_questions import Question, find_pictures, read_questions, split  # noqa: E402
-from vqa_settings import Settings, settle  # noqa: E402
+from vqa_settings import IDLE_WITH, NEEDS, Settings, settle  # noqa: E402
 from vqa_tokens import decode, encode_answers, open_tokenizer, train_tokenizer  # noqa: E402
 from vqa_weights import build_language, build_vision  # noqa: E402
 
@@ -37,7 +46,8 @@ img_size: 16
 fusion_layers: 1
 fusion_heads: 2
 """
-RUN = ["--scenes", "6", "--val_split", "0.34", "--epochs", "2", "--batch_size", "4", "--lr", "1e-2"]
+STEPS = ["--epochs", "2", "--batch_size", "4", "--lr", "1e-2"]
+RUN = ["--scenes", "6", "--val_split", "0.34", *STEPS]
 LORA = ["--use_vision_lora", "--vision_lora_r", "2", "--use_text_lora", "--text_lora_r", "4"]
 
 
@@ -111,7 +121,7 @@ def test_only_adapters_and_what_is_new_train_unless_the_decoder_is_asked_for(sma
     model.freeze_pretrained(unfreeze_decoder=False)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trained if "lora_" not in name} == {
-        name for name, _ in model.named_parameters() if name.startswith(("projection", "fusion"))
+        name for name, _ in model.named_parameters() if name.startswith(("projection", "places", "fusion"))
     }
     assert any("vision" in name for name in trained) and any("model.encoder" in name for name in trained)
 
@@ -327,6 +337,20 @@ def test_scenes_are_the_same_for_the_same_seed_and_ask_all_types_unequally(tmp_p
         vqa_scenes.write_scenes(tmp_path / "a", 61, seed=3, size=16)
 
 
+@pytest.mark.parametrize("place", vqa_scenes.PLACES)
+@pytest.mark.parametrize("number", vqa_scenes.COUNTS)
+def test_where_the_shapes_lie_has_one_answer(place, number):
+    across = place in ("phía trên", "phía dưới")  # the other axis says nothing about it
+    for seed in range(20):
+        picture = vqa_scenes.draw(("hình tròn", number, "màu đỏ", place), 48, "day", random.Random(seed))
+        rows, columns = np.nonzero(
+            np.abs(np.asarray(picture, int) - np.asarray(picture.getpixel((24, 24)))).sum(2) > 30
+        )
+        y, x = ((found.min() + found.max()) / 94 for found in (rows, columns))
+        assert 0.42 < (x if across else y) < 0.58
+        assert {"bên trái": x < 0.3, "bên phải": x > 0.7, "phía trên": y < 0.3, "phía dưới": y > 0.7}[place]
+
+
 def test_scenes_and_weights_have_command_lines(tmp_path, capsys):
     assert vqa_scenes.main([str(tmp_path / "s"), "--scenes", "3", "--size", "16"]) == 0
     assert "name a new folder" in error(capsys, tmp_path / "s", main=vqa_scenes.main)
@@ -408,8 +432,6 @@ def test_another_run_starts_from_a_trained_network_with_its_adapters_merged(both
 
 
 def test_a_network_on_another_base_is_refused(both, tmp_path):
-    import shutil
-
     shutil.copytree(both / "model", tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "base.safetensors")
     tensors["vision.layernorm.weight"] += 1
@@ -418,25 +440,177 @@ def test_a_network_on_another_base_is_refused(both, tmp_path):
         load_model(tmp_path / "model")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(small, both, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_weights_in_another_place_too(
+    small, both, tmp_path, monkeypatch, capsys
+):
     import vqa_module
 
-    start = vqa_module.VQAModule.on_train_epoch_start
+    start, run = vqa_module.VQAModule.on_train_epoch_start, ["--unfreeze_decoder", *LORA]
+    for epoch, said in ((0, "no epoch was finished: begin again"), (1, f"--output_dir {tmp_path / 'run'} --resume")):
 
-    def stop(self):
-        start(self)
-        if self.current_epoch == 1:
-            raise KeyboardInterrupt
+        def stop(self, epoch=epoch):
+            start(self)
+            if self.current_epoch == epoch:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(vqa_module.VQAModule, "on_train_epoch_start", stop)
-        assert train(small, tmp_path / "run", *LORA, "--unfreeze_decoder") == 130
-    assert train_no_latent.main(["--output_dir", str(tmp_path / "run"), "--resume"]) == 0
-    whole, again = (load_file(f / "model" / "rest.safetensors") for f in (both, tmp_path / "run"))
+        with monkeypatch.context() as patch:
+            patch.setattr(vqa_module.VQAModule, "on_train_epoch_start", stop)
+            assert train(small, tmp_path / "run", *run) == 130
+        assert said in capsys.readouterr().out
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    content = torch.load(tmp_path / "moved/checkpoints/last.ckpt", weights_only=True)
+    content["callbacks"]["Clock"]["cpu_seconds"] += 1000
+    torch.save(content, tmp_path / "moved/checkpoints/last.ckpt")
+    assert train_no_latent.main(["--output_dir", str(tmp_path / "moved"), "--resume"]) == 0
+    whole, again = (load_file(f / "model" / "rest.safetensors") for f in (both, tmp_path / "moved"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert json.loads((tmp_path / "moved/summary.json").read_text())["cpu_seconds"] > 1000
+    with (both / "metrics.csv").open() as one, (tmp_path / "moved/metrics.csv").open() as other:
+        assert [row["step"] for row in csv.DictReader(one)] == [row["step"] for row in csv.DictReader(other)]
 
 
-def test_more_flags_reach_the_run(small, scenes, tmp_path):
+def test_the_best_epoch_is_known_in_a_folder_that_was_moved(tmp_path):
+    old, new = (Checkpoints(tmp_path / name, filename="best", monitor=MONITOR) for name in ("old", "new"))
+    path = str(tmp_path / "old" / "best.ckpt")
+    old.best_model_score, old.best_model_path, old.best_k_models = torch.tensor(3.0), path, {path: torch.tensor(3.0)}
+    new.load_state_dict(old.state_dict())
+    here = str(tmp_path / "new" / "best.ckpt")
+    assert (new.best_model_score, new.best_model_path, [*new.best_k_models]) == (3, here, [here])
+
+
+def test_a_finished_run_that_is_resumed_says_what_is_there(both, capsys):
+    before = {name: (both / name).read_bytes() for name in ("summary.json", "metrics.csv", "checkpoints/last.ckpt")}
+    assert train_no_latent.main(["--output_dir", str(both), "--resume"]) == 0
+    assert "| all | 8 |" in capsys.readouterr().out
+    assert before == {name: (both / name).read_bytes() for name in before}
+
+
+def test_a_checkpoint_holds_what_trains_alone_and_one_that_is_not_whole_is_said(small, both, tmp_path, capsys):
+    content = torch.load(both / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in content if ".base_layer." in name or "encoder.layers.0.fc1" in name]
+    assert any("lora_A" in name for name in content) and any("decoder" in name for name in content)
+    shutil.copytree(both, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
+    tensors = load_file(both / "base.safetensors")
+    tensors["vision.layernorm.weight"] += 1
+    save_file(tensors, tmp_path / "run/base.safetensors")
+    assert "beside other frozen weights" in error(capsys, "--output_dir", tmp_path / "run", "--resume")
+    for path in (tmp_path / "run/checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert "no whole checkpoint" in error(capsys, "--output_dir", tmp_path / "run", "--resume")
+    assert "holds a run" in error(capsys, "--output_dir", tmp_path / "run", "--unfreeze_decoder")
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_questions_are_scored_where_the_network_was_trained(both, monkeypatch, gpu):
+    places = []
+    monkeypatch.setattr(DeterministicVQA, "to", lambda self, place: places.append(str(place)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    data = ["--csv", str(both / "scenes/questions.csv"), "--image_dir", str(both / "scenes/images")]
+    assert eval_no_latent.main(["--model_path", str(both / "model"), *data]) == 0
+    assert places == ["cuda" if gpu else "cpu"]
+
+
+def test_flags_of_adapters_and_pictures_reach_a_run_on_pretrained_parts(small, scenes, tmp_path):
+    model, tokenizer = network(small), train_tokenizer(["a b"], 400)
+    for name, part in (("vision", model.vision), ("text", model.language), ("text", tokenizer)):
+        part.save_pretrained(tmp_path / name)
+    config = "".join(f"{key}: {tmp_path / key.split('_')[0]}\n" for key in ("vision_hub", "text_hub"))
+    (tmp_path / "c.yaml").write_text(f"{config}tokenizer: {tmp_path / 'text'}\nfusion_layers: 1\nfusion_heads: 2\n")
+    flags = ["--config", tmp_path / "c.yaml", "--pretrained", "--img_size", 24, "--domain", "day", "--scenes", 3]
+    flags += ["--use_vision_lora", "--vision_lora_alpha", 6, "--vision_lora_dropout", 0.3, "--epochs", 1]
+    flags += ["--use_text_lora", "--text_lora_r", 2, "--text_lora_alpha", 5, "--text_lora_dropout", 0.4]
+    assert train_no_latent.main([*map(str, flags), "--val_split", "0.4", "--output_dir", str(tmp_path / "run")]) == 0
+    again, _ = load_model(tmp_path / "run/model")
+    assert torch.equal(again.language.lm_head.weight, model.language.lm_head.weight) and again.config.img_size == 24
+    vision, text = again.vision_part.settings, again.text_part.settings
+    assert (vision.rank, vision.alpha, vision.dropout) == (8, 6, 0.3)
+    assert (text.rank, text.alpha, text.dropout) == (2, 5, 0.4)
+    assert json.loads((tmp_path / "run/scenes/scenes.json").read_text())["domain"] == "day"
+
+
+def test_a_run_starts_from_one_that_trained_all_on_a_dinov2_of_a_file(small, scenes, tmp_path, capsys):
+    file = tmp_path / "dinov2.safetensors"
+    save_file({name: t.contiguous() for name, t in network(small).vision.state_dict().items()}, file)
+    data = ["--train_csv", scenes / "questions.csv", "--image_dir", scenes / "images", "--val_split", 0.34]
+    flags = ["--config", small, "--vision_weights", file, "--train_all", "--use_type_loss", *data, "--epochs", 1]
+    assert train_no_latent.main([*map(str, flags), "--output_dir", str(tmp_path / "all")]) == 0
+    assert "The question's type is told in" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "all/summary.json").read_text())
+    assert sum(summary["trainable"].values()) == summary["parameters"] and 0 <= summary["type_accuracy"] <= 100
+    flags = ["--start", tmp_path / "all/model", "--use_vision_lora", *data, "--epochs", 1]
+    assert train_no_latent.main([*map(str, flags), "--output_dir", str(tmp_path / "run")]) == 0
+    first, again = (load_model(tmp_path / name / "model")[0] for name in ("all", "run"))
+    assert torch.equal(first.vision.layernorm.weight, again.vision.layernorm.weight) and again.type_head is None
+
+
+def example(name):
+    """A value of a flag."""
+    kind, choices = ({f.name: f for f in fields(Settings)}[name].metadata.get(key) for key in ("kind", "choices"))
+    return choices[0] if choices else {bool: True, int: 2, float: 0.5, str: "x"}[kind]
+
+
+def needed_besides(*names):
+    """What flags need to be valid."""
+    return {"train_csv": "x", "image_dir": "x"} if {"train_csv", "val_csv", "image_dir"} & {*names} else {}
+
+
+@pytest.mark.parametrize(("name", "other"), [(name, other) for name, others in IDLE_WITH.items() for other in others])
+def test_a_flag_that_does_nothing_with_another_names_both(name, other):
+    usual = Settings.__dataclass_fields__[name].default
+    for value in (example(name), *([] if usual is None or isinstance(usual, bool) else [usual])):
+        with pytest.raises(ValueError, match=f"--{name} does nothing with --{other}"):
+            settle({**needed_besides(other), other: example(other), name: value})
+    settle({**needed_besides(other), other: example(other)})
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_flag_that_does_nothing_without_another_names_both(name):
+    needed = NEEDS[name]
+    for other in needed:
+        settle({**needed_besides(name), name: example(name), other: example(other)})
+    with pytest.raises(ValueError, match=f"--{name} does nothing without --{' or --'.join(needed)}"):
+        settle({name: example(name)})
+
+
+def test_a_preset_of_which_nothing_is_taken_is_an_error():
+    own = {"text_lora_r": 4, "text_lora_alpha": 8, "text_lora_dropout": 0.1}
+    settle({"lora_preset": "small", "use_text_lora": True, **own})  # its rate is taken
+    with pytest.raises(ValueError, match="--lora_preset does nothing with --lora_lr, --text_lora_r"):
+        settle({"lora_preset": "small", "use_text_lora": True, **own, "lora_lr": 1e-3})
+
+
+def test_frozen_random_encoders_are_warned_of(small, caplog, tmp_path):
+    vqa_start.check_network(Settings(config=small, unfreeze_decoder=True))
+    assert "the frozen encoders are random" in caplog.text
+    caplog.clear()
+    (tmp_path / "w").touch()
+    vqa_start.check_network(Settings(config=small, unfreeze_decoder=True, vision_weights=str(tmp_path / "w")))
+    assert "the frozen text encoder is random" in caplog.text
+    caplog.clear()
+    vqa_start.check_network(Settings(config=small, pretrained=True))
+    assert not caplog.text
+
+
+def test_a_picture_is_seen_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture = Image.new("RGB", (8, 8))
+    picture.paste((255, 255, 255), (0, 0, 8, 4))
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert read_picture(tmp_path / "a.png", 8)[0, 0, 0] < read_picture(tmp_path / "a.png", 8)[0, 7, 0]
+
+
+@pytest.mark.parametrize("script", [train_no_latent, eval_no_latent, compute_answer_weights, vqa_scenes])
+def test_help_fits_a_screen_of_80_columns(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    assert not [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
+
+
+def test_more_flags_reach_the_run_and_it_is_scored_on_its_device(small, scenes, tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(DeterministicVQA, "to", lambda self, place: places.append(place))
     data = [scenes / "questions.csv", scenes / "images"]
     weights = tmp_path / "weights.json"
     assert compute_answer_weights.main(["--train_csv", str(data[0]), "--output", str(weights)]) == 0
@@ -444,8 +618,10 @@ def test_more_flags_reach_the_run(small, scenes, tmp_path):
     flags += ["--val_csv", data[0], "--early_stopping", "--early_stopping_patience", 1, "--scheduler", "none"]
     flags += ["--gradient_accumulation_steps", 2, "--weight_decay", 0.1, "--dropout", 0.2, "--logger", "tensorboard"]
     flags += ["--use_text_lora", "--lora_preset", "auto", "--text_lora_dropout", 0.2, "--num_workers", 0]
-    flags += ["--precision", "bf16-mixed", "--data_seed", 3, "--unfreeze_encoder_layers", 0]
-    assert train(small, tmp_path / "run", *flags) == 0
+    flags += ["--precision", "bf16-mixed", "--unfreeze_encoder_layers", 0, "--unfreeze_decoder", *STEPS]
+    flags += ["--config", small, "--output_dir", tmp_path / "run"]
+    assert train_no_latent.main([*map(str, flags)]) == 0
+    assert places == [torch.device("cpu")]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert "val/loss" in summary["kept"] and (tmp_path / "run/tensorboard").is_dir()
     model, _ = load_model(tmp_path / "run/model")
@@ -465,31 +641,39 @@ def test_more_flags_reach_the_run(small, scenes, tmp_path):
         (["--vision_lora_r", 4], "--vision_lora_r does nothing without --use_vision_lora"),
         (["--use_text_lora", "--text_lora_r", 0], "LoRA rank 0"),
         (["--use_text_lora", "--text_lora_dropout", 1], "LoRA dropout 1"),
-        (["--lora_lr", 1], "do nothing without"),
+        (["--lora_lr", 1], "--lora_lr does nothing without --use_vision_lora or --use_text_lora"),
         (["--epochs", 0], "--epochs 0: it must be at least 1"),
         (["--lr", "nan"], "--lr nan"),
         (["--val_split", 1.5], "--val_split 1.5"),
         (["--train_csv", "x.csv"], "--image_dir"),
-        (["--val_csv", "x.csv"], "belong to --train_csv"),
-        (["--train_csv", "x.csv", "--image_dir", "."], "x.csv is missing"),
+        (["--unfreeze_decoder", "--train_csv", "x.csv", "--image_dir", "."], "x.csv is missing"),
+        ([], "without --unfreeze_decoder the decoder is frozen, and its weights are random"),
+        (["--seed", -1], "--seed -1: it must be at least 0"),
         (["--config", "huge"], "give a YAML file, or one of base, tiny"),
         (["--vision_weights", "none.safetensors"], "there is no such file"),
-        (["--pretrained", "--vision_weights", "a"], "there is no such file"),
-        (["--start", "a", "--pretrained"], "has all weights"),
-        (["--train_all", "--use_text_lora"], "--train_all freezes nothing"),
-        (["--unfreeze_encoder_layers", 9], "the backbone has 4 blocks"),
-        (["--img_size", 50], "must be a multiple of the image encoder's patch 8; try 48"),
+        (["--start", "a", "--train_csv", "b"], "give the folder with its pictures as --image_dir"),
+        (["--start", "drawn", "--train_csv", "b"], "--start drawn knows drawn scenes alone"),
+        (["--source_epochs", 2], "do nothing without --start drawn"),
+        (["--unfreeze_encoder_layers", 9, "--unfreeze_decoder"], "9: the text encoder has 4, give 0 to 4"),
+        (["--img_size", 50, "--unfreeze_decoder"], "must be a multiple of the image encoder's patch 16; try 48"),
         (["--resume"], "give the folder of the run"),
         (["--seeds", "0,1"], "--seeds belongs to"),
         (["--compare", "--ablate", "8"], "give one of them"),
         (["--compare", "--use_text_lora"], "--compare sets --use_text_lora itself"),
         (["--ablate", "4", "--text_lora_r", 8], "leave --text_lora_r out"),
         (["--ablate", "4", "--lora_preset", "small"], "leave --lora_preset out"),
+        (["--compare", "--seeds", "0,-1"], "--seed -1: it must be at least 0"),
+        (["--seed", 2**32], "--seed 4294967296: it must be below"),
+        (["--sample_every", 3, "--epochs", 2], "--sample_every 3 does nothing in --epochs 2"),
+        (["--ablate", "4", "--train_all"], "--ablate is of LoRA, and --train_all freezes nothing"),
+        (["--ablate", "4", "--use_vision_lora", "--text_lora_dropout", 0.2], "--text_lora_dropout does nothing beside"),
+        (["--compare", "--use_type_loss"], "--use_type_loss does nothing without --use_text_lora"),
     ],
 )
 def test_a_flag_that_cannot_be_is_one_sentence_before_training(tmp_path, monkeypatch, capsys, flags, sentence):
     monkeypatch.chdir(tmp_path)
-    output = [] if "--resume" in flags else ["--output_dir", tmp_path / "run", "--scenes", 12]
+    own = [] if "--train_csv" in flags else ["--scenes", 12]
+    output = [] if "--resume" in flags else ["--output_dir", tmp_path / "run", *own]
     said = error(capsys, *output, *flags)
     assert said.startswith("error: ") and sentence in said
     assert not (tmp_path / "run" / "settings.json").exists()
@@ -505,7 +689,9 @@ def test_a_folder_holds_one_run_which_goes_on_with_its_own_settings(both, capsys
 def test_answers_without_a_weight_are_named_before_training(scenes, tmp_path, capsys):
     (tmp_path / "w.json").write_text('{"answer_to_weight": {"một": 1}}')
     data = ["--train_csv", scenes / "questions.csv", "--image_dir", scenes / "images", "--val_split", 0.5]
-    said = error(capsys, *data, "--answer_weights", tmp_path / "w.json", "--output_dir", tmp_path / "run")
+    said = error(
+        capsys, *data, "--unfreeze_decoder", "--answer_weights", tmp_path / "w.json", "--output_dir", tmp_path / "run"
+    )
     assert "has no weight for" in said
 
 
@@ -525,23 +711,33 @@ def test_wandb_is_a_choice(tmp_path):
 
 def test_transformers_missing_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"transformers.*pip install eomt-lora\[hf\]"):
+    with pytest.raises(ImportError, match=r"transformers.*pip install eomt-lora\[vqa\]"):
         build_vision(read_config("tiny"))
 
 
 def test_the_table_has_a_row_for_each_variant_and_keeps_runs_that_are_there(small, tmp_path, capsys):
     table = ["--config", small, *RUN, "--epochs", 1, "--ablate", "2,4", "--seeds", "0,1", "--lora_lr", 1e-2]
-    table += ["--use_vision_lora", "--output_dir", tmp_path / "table"]
+    table += ["--use_vision_lora", "--unfreeze_encoder_layers", 1, "--output_dir", tmp_path / "table"]
     assert train_no_latent.main(list(map(str, table))) == 0
     results = json.loads((tmp_path / "table/results.json").read_text())
     rows = {row["variant"]: row for row in results["rows"]}
     assert [*rows] == ["rank 2", "rank 4"] and len(rows["rank 4"]["em_of_seeds"]) == 2
     assert (rows["rank 2"]["adapters"], rows["rank 4"]["adapters"]) == (576, 1152)
     assert rows["rank 2"]["to_first"] == 0 and "no measurable difference" in (tmp_path / "table/results.md").read_text()
+    assert rows["rank 4"]["rates"] == {"lr": 1e-2, "lora_lr": 1e-2, "weight_decay": 0.01}
+    assert rows["rank 4"]["adapters_have"]["vision"]["rank"] == 4 and results["seeds"] == [0, 1]
+    assert 0 < rows["rank 2"]["most_common_em_of_types"]["object"] <= 100
+    assert results["machine"]["processor"] and results["versions"]["transformers"] and results["commands"]
     before = (tmp_path / "table/rank_2/seed_1/summary.json").stat().st_mtime_ns
     assert train_no_latent.main(list(map(str, table))) == 0
     assert (tmp_path / "table/rank_2/seed_1/summary.json").stat().st_mtime_ns == before
     assert "now it is" in error(capsys, *table, "--epochs", 2)
+
+
+def test_a_table_says_before_its_first_run_that_an_encoder_has_too_few_layers(small, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(Path(small).read_text().replace("encoder_layers: 3", "encoder_layers: 2"))
+    said = error(capsys, "--compare", "--config", tmp_path / "c.yaml", "--output_dir", tmp_path / "table")
+    assert "--unfreeze_encoder_layers 3: the text encoder has 2" in said and not (tmp_path / "table").exists()
 
 
 def test_the_comparison_is_of_what_trains():
@@ -564,6 +760,16 @@ def test_a_gain_that_one_seed_does_not_have_is_no_gain():
     row = {"variant": "both", "to_first": 1.4, "to_first_interval": (0.1, 2.9), "to_first_of_seeds": [3.3, -0.4]}
     assert reading(row, "frozen") == "both: seeds disagree about it and frozen (+3.3, -0.4)"
     assert reading({**row, "to_first_of_seeds": [2, 0.8]}, "frozen") == "both: 1.4 points above frozen"
+
+
+def test_the_readme_shows_what_results_json_holds_and_how_it_was_made():
+    from vqa_table import markdown
+
+    readme, results = (EXAMPLE / "README.md").read_text(), json.loads((EXAMPLE / "results.json").read_text())
+    shown = readme.split("<!-- results.json -->\n")[1].split("<!-- end of results.json -->")[0]
+    assert shown.strip() == markdown(results["rows"], len(results["seeds"])).strip()
+    commands = re.sub(r" \\\n +", " ", readme)
+    assert all(command.removeprefix("python ") in commands for command in results["commands"])
 
 
 def test_the_lightning_module_is_short():

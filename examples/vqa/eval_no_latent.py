@@ -33,19 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = read_questions(args.csv)
     find_pictures(questions, args.image_dir)
     quiet_libraries()
+    import torch
     from vqa_data import Collate, Questions, loader
     from vqa_files import load_model
     from vqa_module import answer_all
-    from vqa_scores import scores_by_type, table
+    from vqa_scores import scores_by_type, table, type_accuracy, type_line
 
     flags = {name: value for name, value in vars(args).items() if "_lora_" in name}
     network, tokenizer = load_model(args.model_path, **flags)
     dataset = Questions(questions, args.image_dir, network.config.img_size)
     collate = Collate(tokenizer, network.language.config.max_position_embeddings - 1)
-    scores = scores_by_type(answer_all(network, tokenizer, loader(dataset, collate, args.batch_size)))
-    print(table(scores))
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = answer_all(network, tokenizer, loader(dataset, collate, args.batch_size))
+    scores, told = scores_by_type(rows), type_accuracy(rows)
+    print(f"{table(scores)}\n{type_line(told)}")
     if args.output:
-        write_json(args.output, {name: score.as_dict() for name, score in scores.items()})
+        write_json(args.output, {name: score.as_dict() for name, score in scores.items()} | {"type_accuracy": told})
     return 0
 
 

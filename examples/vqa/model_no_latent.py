@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from lora_config import LoRASettings
 if TYPE_CHECKING:
     from transformers import Dinov2Model, MBartForConditionalGeneration
 
-
+log = logging.getLogger(__name__)
 TARGETS = ("query", "key", "value")
 TYPE_LOSS = 0.1  # weight of the question types' loss
 
@@ -38,8 +39,9 @@ class VQAOutput:
 class DeterministicVQA(nn.Module):
     """Image encoder (DINOv2), text encoder and answer decoder (MBart, as BARTpho is one), and fusion between them.
 
-    The image's patches attend to the question; the decoder attends to both. LoRA adapters, where they are asked for,
-    are in place when this returns, with everything else as `freeze_pretrained()` has it.
+    The image's patches, each with its place, attend to the question; the decoder attends to both. LoRA adapters, where
+    they are asked for, are in place when this returns, with everything else as `freeze_pretrained()` has it. Without,
+    nothing is frozen.
 
     Args:
         config: sizes; or a YAML file, or the name of one beside this module.
@@ -50,6 +52,7 @@ class DeterministicVQA(nn.Module):
         use_type_loss: whether the text encoder also learns to tell the question's type.
         use_vision_lora, vision_lora_r, vision_lora_alpha, vision_lora_dropout: LoRA on the image encoder's q, k, v.
         use_text_lora, text_lora_r, text_lora_alpha, text_lora_dropout: LoRA on the text encoder's q, k, v.
+        freeze: whether LoRA is put in place; False: `freeze_pretrained` is called next, with arguments of its own.
 
     Raises:
         ImportError: transformers is missing, or PEFT where LoRA is asked for.
@@ -72,6 +75,7 @@ class DeterministicVQA(nn.Module):
         text_lora_r: int = 16,
         text_lora_alpha: float = 32,
         text_lora_dropout: float = 0.1,
+        freeze: bool = True,
     ) -> None:
         super().__init__()
         vision_lora = LoRASettings(vision_lora_r, vision_lora_alpha, vision_lora_dropout, TARGETS)
@@ -84,6 +88,8 @@ class DeterministicVQA(nn.Module):
         check_size(config.img_size, self.vision.config.patch_size)
         width, patches = self.language.config.d_model, self.vision.config.hidden_size
         self.projection = nn.Sequential(nn.Linear(patches, width), nn.LayerNorm(width), nn.Dropout(dropout))
+        self.places = nn.Embedding(1 + (config.img_size // self.vision.config.patch_size) ** 2, width)
+        nn.init.normal_(self.places.weight, std=0.5)  # beside patches of a standard deviation of 1
         block = nn.TransformerDecoderLayer(
             width, config.fusion_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
         )
@@ -94,7 +100,7 @@ class DeterministicVQA(nn.Module):
         if start:
             load_tensors(self, start)
         self.train()  # transformers loads in eval mode, in which dropout, LoRA's as well, would do nothing
-        if use_vision_lora or use_text_lora:
+        if freeze and (use_vision_lora or use_text_lora):
             self.freeze_pretrained()
 
     @property
@@ -115,15 +121,23 @@ class DeterministicVQA(nn.Module):
         Raises:
             ValueError: there are fewer layers, or the adapters have been trained already.
         """
+        layers = len(self.text.layers)
+        if not 0 <= unfreeze_encoder_layers <= layers:
+            raise ValueError(
+                f"unfreeze_encoder_layers {unfreeze_encoder_layers}: the text encoder has {layers}, give 0 to {layers}"
+            )
         self._remove_fresh_adapters()
         decoder = (self.language.model.decoder, self.language.lm_head)
         for part in decoder:
             part.requires_grad_(unfreeze_decoder)
+        if not unfreeze_decoder:
+            log.info("the head and the text encoder's embedding are one tensor, and frozen: unfreeze_decoder trains it")
         vision_lora, text_lora = self.lora
+        if text_lora and unfreeze_encoder_layers:
+            log.warning("unfreeze_encoder_layers %d: LoRA takes its place, no layer trains", unfreeze_encoder_layers)
+            unfreeze_encoder_layers = 0
         self.vision_part = adapt(self.vision, vision_lora, network=self)
-        self.text_part = adapt(
-            self.text, text_lora, unfreeze_encoder_layers, decoder if unfreeze_decoder else (), network=self
-        )
+        self.text_part = adapt(self.text, text_lora, unfreeze_encoder_layers, decoder if unfreeze_decoder else ())
 
     def _remove_fresh_adapters(self) -> None:
         """Adapters that `freeze_pretrained` put in before: they are zero, and merging them gives the same weights."""
@@ -132,7 +146,8 @@ class DeterministicVQA(nn.Module):
                 updates = [p for name, p in part.module.named_parameters() if "lora_B" in name]
                 if any(p.any() for p in updates):
                     raise ValueError("freeze_pretrained on trained adapters would drop them: call it before training")
-                part.merge()
+                dtype = next(part.module.parameters()).dtype
+                part.merge().to(dtype)  # merging computes in float32
 
     def load_adapters(self, vision: Path | None, text: Path | None) -> None:
         """Puts saved adapters on the encoders, which have their base weights; all else stays as it is."""
@@ -140,11 +155,16 @@ class DeterministicVQA(nn.Module):
         self.text_part = load_adapted(self.text, text) if text else None
         self.lora = tuple(part and part.settings for part in (self.vision_part, self.text_part))
 
+    def adapted(self) -> dict[str, Adapted]:
+        """The encoders that have adapters, by name."""
+        parts = {"vision": self.vision_part, "text": self.text_part}
+        return {name: part for name, part in parts.items() if part and part.handle}
+
     def parts(self) -> dict[str, nn.Module]:
         """Its parts by name; the head's weight, which is the text encoder's embedding as well, counts as the head's."""
         language = self.language
         parts = {"vision": self.vision, "head": language.lm_head, "text": self.text, "decoder": language.model.decoder}
-        return parts | {"fusion": nn.ModuleList([self.projection, self.fusion])}
+        return parts | {"fusion": nn.ModuleList([self.projection, self.places, self.fusion])}
 
     def report(self) -> str:
         """The table of what trains, with a subtotal a part."""
@@ -158,11 +178,18 @@ class DeterministicVQA(nn.Module):
             input_ids, attention_mask: [B, L], of the question.
         """
         text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, L, D]
-        image = self.projection(self.vision(pixel_values).last_hidden_state)  # [B, P, D]
+        image = self.projection(self.vision(pixel_values).last_hidden_state) + self.places.weight  # [B, P, D]
         image = self.fusion(image, text, memory_key_padding_mask=attention_mask == 0)
         mask = torch.cat([attention_mask.new_ones(image.shape[:2]), attention_mask], 1)
-        weights = attention_mask[:, :, None].to(text.dtype)
-        return torch.cat([image, text], 1), mask, (text * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return torch.cat([image, text], 1), mask, mean_of(text, attention_mask)
+
+    @torch.no_grad()
+    def tell_type(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """The type that each question seems to be of [B]; None without a head of types."""
+        if self.type_head is None:
+            return None
+        text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.type_head(mean_of(text, attention_mask)).argmax(1)
 
     def forward(
         self,
@@ -205,6 +232,12 @@ class DeterministicVQA(nn.Module):
         memory, mask, _ = self.encode(pixel_values, input_ids, attention_mask)
         encoded = BaseModelOutput(last_hidden_state=memory)
         return self.language.generate(encoder_outputs=encoded, attention_mask=mask, num_beams=num_beams)
+
+
+def mean_of(text: Tensor, mask: Tensor) -> Tensor:
+    """The mean [B, D] of the tokens [B, L, D] that the mask [B, L] keeps."""
+    weights = mask[:, :, None].to(text.dtype)
+    return (text * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def check_size(img_size: int, patch_size: int) -> None:

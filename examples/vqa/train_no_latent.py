@@ -1,4 +1,5 @@
-"""Trains a deterministic VQA network: two encoders, each with or without LoRA, and a decoder that writes the answer."""
+"""Trains a deterministic VQA network: two encoders, each with or without LoRA,
+and a decoder that writes the answer."""
 
 import argparse
 import logging
@@ -9,20 +10,22 @@ from datetime import datetime
 from pathlib import Path
 
 import vqa_checkout  # noqa: F401
-from vqa_settings import add_flags, settle
+from vqa_settings import DRAWN, add_flags, settle
 from vqa_start import train
 
 from eomt.command_line import quiet_libraries, reports_errors
 
-EXAMPLES = """examples:
-  python examples/vqa/train_no_latent.py --use_vision_lora --use_text_lora --unfreeze_decoder --lr 1e-3 --lora_lr 5e-3
-  python examples/vqa/train_no_latent.py --config base --pretrained --train_csv train.csv --image_dir images \\
-      --use_vision_lora --use_text_lora --unfreeze_decoder --early_stopping --answer_weights answer_weights.json
-  python examples/vqa/train_no_latent.py --output_dir outputs/vqa/RUN --resume
-  python examples/vqa/train_no_latent.py --ablate 8,16,32 --output_dir outputs/vqa/ranks
-  python examples/vqa/train_no_latent.py --compare --seeds 0,1,2 --output_dir outputs/vqa/table
+EXAMPLES = """examples, of python examples/vqa/train_no_latent.py:
+  --start drawn --use_vision_lora --use_text_lora --unfreeze_decoder --lr 2e-3
+  --config base --pretrained --train_csv train.csv --image_dir images \\
+      --use_vision_lora --use_text_lora --unfreeze_decoder --early_stopping \\
+      --answer_weights answer_weights.json
+  --output_dir outputs/vqa/RUN --resume
+  --ablate 8,16,32 --output_dir outputs/vqa/ranks
+  --compare --seeds 0,1,2 --output_dir outputs/vqa/table
 
-Leaves model/ (for eval_no_latent.py), summary.json, predictions.json, metrics.csv and checkpoints/ in its folder."""
+Leaves model/ (for eval_no_latent.py), summary.json, predictions.json,
+metrics.csv and checkpoints/ in its folder."""
 
 
 @reports_errors()
@@ -48,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     lora = {name: given.pop(name) for name in [*given] if re.match("(vision_|text_)?lora_", name)} if tables else {}
+    weights = ("train_csv", "start", "pretrained", "vision_weights")
+    if tables and not any(given.get(name) for name in weights):
+        given["start"] = DRAWN
+    if ranks and given.get("train_all"):
+        raise ValueError("--ablate is of LoRA, and --train_all freezes nothing: give one of them")
+    if ranks and not (given.get("use_vision_lora") or given.get("use_text_lora")):
+        given |= {"use_vision_lora": True, "use_text_lora": True}
     settings = settle(given)
     folder = Path(settings.output_dir or f"outputs/vqa/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
     if not tables:

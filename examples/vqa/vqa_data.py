@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vqa_questions import Question, find_pictures
 from vqa_tokens import encode_answers
 
-from eomt.data.pictures import decode_picture, to_rgb
+from eomt.data.pictures import decode_picture, to_rgb, upright
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of DINOv2's training
 
 
 def read_picture(path: Path, size: int) -> Tensor:
-    """A picture as float32 [3, size, size], normalised for DINOv2; 0 is its mean colour."""
-    picture = to_rgb(decode_picture(path.read_bytes(), str(path)), str(path))
+    """A picture as it is to be seen, as float32 [3, size, size], normalised for DINOv2; 0 is its mean colour."""
+    picture = to_rgb(upright(decode_picture(path.read_bytes(), str(path))), str(path))
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     pixels = (np.asarray(picture, dtype=np.float32) / 255 - MEAN) / STD

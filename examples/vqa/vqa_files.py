@@ -59,8 +59,7 @@ def save_model(
         base: what `base_of` gave before training.
         folder: to write.
     """
-    adapted = {"vision": network.vision_part, "text": network.text_part}
-    adapted = {name: part for name, part in adapted.items() if part and part.handle}
+    adapted = network.adapted()
     with replacing_folder(folder) as draft:
         facts = {"dropout": network.projection[2].p, "use_type_loss": network.type_head is not None}
         write_json(draft / "network.json", {"config": network.config.as_dict(), **facts, "adapters": [*adapted]})
@@ -127,10 +126,26 @@ def load_model(
     return network.eval(), load_tokenizer(folder / "tokenizer")
 
 
-def start_of(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors of a trained network, its adapters merged, for another one of its sizes to start from."""
+def frozen_rest(network: DeterministicVQA) -> dict[str, Tensor]:
+    """What neither trains nor is in an encoder, by name: a frozen decoder, and buffers."""
+    trained = {id(p) for p in network.parameters() if p.requires_grad}
+    parameters, encoders = dict(network.named_parameters()), tuple(ENCODERS.values())
+    return {
+        name: tensor
+        for name, tensor in own_tensors(network).items()
+        if not name.startswith(encoders) and id(parameters.get(name)) not in trained
+    }
+
+
+def start_of(folder: str | Path, types: bool = True) -> dict[str, Tensor]:
+    """The tensors of a trained network, its adapters merged, for another one of its sizes to start from.
+
+    Args:
+        folder: `model/` of a run.
+        types: whether the other one has a head of types as well.
+    """
     network, _ = load_model(folder)
     for part in (network.vision_part, network.text_part):
         if part:
             part.merge()
-    return own_tensors(network)
+    return {name: t for name, t in own_tensors(network).items() if types or not name.startswith("type_head.")}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningModule
 from model_no_latent import DeterministicVQA
 from torch import Tensor
-from vqa_scores import Answered, Score, scores_by_type
+from vqa_scores import Answered, Score, scores_by_type, type_accuracy
 from vqa_tokens import decode
 
+from eomt.fingerprints import combine_hashes, hash_tensors
 from eomt.lora.groups import parameter_groups
+from eomt.training.adapter_checkpoints import leave_out_frozen, put_back_frozen
 from eomt.training.schedules import lr_factor
 
 if TYPE_CHECKING:
@@ -75,6 +78,8 @@ class VQAModule(LightningModule):
             end = "" if name == "all" else f"_{name}"
             values = {"em": score.em, "f1": score.f1, "blank_em": score.blank_em}
             self.log_dict({f"val/{key}{end}": value for key, value in values.items()}, prog_bar=name == "all")
+        if (told := type_accuracy(self.answered)) is not None:
+            self.log("val/type_accuracy", told)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self, self.lr, self.lora_lr, self.weight_decay)
@@ -90,6 +95,24 @@ class VQAModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def trained_keys(self) -> set[str]:
+        """The names of what trains, all those of tensors that are tied."""
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+    @cached_property
+    def frozen(self) -> str:
+        """A fingerprint of what does not train, taken once."""
+        return combine_hashes(hash_tensors({n: p.detach() for n, p in self.named_parameters() if not p.requires_grad}))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        leave_out_frozen(checkpoint, self.trained_keys())
+        checkpoint["frozen"] = self.frozen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("frozen") != self.frozen:
+            raise ValueError("the checkpoint was trained beside other frozen weights than base.safetensors holds now")
+        put_back_frozen(checkpoint, self.trained_keys(), self.state_dict())
+
 
 @torch.no_grad()
 def answer(network: DeterministicVQA, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> list[Answered]:
@@ -97,9 +120,11 @@ def answer(network: DeterministicVQA, tokenizer: PreTrainedTokenizerBase, batch:
     inputs = {name: batch[name] for name in INPUTS}
     blank = inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}  # the mean colour
     said, blind = (decode(tokenizer, network.generate(**one).tolist()) for one in (inputs, blank))
+    told = network.tell_type(inputs["input_ids"], inputs["attention_mask"])
+    types = [None] * len(said) if told is None else told.tolist()
     return [
-        Answered(q.question, q.type, q.answer, prediction, without)
-        for q, prediction, without in zip(batch["questions"], said, blind, strict=True)
+        Answered(q.question, q.type, q.answer, prediction, without, type_told)
+        for q, prediction, without, type_told in zip(batch["questions"], said, blind, types, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ from eomt.files import check_place, new_folder, read_json, write_json
 SHAPES = {"hình tròn": 5, "hình vuông": 3, "hình tam giác": 2, "hình thoi": 1}
 COLOURS = {"màu đỏ": 5, "màu xanh dương": 3, "màu xanh lá": 3, "màu vàng": 2, "màu tím": 1}
 COUNTS = {"một": 5, "hai": 3, "ba": 2}
+SLOTS = {"một": (0.5,), "hai": (0.17, 0.83), "ba": (0.17, 0.5, 0.83)}  # along a side: no place lies at two sides alone
 PLACES = {"bên trái": 4, "bên phải": 3, "phía trên": 2, "phía dưới": 1}
 RGB = {
     "màu đỏ": (214, 40, 40),
@@ -38,19 +39,17 @@ def draw(answers: Sequence[str], size: int, domain: str, dice: random.Random) ->
     """A scene of which these are shape, number, colour and place."""
     shape, number, colour, place = answers
     ground = dice.randint(*DOMAINS[domain])
-    dim = 1.0 if domain == "day" else dice.uniform(0.45, 0.7)
+    dim = 1.0 if domain == "day" else dice.uniform(0.2, 0.4)
     picture = Image.new("RGB", (size, size), (ground, ground, min(ground + 10, 255)))
     paint = ImageDraw.Draw(picture)
     paint.fontmode = "L"
-    slots = [0, 1, 2]
-    dice.shuffle(slots)
-    for slot in slots[: list(COUNTS).index(number) + 1]:
-        along = size * (0.18 + 0.32 * slot) + dice.uniform(-0.03, 0.03) * size
-        near = size * dice.uniform(0.18, 0.26)
+    for slot in SLOTS[number]:
+        along = size * (slot + dice.uniform(-0.02, 0.02))
+        near = size * dice.uniform(0.16, 0.19)
         x, y = (near, along) if place in ("bên trái", "bên phải") else (along, near)
         x, y = (size - x if place == "bên phải" else x), (size - y if place == "phía dưới" else y)
         tone = tuple(int(value * dim) + dice.randint(-8, 8) for value in RGB[colour])
-        draw_shape(paint, shape, x, y, size * dice.uniform(0.11, 0.14), tone)
+        draw_shape(paint, shape, x, y, size * dice.uniform(0.12, 0.15), tone)
     return picture
 
 

@@ -21,13 +21,17 @@ COLUMNS = ("questions", "EM", "95 %", "F1", "blank EM", "blank F1", "EM - blank"
 
 @dataclass(frozen=True)
 class Answered:
-    """A question of a type, its answer, and what the network says with the picture and with a blank one."""
+    """A question of a type, its answer, and what the network says with the picture and with a blank one.
+
+    `type_told` is the type that the network takes the question for; None where it was not trained to tell.
+    """
 
     question: str
     type: int
     answer: str
     prediction: str
     blank: str
+    type_told: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,17 @@ def scores_by_type(rows: Sequence[Answered]) -> dict[str, Score]:
     """The scores of all questions and of each type that there is."""
     groups = {name: [row for row in rows if row.type == kind] for kind, name in enumerate(TYPES)}
     return {name: score(group) for name, group in {"all": rows, **groups}.items() if group}
+
+
+def type_accuracy(rows: Sequence[Answered]) -> float | None:
+    """How many questions' types were told, in percent; None where the network does not tell."""
+    told = [row.type_told == row.type for row in rows if row.type_told is not None]
+    return 100 * sum(told) / len(told) if told else None
+
+
+def type_line(accuracy: float | None) -> str:
+    """A line for it, if there is something to say."""
+    return "" if accuracy is None else f"\nThe question's type is told in {accuracy:.1f} %.\n"
 
 
 def table(scores: Mapping[str, Score]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,30 @@ from lora_config import PRESETS, LoRASettings, preset_for
 
 PARTS = ("vision", "text")
 LORA = {"vision": (8, 16.0, 0.1), "text": (16, 32.0, 0.1)}  # rank, alpha and dropout, unless told otherwise
-MAY_DIFFER = (
-    "output_dir",
-    "resume",
-    "num_workers",
-    "logger",
-    "sample_every",
-    "analyze_dataset",
-)  # of a run that goes on
+# what may be told a run that goes on
+MAY_DIFFER = ("output_dir", "resume", "num_workers", "logger", "sample_every", "analyze_dataset")
+DRAWN = "drawn"  # --start: a network that learns scenes by day before
+EITHER_LORA = ("use_vision_lora", "use_text_lora")
+NEEDS = {  # flags that do nothing without one of these
+    "val_csv": ("train_csv",),
+    "image_dir": ("train_csv",),
+    "early_stopping_patience": ("early_stopping",),
+    "use_type_loss": ("use_text_lora", "unfreeze_encoder_layers", "unfreeze_decoder", "train_all"),
+    "lora_preset": EITHER_LORA,
+    "lora_lr": EITHER_LORA,
+    **{f"{part}_lora_{name}": (f"use_{part}_lora",) for part in PARTS for name in ("r", "alpha", "dropout")},
+}
+IDLE_WITH = {  # flags that do nothing with one of these
+    "scenes": ("train_csv",),
+    "domain": ("train_csv",),
+    "val_split": ("val_csv",),
+    "data_seed": ("val_csv",),
+    "vision_weights": ("pretrained", "start"),
+    **dict.fromkeys(("pretrained", "img_size", "config"), ("start",)),
+    "unfreeze_decoder": ("train_all",),
+    "unfreeze_encoder_layers": ("train_all",),
+    **dict.fromkeys(EITHER_LORA, ("train_all",)),
+}
 
 
 def option(default: Any, kind: type, help: str, **more: Any) -> Any:
@@ -45,7 +61,11 @@ class Settings:
     )
     pretrained: bool = option(False, bool, "take the weights of the hub that the configuration names")
     vision_weights: str | None = option(None, str, "a DINOv2 in a .safetensors file, for the image encoder")
-    start: str | None = option(None, str, "folder of a trained network (model/ of a run) to start from")
+    start: str | None = option(
+        None, str, "a trained network (model/ of a run) to start from, or drawn: one that learns scenes by day before"
+    )
+    source_scenes: int | None = option(None, int, "scenes of the network of --start drawn; default: --scenes")
+    source_epochs: int | None = option(None, int, "epochs of the network of --start drawn; default: --epochs")
     batch_size: int = option(16, int, "questions in a batch")
     gradient_accumulation_steps: int = option(1, int, "batches for a step of the optimiser")
     epochs: int = option(20, int, "times over the training questions")
@@ -84,26 +104,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        if (self.val_csv or self.image_dir) and not self.train_csv:
-            raise ValueError("--val_csv and --image_dir belong to --train_csv: give it, or leave both out")
+        if self.start == DRAWN and self.train_csv:
+            raise ValueError(f"--start drawn knows drawn scenes alone: leave --train_csv {self.train_csv} out")
+        if self.start != DRAWN and (self.source_scenes or self.source_epochs):
+            raise ValueError("--source_scenes and --source_epochs do nothing without --start drawn")
         if self.train_csv and not self.image_dir:
             raise ValueError(f"--train_csv {self.train_csv}: give the folder with its pictures as --image_dir")
-        if self.start and (self.pretrained or self.vision_weights):
-            raise ValueError(f"--start {self.start} has all weights: leave --pretrained and --vision_weights out")
-        for part in PARTS:
-            used = getattr(self, f"use_{part}_lora")
-            given = [name for name in lora_flags(part) if getattr(self, name) is not None]
-            if given and not used:
-                raise ValueError(f"--{given[0]} does nothing without --use_{part}_lora: add it, or leave the flag out")
-        has_lora = self.use_vision_lora or self.use_text_lora
-        if (self.lora_preset or self.lora_lr is not None) and not has_lora:
-            raise ValueError("--lora_preset and --lora_lr do nothing without --use_vision_lora or --use_text_lora")
-        if self.train_all and (has_lora or self.unfreeze_encoder_layers):
-            raise ValueError("--train_all freezes nothing: leave out LoRA and --unfreeze_encoder_layers")
-        if self.start and self.img_size:
-            raise ValueError(f"--start {self.start} says its own size of pictures: leave --img_size out")
+        check_used(self, [one.name for one in fields(self) if getattr(self, one.name) != one.default])
         for part in PARTS:
             self.lora(part, 1)
+        adapted = [part for part in PARTS if getattr(self, f"use_{part}_lora")]
+        said = ["lora_lr", *(name for part in adapted for name in lora_flags(part))]
+        if self.lora_preset and None not in [getattr(self, name) for name in said]:
+            raise ValueError(f"--lora_preset does nothing with --{', --'.join(said)}: leave one of them out")
 
     def preset(self, pictures: int) -> Any:
         """The preset that is asked for, given the number of training pictures; None: none."""
@@ -134,12 +147,28 @@ def lora_flags(part: str) -> tuple[str, str, str]:
     return (f"{part}_lora_r", f"{part}_lora_alpha", f"{part}_lora_dropout")
 
 
+def check_used(settings: Settings, given: Collection[str]) -> None:
+    """Raises ValueError for a flag that was given and does nothing, with the names of both flags."""
+    for name in given:
+        if (needed := NEEDS.get(name)) and not any(getattr(settings, other) for other in needed):
+            raise ValueError(f"--{name} does nothing without --{' or --'.join(needed)}: add it, or leave --{name} out")
+        drawn = settings.start == DRAWN and name in ("config", "img_size")  # then they say what is drawn for
+        if other := next((other for other in IDLE_WITH.get(name, ()) if getattr(settings, other) and not drawn), None):
+            raise ValueError(f"--{name} does nothing with --{other}: leave one of them out")
+
+
 def _check_numbers(settings: Settings) -> None:
     at_least = dict.fromkeys(("scenes", "batch_size", "gradient_accumulation_steps", "epochs"), 1)
     at_least |= {"early_stopping_patience": 1, "sample_every": 0, "num_workers": 0, "unfreeze_encoder_layers": 0}
+    at_least |= {"source_scenes": 1, "source_epochs": 1, "seed": 0, "data_seed": 0}
     for name, least in at_least.items():
-        if (value := getattr(settings, name)) < least:
+        if (value := getattr(settings, name)) is not None and value < least:
             raise ValueError(f"--{name} {value}: it must be at least {least}")
+    if settings.sample_every > settings.epochs:
+        raise ValueError(f"--sample_every {settings.sample_every} does nothing in --epochs {settings.epochs}")
+    for name in ("seed", "data_seed"):
+        if (value := getattr(settings, name)) >= 2**32:
+            raise ValueError(f"--{name} {value}: it must be below 2**32")
     for name in ("lr", "lora_lr"):
         if (value := getattr(settings, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value:g}: it must be above 0, for example 5e-5")
@@ -158,7 +187,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{one.name}", action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         known = "" if one.default is None else f" (default: {one.default})"
-        parser.add_argument(f"--{one.name}", type=kind, choices=choices, default=argparse.SUPPRESS, help=text + known)
+        metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+        parser.add_argument(
+            f"--{one.name}", type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=text + known
+        )
 
 
 def settle(given: Mapping[str, Any]) -> Settings:
@@ -168,7 +200,9 @@ def settle(given: Mapping[str, Any]) -> Settings:
         ValueError: a flag contradicts the run that goes on.
     """
     if not given.get("resume"):
-        return Settings(**given)
+        settings = Settings(**given)
+        check_used(settings, given)  # one that is given as it is by default does as little
+        return settings
     if not given.get("output_dir"):
         raise ValueError("--resume: give the folder of the run that goes on as --output_dir")
     folder = Path(given["output_dir"])

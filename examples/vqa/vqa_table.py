@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vqa_questions import TYPES
 from vqa_scenes import write_scenes
 from vqa_scores import exact_match, interval, span
-from vqa_settings import PARTS, Settings
-from vqa_start import train
+from vqa_settings import DRAWN, PARTS, Settings
+from vqa_start import check_network, drawn_source, once
 
 from eomt.files import read_json, write_json, write_text
 
@@ -23,7 +25,7 @@ VARIANTS = {
     "text LoRA": {"use_text_lora": True},
     "both": {"use_vision_lora": True, "use_text_lora": True},
 }
-MAY_DIFFER = ("num_workers", "logger")  # of a run that is there already
+WHAT = "Exact match of answers to drawn questions: what trains in the encoders, from one network, over seeds"
 COLUMNS = (
     "variant",
     "trains",
@@ -34,7 +36,7 @@ COLUMNS = (
     "blank EM",
     "to the first",
     "95 %",
-    "seconds",
+    "CPU seconds",
 )
 
 
@@ -44,8 +46,7 @@ def compare_variants(
     """Trains what is frozen, the last layers, and LoRA on one part or both, from one network; returns the table's rows.
 
     Args:
-        settings: of all runs. Without data or weights of one's own, a network is trained on scenes by day before, and
-            the variants learn those by night.
+        settings: of all runs.
         folder: for the runs, `results.json` and `results.md`.
         seeds: of the runs.
         lora: flags of the adapters, for those that have some.
@@ -62,15 +63,16 @@ def compare_variants(
 def ablate_ranks(
     settings: Settings, folder: Path, ranks: Sequence[int], seeds: Sequence[int], lora: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The same for ranks of the parts that have LoRA, else of both; alpha is twice the rank.
+    """The same for ranks of the parts that have LoRA; alpha is twice the rank.
 
     Raises:
-        ValueError: a flag says the rank or alpha already.
+        ValueError: a flag says the rank or alpha already, or belongs to a part without LoRA.
     """
     if given := [name for name in lora if name.endswith(("_r", "_alpha", "_preset"))]:
         raise ValueError(f"--ablate sets ranks, and alpha to twice the rank, itself: leave --{given[0]} out")
-    asked = {part: bool(getattr(settings, f"use_{part}_lora")) for part in PARTS}
-    parts = [part for part in PARTS if asked[part] or not any(asked.values())]
+    parts = [part for part in PARTS if getattr(settings, f"use_{part}_lora")]
+    if idle := [name for part in PARTS if part not in parts for name in lora if name.startswith(f"{part}_lora")]:
+        raise ValueError(f"--{idle[0]} does nothing beside --use_{parts[0]}_lora alone: leave it out")
     variants = {}
     for rank in ranks:
         own = {f"use_{part}_lora": True for part in parts} | {f"{part}_lora_r": rank for part in parts}
@@ -90,7 +92,14 @@ def tabulate(
     settings: Settings, folder: Path, variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Runs each variant with each seed, and writes `results.json` and `results.md`; runs that are there are kept."""
-    planned = {name: replace(settings, **changes) for name, changes in variants.items()}  # errors come before training
+    planned = {name: replace(settings, **changes) for name, changes in variants.items()}  # errors come first
+    for own in planned.values():
+        check_network(own)
+        for seed in seeds:
+            replace(own, seed=seed)
+    from eomt.reporting.run_summary import provenance
+
+    origin = provenance(seeds)
     common = data_and_start(settings, folder)
     runs: dict[str, list[Path]] = {name: [] for name in planned}
     for seed in seeds:
@@ -99,47 +108,30 @@ def tabulate(
             once(replace(own, seed=seed, output_dir=str(place), **common), place)
             runs[name].append(place)
     rows = table_rows(runs)
-    write_json(folder / "results.json", {"seeds": list(seeds), "settings": settings.as_dict(), "rows": rows})
+    summaries = [read_json(place / "summary.json") for places in runs.values() for place in places]
+    commits = sorted({str(summary["git_commit"]) for summary in summaries})
+    origin |= {"git_commit": " and ".join(commits), "versions": summaries[0]["versions"]}  # some may be of earlier days
+    facts = {"what": WHAT, **origin, "settings": settings.as_dict(), "rows": rows}
+    if settings.start == DRAWN:
+        source = read_json(folder / "source" / "summary.json")
+        facts["source"] = {name: source[name] for name in ("scores", "cpu_seconds", "rates", "settings", "git_commit")}
+    write_json(folder / "results.json", facts)
     write_text(folder / "results.md", markdown(rows, len(seeds)))
     print(f"\n{markdown(rows, len(seeds))}")
     return rows
 
 
 def data_and_start(settings: Settings, folder: Path) -> dict[str, Any]:
-    """What all runs have in common: scenes, and a network that was trained on scenes by day, if there is none."""
-    if settings.train_csv or settings.start or settings.pretrained or settings.vision_weights:
+    """What all runs have in common: with `--start drawn` the network, and the scenes that they learn."""
+    if settings.start != DRAWN:
         return {}
-    plain = {f"use_{part}_lora": False for part in PARTS}
-    source = replace(settings, domain="day", train_all=True, data_seed=settings.data_seed + 1, **plain)
-    once(replace(source, output_dir=str(folder / "source")), folder / "source")
+    model = drawn_source(settings, folder / "source")
     data = folder / "scenes"
     write_scenes(data, settings.scenes, settings.data_seed, domain=settings.domain)
-    own = {"img_size": None, "train_csv": str(data / "questions.csv"), "image_dir": str(data / "images")}
-    return own | {"start": str(folder / "source" / "model")}
-
-
-def once(settings: Settings, folder: Path) -> None:
-    """Trains unless the folder holds the finished run; one that was interrupted goes on.
-
-    Raises:
-        ValueError: it holds a run of other settings.
-    """
-    before = read_json(folder / "settings.json", {})
-    wanted = settings.as_dict()
-    ignored = (*MAY_DIFFER, "resume")
-    differ = [name for name in wanted if before and name not in ignored and before.get(name) != wanted[name]]
-    if differ:
-        raise ValueError(
-            f"{folder} holds a run with --{differ[0]} {before.get(differ[0])}, and now it is {wanted[differ[0]]}: name "
-            "a new folder"
-        )
-    if (folder / "summary.json").is_file():
-        return
-    print(f"\n{folder}")
-    begun = (folder / "checkpoints" / "last.ckpt").is_file()
-    if before and not begun:
-        (folder / "settings.json").unlink()  # it had not finished an epoch
-    train(replace(settings, resume=begun), folder)
+    usual = ("scenes", "domain", "config", "img_size", "source_scenes", "source_epochs")
+    usual = {one.name: one.default for one in fields(Settings) if one.name in usual}
+    paths = {"start": model, "train_csv": data / "questions.csv", "image_dir": data / "images"}
+    return usual | {name: str(path) for name, path in paths.items()}
 
 
 def table_rows(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
@@ -160,18 +152,35 @@ def table_rows(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
                 "em": float(em.mean()),
                 "em_interval": interval(em),
                 "em_of_seeds": seeds,
-                "em_of_types": {
-                    kind: float(np.mean([summary["scores"][kind]["em"] for summary in summaries]))
-                    for kind in summaries[0]["scores"]
-                },
+                "em_of_types": by_type(summaries, "em"),
+                "blank_em_of_types": by_type(summaries, "blank_em"),
+                "most_common_em_of_types": most_common(places[0]),
                 "blank_em": float(blank.mean()),
                 "to_first": float((em - first).mean()),
                 "to_first_interval": interval(em - first),
                 "to_first_of_seeds": [own - other for own, other in zip(seeds, first_seeds, strict=True)],
-                "seconds": float(np.mean([summary["seconds"] for summary in summaries])),
+                "cpu_seconds": float(np.mean([summary["cpu_seconds"] for summary in summaries])),
+                "rates": summaries[0]["rates"],
+                "adapters_have": summaries[0]["adapters"],
             }
         )
     return rows
+
+
+def by_type(summaries: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """The mean of a score over runs, for each type of question."""
+    return {
+        kind: float(np.mean([summary["scores"][kind][name] for summary in summaries]))
+        for kind in summaries[0]["scores"]
+    }
+
+
+def most_common(place: Path) -> dict[str, float]:
+    """What always giving the most common answer of a type would score on a run's questions."""
+    answers: dict[str, Counter] = {name: Counter() for name in TYPES}
+    for row in read_json(place / "predictions.json")["questions"]:
+        answers[TYPES[row["type"]]][row["answer"]] += 1
+    return {name: 100 * max(each.values()) / each.total() for name, each in answers.items() if each}
 
 
 def matches(place: Path, key: str) -> list[float]:
@@ -186,11 +195,24 @@ def markdown(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
         each = ", ".join(f"{em:.1f}" for em in row["em_of_seeds"])
         cells = [row["variant"], f"{row['trainable']:,}", f"{row['adapters']:,}", f"{row['em']:.1f}"]
         cells += [span(row["em_interval"]), each, f"{row['blank_em']:.1f}", f"{row['to_first']:+.1f}"]
-        cells += [span(row["to_first_interval"]), f"{row['seconds']:.0f}"]
+        cells += [span(row["to_first_interval"]), f"{row['cpu_seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     said = [f"- {reading(row, rows[0]['variant'])}" for row in rows[1:]]
     note = f"Means over {seeds} seed{'s' * (seeds > 1)}; intervals are over questions, not over seeds."
-    return "\n".join([*lines, "", note, "", *said, ""])
+    return "\n".join([*lines, "", note, "", *said, "", *type_lines(rows), ""])
+
+
+def type_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the types of questions."""
+    kinds = [kind for kind in rows[0]["em_of_types"] if kind != "all"]
+    lines = ["Exact match by type, with the picture and with a blank one:", "", f"| variant | {' | '.join(kinds)} |"]
+    lines.append("|---" * (len(kinds) + 1) + "|")
+    for row in rows:
+        both = [(row["em_of_types"][kind], row["blank_em_of_types"][kind]) for kind in kinds]
+        lines.append(f"| {row['variant']} | {' | '.join(f'{em:.1f}, {blank:.1f}' for em, blank in both)} |")
+    common = rows[0]["most_common_em_of_types"]
+    lines.append(f"| always the most common answer | {' | '.join(f'{common[kind]:.1f}' for kind in kinds)} |")
+    return lines
 
 
 def reading(row: Mapping[str, Any], first: str) -> str:

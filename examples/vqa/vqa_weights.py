@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from vqa_config import VQAConfig
 
 from eomt.command_line import did_you_mean, one_sentence
 from eomt.files import read_tensors
+from lora_config import NOT_FOR_USERS
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model, MBartForConditionalGeneration, PretrainedConfig
@@ -27,11 +29,14 @@ UNUSED = {"embeddings.mask_token"}  # of DINOv2's own training
 
 def import_transformers() -> ModuleType:
     """The package transformers; ImportError with a remedy where it is missing."""
+    for name in NOT_FOR_USERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks for it by its earlier name
     try:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "this example needs the package transformers, which cannot be imported here: pip install eomt-lora[hf]"
+            "this example needs the package transformers, which cannot be imported here: pip install eomt-lora[vqa]"
         ) from error
     return transformers
 
