@@ -4,14 +4,17 @@ import json
 import logging
 import shutil
 from fnmatch import fnmatch
+from threading import Event
 
 import huggingface_hub
 import pytest
 import torch
 from conftest import TINY
+from huggingface_hub import constants
 from omegaconf import OmegaConf
 
 from eomt.inference.saved import find_artefact, results_of
+from eomt.models.vit import ViT
 from eomt.settings import hub
 from eomt.settings.compose import absolute_paths
 from eomt.settings.hub import hub_place, local_path, named_on_hub, pinned
@@ -240,3 +243,44 @@ def test_the_base_that_an_adapter_of_peft_names_is_had_from_the_hub(stand_in, tm
         assert code == 0, error
         module = MaskClassificationSemantic.from_pretrained(tmp_path / out)
         assert module.hparams.ckpt_path == f"hf://user/base@{FIRST}"
+
+
+@pytest.fixture
+def nobody_answers(monkeypatch):
+    """A hub at an address of this machine where nobody listens, which the client may ask."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+
+
+def test_a_hub_that_does_not_answer_is_given_up_with_one_sentence(nobody_answers, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    asked = []
+    monkeypatch.setattr("time.sleep", lambda seconds: asked.append(seconds))  # as before a further attempt
+    with pytest.raises(
+        ConnectionError, match=r"could not be loaded \(the hub does not answer, or HF_HUB_OFFLINE is set"
+    ):
+        ViT([64, 64], backbone_name="vit_small_patch14_reg4_dinov2")
+    with pytest.raises(ConnectionError, match=r"hf://user/name@main could not be had from the hub"):
+        local_path("hf://user/name@main")
+    assert not asked and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not constants.HF_HUB_OFFLINE, "it is asked again next time"
+
+
+def test_a_name_that_is_looked_up_for_ever_is_waited_for_no_longer_than_that(monkeypatch):
+    monkeypatch.setattr(hub, "SECONDS", 0.05)
+    ended = Event()
+
+    def never(*args):
+        ended.wait(20)
+        raise OSError
+
+    monkeypatch.setattr(hub.socket, "create_connection", never)
+    assert not hub._answers("https://hub.example")
+    ended.set()
+
+
+def test_behind_a_proxy_only_the_client_can_tell(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert hub._answers("https://hub.example")

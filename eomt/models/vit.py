@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from eomt.models.backbone_weights import BackboneReport, load_backbone
 from eomt.models.resampling import create_resized
 from eomt.models.tracing import is_traced
+from eomt.settings.hub import given_up_soon
 from eomt.settings.model import check_img_size
 
 DECIDED = {"img_size", "patch_size", "num_classes", "global_pool", "checkpoint_path", "pretrained_cfg"}  # elsewhere
@@ -176,20 +178,24 @@ def create_backbone(
     pool = "token" if "distilled" in family else ""
     options = {"pretrained": pretrained, "num_classes": 0, "global_pool": pool, **own_kwargs(family), **kwargs}
     create, sizes = partial(timm.create_model, name, **options), {"img_size": img_size, "patch_size": patch_size}
+    from_hub = pretrained and "pretrained_cfg_overlay" not in kwargs
     try:
-        if pretrained:
-            backbone = create_resized(create, "pretrained_cfg_overlay" in kwargs or "flexi" in family, **sizes)
-        else:
-            backbone = create(**sizes)
+        with given_up_soon() if from_hub else nullcontext(True) as answers:
+            if pretrained:
+                backbone = create_resized(create, not from_hub or "flexi" in family, **sizes)
+            else:
+                backbone = create(**sizes)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
         # arguments, or weights of other shapes
         raise ValueError(f"backbone {name!r} with backbone_kwargs {dict(kwargs)}: {shorten(error)}") from error
     except Exception as error:
         if not pretrained:
             raise
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if not answers:
+            reason = "the hub does not answer, or HF_HUB_OFFLINE is set, and they were not fetched before"
         raise ConnectionError(
-            f"pretrained weights of {name!r} could not be loaded ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); "
+            f"pretrained weights of {name!r} could not be loaded ({reason}); "
             "ways out: connect to the hub, give a backbone with backbone_weights=FILE or an EoMT checkpoint with "
             "ckpt_path=FILE pretrained=false, or train from random weights with pretrained=false"
         ) from error

@@ -9,9 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from threading import Thread
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from eomt.command_line import one_sentence
 
@@ -20,6 +25,7 @@ log = logging.getLogger(__name__)
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # of a repository
 PLACE = re.compile(rf"(?P<repo>{NAME})(?:@(?P<revision>[^/@\s]+))?(?:/(?P<file>[^\s@]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SECONDS = 5  # for the hub to answer
 WANTED = ("*.json", "*.safetensors", "pytorch_model*.bin")  # of a folder; nothing else is ever opened
 
 
@@ -131,9 +137,44 @@ def _fetched(place: HubPlace) -> Path:
     return Path(root, place.file or "")
 
 
+@contextmanager
+def given_up_soon() -> Iterator[bool]:
+    """Keeps the hub's client offline in the block where the hub does not answer within 5 seconds.
+
+    It would retry for a minute, in 45 lines; what was fetched before is found without it. Yields whether it answers.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    answers = not before and _answers(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = not answers
+    try:
+        yield answers
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    """Whether a server can be reached; behind a proxy only its client can tell, so yes."""
+    place = urlsplit(address)
+    if place.scheme in getproxies() and not proxy_bypass(place.hostname or ""):
+        return True
+    reached: list[bool] = []
+
+    def connect() -> None:
+        with suppress(OSError), socket.create_connection((place.hostname, place.port or 443), SECONDS):
+            reached.append(True)
+
+    looking = Thread(target=connect, daemon=True)  # looking up a name has no limit of its own
+    looking.start()
+    looking.join(SECONDS)
+    return bool(reached)
+
+
 def _asked(place: HubPlace, ask: Callable[[], str]) -> str:
     try:
-        return ask()
+        with given_up_soon():
+            return ask()
     except Exception as error:  # of the hub, of the network, of the disk
         raise ConnectionError(
             f"{place} could not be had from the hub ({type(error).__name__}: {one_sentence(error)}); look at the name, "
