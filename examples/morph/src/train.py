@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import morph_checkout
-from morph.arguments import CONFIG, add_overrides, overrides_in
-from morph.settings import Settings, read_settings
+from morph.arguments import CONFIG, add_overrides, count, overrides_in
+from morph.settings import read_settings
 
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.settings.run import check_output_dir
+
+OUTPUT_FLAGS = ("--output", "--resume auto")
 
 
 @reports_errors()
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = read_settings(args.config, overrides_in(args), count)
     settings.check_files()
-    check_output_dir(args.output, args.resume)
+    check_output_dir(args.output, args.resume, OUTPUT_FLAGS)
 
     quiet_libraries()
     from morph.metrics import metrics_table
@@ -38,14 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(metrics_table(summary["test"]))
     model = args.output / "model"
     print(f"{model}: test it with python {morph_checkout.SRC / 'test.py'} --model_path {model}")
-
-
-def count(settings: Settings) -> int:
-    """Training images, for preset=auto."""
-    from morph.data import count_training_images
-
-    settings.check_files()
-    return count_training_images(settings)
 
 
 if __name__ == "__main__":
