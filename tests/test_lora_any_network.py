@@ -123,6 +123,56 @@ def test_the_probe_leaves_metrics_as_they_were():
     assert trainer.logged_metrics.keys() == {"loss"} and "log" not in vars(module)
 
 
+class WithoutIndex(Small):
+    """Its step takes the batch alone."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+class SkipsFirst(Small):
+    """Its first step has no loss."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+
+class WithQueue(Small):
+    """Its step writes into buffers, in place and anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(4))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch, batch_idx):
+        self.queue[self.steps % 4] = 1
+        self.steps = self.steps + 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_may_take_the_batch_alone():
+    audit = AuditAdapters()
+    fit(WithoutIndex(), vectors(), audit, max_steps=4)
+    assert audit.audit.complete
+
+
+def test_a_first_step_without_a_loss_is_told_with_the_way_out():
+    with pytest.raises(AuditError, match=r"training_step returned None.*give AuditAdapters\(forward="):
+        fit(SkipsFirst(), vectors(), AuditAdapters(), max_steps=3)
+    audit = AuditAdapters(forward=lambda module, batch: module.head(module.encoder(batch)))
+    fit(SkipsFirst(), torch.rand(9, 2, 3), audit, max_steps=4, max_epochs=1)
+    assert audit.begun
+
+
+def test_the_probe_leaves_buffers_as_they_were():
+    module = WithQueue()
+    seen = []
+    module.on_train_batch_start = lambda batch, index: seen.append((module.steps.item(), module.queue.sum().item()))
+    fit(module, vectors(), AuditAdapters(), max_steps=4)
+    assert seen == [(0, 0), (1, 1), (2, 2), (3, 3)] and module.steps == 4 and module.state_dict()["steps"] == 4
+
+
 def test_manual_optimisation_needs_a_probe_and_passes_with_one():
     with pytest.raises(ValueError, match=r"Small optimises by hand: give AuditAdapters\(forward="):
         fit(Small(by_hand=True), vectors(), AuditAdapters())
