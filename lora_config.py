@@ -358,6 +358,7 @@ def wrap(module: nn.Module, config: PeftConfig, targets: Iterable[str]) -> PeftM
     config.target_modules = anchored(targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT then sets it for GPT-2's Conv1D
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # which PEFT asks for
         return import_peft().get_peft_model(module, config)
 
 

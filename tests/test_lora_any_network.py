@@ -142,13 +142,14 @@ class WithQueue(Small):
 
     def __init__(self):
         super().__init__()
+        self.norm = nn.BatchNorm1d(2)
         self.register_buffer("queue", torch.zeros(4))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def training_step(self, batch, batch_idx):
         self.queue[self.steps % 4] = 1
         self.steps = self.steps + 1
-        return super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx)["loss"] + self.norm(self.encoder(batch)).square().mean()
 
 
 def test_a_step_may_take_the_batch_alone():

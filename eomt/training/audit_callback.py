@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torchmetrics import Metric
@@ -98,7 +97,7 @@ def leaving_no_trace(module: LightningModule) -> Iterator[None]:
     """
     adapted = {id(inner) for part in adapted_parts(module).values() for inner in part.modules()}
     buffers = [
-        (part, name, buffer, buffer.clone())
+        (part, name, buffer)
         for part in module.modules()
         if id(part) not in adapted
         for name, buffer in part.named_buffers(recurse=False)
@@ -110,6 +109,8 @@ def leaving_no_trace(module: LightningModule) -> Iterator[None]:
     ]
     loggers = {name: (lambda *args, **kwargs: None) for name in ("log", "log_dict")}
     vars(module).update(loggers)
+    for part, name, buffer in buffers:
+        setattr(part, name, buffer.clone())  # the step works on copies: a gradient may need what it read
     try:
         yield
     finally:
@@ -117,9 +118,8 @@ def leaving_no_trace(module: LightningModule) -> Iterator[None]:
             del vars(module)[name]
         for metric, state in metrics:
             vars(metric).update(state)
-        for part, name, buffer, before in buffers:  # one may have another tensor by now
-            with torch.no_grad():
-                setattr(part, name, buffer.copy_(before))
+        for part, name, buffer in buffers:
+            setattr(part, name, buffer)
 
 
 def steps_taken(trainer: Trainer) -> int:
