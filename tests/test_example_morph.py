@@ -269,6 +269,20 @@ def test_an_override_that_cannot_be_meant_is_refused(override, message):
         read(override)
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["use_lora=false", "lora_r=8", "backbone_lr=1e-3"], {"lora_r", "backbone_lr"}),
+        (["unfreeze_last_n=1", "mae_steps=9"], {"unfreeze_last_n"}),
+        (["weights=none", "mae_steps=9", "data_seed=1"], {"mae_steps"}),
+        (["weights=none", "data=folder", "pictures=9", "data_seed=1"], {"pictures", "data_seed"}),
+        (["use_lora=false", "unfreeze_last_n=1", "backbone_lr=1e-3"], set()),
+    ],
+)
+def test_an_override_that_does_nothing_is_named(words, named):
+    assert settings.idle(read(*words), settings.read_overrides(words)).keys() == named
+
+
 def test_the_whole_backbone_and_its_last_blocks_contradict_each_other():
     with pytest.raises(ValueError, match="unfreeze_last_n=1 a part of it"):
         read("use_lora=false", "freeze_strategy=none", "unfreeze_last_n=1")

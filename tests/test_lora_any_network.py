@@ -195,10 +195,16 @@ def test_bf16_true_is_named_before_a_step_is_taken():
 
 def test_the_guide_s_lines_run(tmp_path, monkeypatch):
     guide = (Path(__file__).parent.parent / "docs" / "lora.md").read_text()
-    section = guide.split("## LoRA on your own network")[1]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    section = guide.split("## LoRA on your own network")[1].split("\n## ")[0]
+    short, whole = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(short.replace("\n\n", "\n").splitlines()) <= 10
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 2
     loader = DataLoader(TensorDataset(images, labels), batch_size=2)
-    monkeypatch.chdir(tmp_path)
-    exec(code, {"loader": loader, "__name__": "guide"})
-    assert LoRASettings.from_adapter("adapter").rank == 4
+    places = {"loader": loader, "__name__": "guide"}
+    for number, code in enumerate((whole, short)):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        if code is short:  # with a module that has no adapters
+            places["module"].lora.merge()
+        exec(code, places)
+        assert LoRASettings.from_adapter("adapter").rank == 4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import morph_checkout
 from morph.arguments import CONFIG, add_overrides, count, overrides_in
-from morph.settings import read_settings
+from morph.settings import idle, read_overrides, read_settings
 
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.settings.run import check_output_dir
@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overrides(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = read_settings(args.config, overrides_in(args), count)
+    words = overrides_in(args)
+    settings = read_settings(args.config, words, count)
+    for name, owner in idle(settings, read_overrides(words)).items():
+        logging.warning("override %s does nothing here: it belongs to %s", name, owner)
     settings.check_files()
     check_output_dir(args.output, args.resume, OUTPUT_FLAGS)
 

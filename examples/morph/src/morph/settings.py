@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -161,6 +161,21 @@ def read_variants(
         for seed in seeds:
             cells[name, seed] = read_settings(config, [*overrides, *own, f"seed={seed}"], count)
     return cells
+
+
+def idle(settings: Settings, names: Collection[str]) -> dict[str, str]:
+    """Those of the settings that do nothing beside the others, and what each belongs to."""
+    s = settings
+    trains = s.freeze_strategy == "none" or (s.unfreeze_last_n and not s.use_lora)
+    rules = (
+        (("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_lr"), s.use_lora, "use_lora=true"),
+        (("unfreeze_last_n",), not s.use_lora, "use_lora=false"),
+        (("backbone_lr",), trains, "unfreeze_last_n or freeze_strategy=none"),
+        (("identities", "pictures"), s.data == DRAWN, f"data={DRAWN}"),
+        (("data_seed",), DRAWN in (s.data, s.weights), f"data={DRAWN} or weights={DRAWN}"),
+        (("mae_steps", "mae_batch_size"), s.weights == DRAWN, f"weights={DRAWN}"),
+    )
+    return {name: owner for group, heeded, owner in rules if not heeded for name in group if name in names}
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Any]:
