@@ -564,10 +564,21 @@ def test_the_comparison_makes_its_table_and_does_not_repeat_what_is_finished(tmp
     assert "| frozen |" in table and "unchanged |" in table and "(100.0 %)" in table and "\n\nOne seed; " in table
     assert results["seeds"] == [0] and results["git_commit"] == str(results["runs"][0]["git_commit"])
     assert {"commands", "machine", "versions", "settings", "what"} < results.keys()
+    assert not {*settings.WHAT_TRAINS, "seed"} & results["settings"].keys() and results["settings"]["epochs"] == 1
     from morph import running
 
     monkeypatch.setattr(running, "fit", None)
     assert call("compare", *words) == 0
+
+
+def test_the_readme_shows_the_table_of_its_results():
+    from morph.comparing import results_table
+
+    folder = CONFIG.parents[1]
+    results, text = json.loads((folder / "results.json").read_text()), (folder / "README.md").read_text()
+    shown = text.split("<!-- results.json -->\n")[1].split("<!-- end of results.json -->")[0]
+    assert shown.strip() == results_table(results).strip()
+    assert all(run["status"] == "finished" and run["git_commit"] == results["git_commit"] for run in results["runs"])
 
 
 @pytest.mark.parametrize("word", ["use_lora=false", "unfreeze_last_n=1", "freeze_strategy=none", "seed=3"])

@@ -13,7 +13,7 @@ from eomt.files import write_json, write_text
 from eomt.reporting.run_summary import provenance
 from morph.data import read_splits
 from morph.running import train
-from morph.settings import Settings
+from morph.settings import WHAT_TRAINS, Settings
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def compare(cells: Mapping[tuple[str, int], Settings], output: Path) -> str:
     if len(commits) > 1:
         log.warning("the runs in %s are of several commits: %s; a new folder makes a table of one", output, commits)
     facts = {"what": "morphed faces: ways to train, over seeds", **origin, "git_commit": ", ".join(commits)}
-    results = {**facts, "settings": dataclasses.asdict(settings), "runs": runs}
+    common = {k: v for k, v in dataclasses.asdict(settings).items() if k not in (*WHAT_TRAINS, "weights", "seed")}
+    results = {**facts, "settings": common, "runs": runs}
     write_json(output / "results.json", results)
     write_text(output / "results.md", results_table(results))
     return results_table(results)
