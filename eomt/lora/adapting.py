@@ -131,7 +131,8 @@ def adapt(
         block.requires_grad_(True)
     train_besides(encoder, besides, network)
     adapted = Adapted(encoder, lora, handle)
-    say(f"{name_of(encoder)}: {adapted.summary}")
+    if not any(p.is_meta for p in encoder.parameters()):  # without weights it is built to be counted
+        say(f"{name_of(encoder)}: {adapted.summary}")
     return adapted
 
 
