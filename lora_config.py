@@ -207,7 +207,9 @@ PRESETS = (  # as in configs/lora/
 
 
 def preset_for(images: int) -> Preset:
-    """The preset for a number of training images."""
+    """The preset for a number of training images; ValueError where it is none."""
+    if not images >= 0:
+        raise ValueError(f"images {images}: a number of training images is at least 0")
     return [preset for preset in PRESETS if images >= preset.images][-1]
 
 
@@ -247,6 +249,13 @@ def _find_targets_with_warnings(module: nn.Module, settings: LoRASettings) -> li
         effect = also if others else f"all {len(parts)} share one update of this rank"
         named = f"{', '.join(part[0] for part in parts[:-1])} and {parts[-1][0]}"
         log.warning("LoRA targets %s: %s are one fused %s layer here, so %s", ", ".join(asked), named, layer, effect)
+    for parts, blocks in found.missing.items():
+        log.warning(
+            "LoRA target %s finds no %s in %s: name these layers as well, if there are any",
+            next(target for target in settings.target_modules if target.rpartition(".")[2] == "attention"),
+            " and no ".join(parts),
+            " and ".join(blocks) if len(blocks) < 3 else listed(blocks, 2),
+        )
     if found.left_out:
         log.warning(
             "LoRA leaves out %s: such layers of decoders, of attention to another sequence or outside of the numbered "
@@ -349,6 +358,7 @@ def wrap(module: nn.Module, config: PeftConfig, targets: Iterable[str]) -> PeftM
     config.target_modules = anchored(targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT then sets it for GPT-2's Conv1D
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # which PEFT asks for
         return import_peft().get_peft_model(module, config)
 
 

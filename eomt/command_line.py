@@ -110,7 +110,8 @@ def quiet_libraries() -> None:
     import lightning  # noqa: F401  it sets its logger's level when imported
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that faster kernels exist
+    for name in ("bitsandbytes", "torch.utils._pytree"):  # that faster kernels exist; what torchao registers
+        logging.getLogger(name).setLevel(logging.ERROR)
     notes = "LeafSpec|num_workers|logging interval|is not empty|before the epoch ended|use .self.log|WeightAveraging"
     warnings.filterwarnings("ignore", message=f".*({notes}).*")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ NAMES = {  # of the layers with these parts, in timm, torchvision, and transform
     ("query",): ("query", "q_proj", "q", "q_lin", "to_q", "query_proj", "wq"),
     ("key",): ("key", "k_proj", "k", "k_lin", "to_k", "key_proj", "wk"),
     ("value",): ("value", "v_proj", "v", "v_lin", "to_v", "value_proj", "wv"),
+    ("query", "key"): ("qk", "to_qk"),
     ("key", "value"): ("kv", "kv_proj", "to_kv", "key_value", "wkv"),
     QKV: ("qkv", "qkv_proj", "to_qkv", "wqkv", "query_key_value", "c_attn"),
     ("out",): ("out_proj", "o_proj", "out_lin"),
@@ -38,12 +39,14 @@ class Found:
     """The layers that targets mean: `names` in the module's order.
 
     `fused` says for each fused layer's short name which parts were asked for; `left_out` holds matches that were not
-    named expressly: in decoders, in attention to another sequence, or outside of the numbered blocks.
+    named expressly: in decoders, in attention to another sequence, or outside of the numbered blocks. `missing` holds
+    parts of the role `attention` that were not found, and the blocks that lack them.
     """
 
     names: list[str] = field(default_factory=list)
     fused: dict[str, list[str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    missing: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -129,6 +132,8 @@ def resolve(module: nn.Module, targets: Sequence[str], blocks: int | str = "all"
             raise ValueError(_nothing(module, target, names, matches, apart))
         chosen.update(kept)
         found.left_out += [name for name in matches if name not in kept]
+        if _last(target) == "attention" and all(_last(other) in ROLES for other in targets):
+            found.missing |= _missing(kept, names, places)
         for name in kept:
             last = name.rpartition(".")[2]
             if len(PARTS.get(last.lower(), ())) > 1 and (part := _part(target)) and target != name:
@@ -151,21 +156,40 @@ def _matches(target: str, names: Sequence[str], places: Mapping[str, str]) -> li
     if role is None:
         return literal
     inside = [name for name in names if not path or f".{path}." in f".{name.rpartition('.')[0]}."]
-    meant = {name for name in inside if _has_role(name.removeprefix(f"{places.get(name)}."), role)}
+    attentions = {name.rpartition(".")[0] for name in names if PARTS.get(_last(name))}
+    meant = {name for name in inside if role in _roles(name, places, attentions)}
     return [name for name in names if name in meant or name in literal]
 
 
-def _has_role(name: str, role: str) -> bool:
-    """Whether a layer, by its name inside its block, does this in the attention or the MLP."""
-    *path, last = name.lower().split(".")
+def _roles(name: str, places: Mapping[str, str], attentions: Collection[str]) -> tuple[str, ...]:
+    """What a layer does in its block: parts of the attention, and with them `attention`, or `mlp`, or nothing.
+
+    `attentions` are the modules that hold a query, key or value, whatever they are called.
+    """
+    *path, last = name.removeprefix(f"{places.get(name)}.").lower().split(".")
     if last == "0" and path:  # `to_out.0`
         last = {"to_out": "out"}.get(path[-1], last)
     in_attention = any(ATTENTION_PART.search(part) for part in path)
-    parts = PARTS.get(last, ()) or (("out",) if in_attention and last in OUT_OF_ATTENTION else ())
-    if role == "mlp":
-        is_mlp = last in MLP or name == "output.dense" or any(MLP_PART.search(part) for part in (*path, last))
-        return is_mlp and not in_attention and not parts
-    return bool(parts) if role == "attention" else role in parts
+    is_mlp = last in MLP or [*path, last] == ["output", "dense"]
+    is_mlp = is_mlp or any(MLP_PART.search(part) for part in (*path, last))
+    is_beside = name.rpartition(".")[0] in attentions and not is_mlp
+    parts = PARTS.get(last, ()) or (("out",) if (in_attention or is_beside) and last in OUT_OF_ATTENTION else ())
+    if parts:
+        return (*parts, "attention")
+    return ("mlp",) if is_mlp and not in_attention else ()
+
+
+def _missing(kept: Sequence[str], names: Sequence[str], places: Mapping[str, str]) -> dict[tuple[str, ...], list[str]]:
+    """The parts of an attention that blocks lack, of those that have some."""
+    attentions = {name.rpartition(".")[0] for name in names if PARTS.get(_last(name))}
+    there: dict[str, set[str]] = {}
+    for name in kept:
+        there.setdefault(places.get(name, "the network"), set()).update(_roles(name, places, attentions))
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for block, roles in there.items():
+        if lacking := tuple(part for part in (*QKV, "out") if part not in roles):
+            missing.setdefault(lacking, []).append(block)
+    return missing
 
 
 def _last(name: str) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from eomt.lora.groups import parameter_groups
 from eomt.lora.report import subtotals, trainable_report
 from lora_config import PRESETS, LoRASettings, adapted_layers, apply_lora, preset_for
 
+ROOT = Path(__file__).parent.parent
 SETTINGS = LoRASettings(rank=2, target_modules=["query", "value"])
 
 
@@ -122,10 +125,58 @@ def test_lora_takes_the_place_of_unfreezing_and_says_so(caplog):
 
 
 def test_more_blocks_than_there_are_and_several_stacks_are_refused():
-    with pytest.raises(ValueError, match="unfreeze_last_n 3: the backbone has 2 blocks"):
-        adapt(Encoder(), unfreeze_last_n=3)
+    for count in (3, -1, 1.5):
+        with pytest.raises(ValueError, match=rf"unfreeze_last_n {count}: the backbone has 2 blocks; .* from 0 to 2"):
+            adapt(Encoder(), unfreeze_last_n=count)
     with pytest.raises(ValueError, match=r"2 stacks, a.layers \(2 blocks\), b.layers \(2 blocks\); adapt each"):
         adapt(nn.ModuleDict({"a": Encoder(), "b": Encoder()}), unfreeze_last_n=1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({"lora": LoRASettings(target_modules=["quary"])}, ValueError),
+        ({"lora": LoRASettings(rank=2, target_modules=["query"], options={"rank_pattern": {"x": 1}})}, ValueError),
+        ({"unfreeze_last_n": 9}, ValueError),
+        ({"also": ["norm"]}, TypeError),
+    ],
+)
+def test_what_fails_leaves_the_part_as_it_was(kwargs, error):
+    encoder = Encoder()
+    encoder.norm.requires_grad_(False)
+    before = trained(encoder)
+    with pytest.raises(error):
+        adapt(encoder, **kwargs)
+    assert trained(encoder) == before
+
+
+def test_an_adapter_of_another_base_leaves_the_part_as_it_was(saved):
+    encoder = Encoder()
+    encoder.norm.weight.data += 1
+    before = trained(encoder)
+    with pytest.raises(ValueError, match="trained on other base weights"):
+        load_adapted(encoder, saved[1])
+    assert trained(encoder) == before and encoder.training
+
+
+def test_a_part_that_was_never_trained_and_is_frozen_is_told(caplog):
+    adapt(Encoder(), SETTINGS)
+    assert "Encoder looks untrained" in caplog.text and "load its weights before" in caplog.text
+    caplog.clear()
+    known = Encoder()
+    known.norm.bias.data += 0.1
+    adapt(known, SETTINGS)
+    assert "untrained" not in caplog.text
+
+
+def test_it_says_what_it_did_also_where_no_log_is_set_up():
+    code = """
+import torch
+from eomt.lora.adapting import adapt
+adapt(torch.nn.Linear(2, 2))
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stderr.endswith("Linear: Trainable: 0 (0.00%) | Total: 6\n") and said.stdout == ""
 
 
 def test_a_part_is_adapted_only_once():
@@ -221,6 +272,26 @@ def test_two_adapted_parts_pass_one_audit_and_a_fault_names_its_part():
     assert audit.complete and all(result["passed"] for result in audit.results.values())
     with pytest.raises(AuditError, match=r"does not depend on the adapters of b\.layers\.0"):
         begin(network, lambda: network["a"](TOKENS), trainable_elsewhere=[])
+
+
+def test_frozen_tensors_are_hashed_once_for_several_adapted_parts(monkeypatch):
+    from eomt.lora import audit
+
+    network = nn.ModuleDict({"a": Encoder(), "b": Encoder(), "head": nn.Linear(4, 2)})
+    network["b"].embed = network["a"].embed
+    for part in ("a", "b"):
+        adapt(network[part], SETTINGS)
+    hashed = []
+
+    def counted(tensors):
+        hashed.extend(id(tensor) for tensor in tensors.values())
+        return hash_tensors(tensors)
+
+    hash_tensors = audit.hash_tensors
+    monkeypatch.setattr(audit, "hash_tensors", counted)
+    begin(network, lambda: network["head"](network["a"](TOKENS) + network["b"](TOKENS)))
+    frozen = {id(p) for p in network.parameters() if not p.requires_grad}
+    assert frozen <= {*hashed} and len(hashed) == len({*hashed})
 
 
 def test_naming_one_adapted_part_does_not_ask_to_freeze_the_other():
@@ -400,6 +471,21 @@ def test_a_loaded_adapter_trains_on_under_the_audit(saved):
     assert audit.complete and len(part.parameters()) == 8
 
 
+def test_a_loaded_adapter_trains_on_with_a_tied_head(saved, caplog):
+    network = Tied()
+    network.head.weight = network.encoder.embed.weight
+    part = load_adapted(network.encoder, saved[1], is_trainable=True, network=network)
+    assert "embed.weight of the adapted part is tied to head.weight, which is frozen, too" in caplog.text
+    with pytest.raises(ValueError, match="already carries LoRA adapters"):
+        load_adapted(network.encoder, saved[1])
+    network = Tied()
+    part = load_adapted(network.encoder, saved[1], is_trainable=True, also=[network.head], network=network)
+    audit = begin(network)
+    train(network, audit, lambda: network(TOKENS).square().mean(), steps=3)
+    audit.at_end()
+    assert audit.complete and network.head.weight.requires_grad and len(part.parameters()) == 9
+
+
 def test_a_part_without_adapters_has_none_to_save(tmp_path):
     with pytest.raises(ValueError, match="Encoder has no adapters: give `adapt` LoRASettings"):
         adapt(Encoder()).save(tmp_path)
@@ -431,6 +517,8 @@ def test_presets_give_settings_for_a_number_of_images():
     assert LoRASettings.for_images(1999) == LoRASettings(4, 32, 0.1, target_modules=("attention",))
     assert LoRASettings.for_images(5001, dropout=0, target_modules="query").dropout == 0
     assert preset_for(2000).lr == 5e-4
+    with pytest.raises(ValueError, match=r"images -1: .*at least 0"):
+        LoRASettings.for_images(-1)
 
 
 def test_presets_are_those_of_the_configurations():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 SRC = ROOT / "examples" / "morph" / "src"
 sys.path.append(str(SRC))  # at its end, where its test.py hides nothing
 
-from morph import data, faces, metrics, pictures, pretraining, saved, settings  # noqa: E402
+from morph import arguments, data, faces, metrics, pictures, pretraining, saved, settings  # noqa: E402
 
 CONFIG = ROOT / "examples" / "morph" / "configs" / "drawn.yaml"
 TINY = ["identities=6", "pictures=2", "img_size=32", "batch_size=8", "epochs=3", "logger=csv", "val_share=0.34"]
@@ -76,10 +77,28 @@ def test_neither_noise_nor_blur_tells_a_morph():
     assert corner[labels == 0].mean() == pytest.approx(corner[labels == 1].mean(), rel=0.15)
 
 
-def test_drawn_persons_of_the_splits_are_different_ones():
-    splits = data.drawn_splits(6, 1, 32, 0.34, 0)
-    seen = [{picture.tobytes() for picture in splits[name].pictures} for name in ("train", "val", "test")]
-    assert [len(part) for part in seen] == [8, 4, 6] and not (seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2])
+def test_drawn_persons_of_the_splits_and_of_the_pretraining_are_different_ones(monkeypatch):
+    drawn = []
+
+    def remembered(rng):
+        person = draw(rng)
+        drawn.append((person.width, person.height, *person.eyes, *person.mouth))
+        return person
+
+    draw = faces.draw_identity
+    for module in (faces, pretraining):
+        monkeypatch.setattr(module, "draw_identity", remembered)
+    splits = data.drawn_splits(6, 1, 16, 0.34, 0)
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [8, 4, 6]  # of 4, 2 and 3 persons
+    next(pretraining.batches(read("mae_steps=2", "mae_batch_size=4", "img_size=16")))
+    assert len(drawn) == 4 + 2 + 3 + 8 and len({*drawn}) == len(drawn)
+
+
+def test_data_follow_from_their_own_seed_and_not_from_that_of_the_training():
+    first, same, other = (
+        data.read_splits(read(*TINY, *words))["train"].pictures for words in ([], ["seed=1"], ["data_seed=1"])
+    )
+    assert all(map(np.array_equal, first, same)) and not any(map(np.array_equal, first, other))
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -250,6 +269,20 @@ def test_an_override_that_cannot_be_meant_is_refused(override, message):
         read(override)
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["use_lora=false", "lora_r=8", "backbone_lr=1e-3"], {"lora_r", "backbone_lr"}),
+        (["unfreeze_last_n=1", "mae_steps=9"], {"unfreeze_last_n"}),
+        (["weights=none", "mae_steps=9", "data_seed=1"], {"mae_steps"}),
+        (["weights=none", "data=folder", "pictures=9", "data_seed=1"], {"pictures", "data_seed"}),
+        (["use_lora=false", "unfreeze_last_n=1", "backbone_lr=1e-3"], set()),
+    ],
+)
+def test_an_override_that_does_nothing_is_named(words, named):
+    assert settings.idle(read(*words), settings.read_overrides(words)).keys() == named
+
+
 def test_the_whole_backbone_and_its_last_blocks_contradict_each_other():
     with pytest.raises(ValueError, match="unfreeze_last_n=1 a part of it"):
         read("use_lora=false", "freeze_strategy=none", "unfreeze_last_n=1")
@@ -316,7 +349,7 @@ def test_without_a_class_there_is_no_error_rate(bona_fide, morphs, absent, caplo
 
 
 def test_scores_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="1 of 2 scores are not finite"):
+    with pytest.raises(ValueError, match=r"1 of 2 scores are not finite.* has diverged; lower lr and lora_lr"):
         metrics.detection_metrics(torch.tensor([float("nan"), 0.2]), torch.tensor([0, 1]))
 
 
@@ -369,7 +402,8 @@ def test_a_run_passes_the_audit_and_leaves_its_base_as_it_was(run):
     assert summary["trainable_by_part"] == {
         "backbone LoRA": depth * rank * (width + 3 * width), "backbone": 0, "head": 2 * width + 2,
     }  # fmt: skip
-    assert {path.name for path in (run / "model").iterdir()} == {"settings.json", "rest.safetensors", "adapter"}
+    left = {"settings.json", "rest.safetensors", "adapter", "base.safetensors"}
+    assert {path.name for path in (run / "model").iterdir()} == left
     assert (run / "test" / "det.png").is_file() and (run / "metrics.csv").is_file()
 
 
@@ -404,17 +438,52 @@ def test_a_folder_without_a_detector_is_named(tmp_path, capsys):
 
 
 def test_an_adapter_on_another_base_is_refused(run, tmp_path):
+    from morph.module import MorphDetector
+
     shutil.copytree(run / "model", tmp_path / "model")
-    facts = json.loads((tmp_path / "model" / "settings.json").read_text())
-    facts["settings"]["seed"] = 1  # other random weights
-    (tmp_path / "model" / "settings.json").write_text(json.dumps(facts))
+    other = MorphDetector(read(*TINY, "seed=1", "use_lora=false"))
+    saved.save_base(other, tmp_path / "model" / "base.safetensors")
     with pytest.raises(ValueError, match="trained on other base weights"):
         saved.load_detector(tmp_path / "model", saved.saved_settings(tmp_path / "model"))
 
 
+def test_a_detector_on_drawn_weights_opens_where_they_would_be_drawn_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setenv("EOMT_CACHE", str(tmp_path / "here"))
+    words = [*TINY, "weights=drawn", "mae_steps=2", "mae_batch_size=4", "epochs=2"]
+    assert call("train", "--output", tmp_path / "run", "--override", *words) == 0
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.setenv("EOMT_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(pretraining, "pretrain", None)
+    assert call("test", "--model_path", tmp_path / "moved" / "model") == 0
+    found = json.loads((tmp_path / "moved" / "test" / "metrics.json").read_text())
+    summary = json.loads((tmp_path / "moved" / "summary.json").read_text())
+    assert found == summary["test"]
+    (tmp_path / "moved" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "moved" / "model")
+    assert call("train", "--output", tmp_path / "moved", "--resume", "auto", "--override", *words) == 0
+    assert json.loads((tmp_path / "moved" / "summary.json").read_text())["test"] == found
+
+
 def test_a_run_is_not_written_over(run, capsys):
     assert call("train", "--output", run, "--override", *TINY) == 1
-    assert "holds a run" in capsys.readouterr().err
+    assert f"--output {run} holds a run: continue it with --resume auto" in capsys.readouterr().err
+
+
+def test_remedies_are_named_as_the_settings_are(tmp_path, monkeypatch, capsys):
+    from morph import module
+
+    monkeypatch.setattr(module.F, "cross_entropy", lambda logits, labels: logits.sum() * float("nan"))
+    words = ["--output", tmp_path / "run", "--override", *TINY, "epochs=9", "use_lora=false"]
+    assert call("train", *words) == 1
+    assert "; lower lr, or set precision=32-true, now it is 32-true" in capsys.readouterr().err
+
+
+def test_help_fits_the_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("train", "test", "compare"):
+        with pytest.raises(SystemExit):
+            call(name, "--help")
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80, name
 
 
 def test_other_settings_do_not_resume_a_run(run, capsys):
@@ -438,6 +507,18 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(run, tmp_path, monke
     for name in ("rest.safetensors", "adapter/adapter_model.safetensors"):
         first, second = (saved.read_tensors(folder / "model" / name)[0] for folder in (run, tmp_path / "again"))
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_parts():
+    from morph.running import Clock
+
+    clock = Clock()
+    assert max(clock.spent().values()) < 50
+    clock.load_state_dict({"seconds": 100.0, "cpu_seconds": 90.0})
+    spent = clock.spent()
+    assert (
+        100 <= spent["seconds"] < 150 and 90 <= spent["cpu_seconds"] < 150 and clock.state_dict().keys() == spent.keys()
+    )
 
 
 def test_a_checkpoint_that_is_named_is_one_to_go_on_from_with_its_own_settings(run, capsys):
@@ -480,11 +561,42 @@ def test_the_comparison_makes_its_table_and_does_not_repeat_what_is_finished(tmp
     sizes = [run["trainable_parameters"] for run in results["runs"]]
     assert sizes[0] == 34 and sizes[0] < sizes[1] < sizes[2] == results["runs"][2]["total_parameters"]
     table = (tmp_path / "results.md").read_text()
-    assert "| frozen |" in table and "unchanged |" in table and "(100.0 %)" in table
+    assert "| frozen |" in table and "unchanged |" in table and "(100.0 %)" in table and "\n\nOne seed; " in table
+    assert results["seeds"] == [0] and results["git_commit"] == str(results["runs"][0]["git_commit"])
+    assert {"commands", "machine", "versions", "settings", "what"} < results.keys()
+    assert not {*settings.WHAT_TRAINS, "seed"} & results["settings"].keys() and results["settings"]["epochs"] == 1
     from morph import running
 
     monkeypatch.setattr(running, "fit", None)
     assert call("compare", *words) == 0
+
+
+def test_the_readme_shows_the_table_of_its_results():
+    from morph.comparing import results_table
+
+    folder = CONFIG.parents[1]
+    results, text = json.loads((folder / "results.json").read_text()), (folder / "README.md").read_text()
+    shown = text.split("<!-- results.json -->\n")[1].split("<!-- end of results.json -->")[0]
+    assert shown.strip() == results_table(results).strip()
+    assert all(run["status"] == "finished" and run["git_commit"] == results["git_commit"] for run in results["runs"])
+
+
+@pytest.mark.parametrize("word", ["use_lora=false", "unfreeze_last_n=1", "freeze_strategy=none", "seed=3"])
+def test_a_comparison_refuses_what_it_sets_itself(tmp_path, word, capsys):
+    assert call("compare", "--output", tmp_path, "--override", *TINY, word) == 1
+    assert f"override {word.split('=')[0]}: a comparison sets it for each of its runs" in capsys.readouterr().err
+
+
+def test_the_variants_of_a_comparison_are_what_they_are_called_whatever_the_file_says(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("use_lora: false\nunfreeze_last_n: 1\npreset: auto\n")
+    names = list(settings.VARIANTS)
+    cells = settings.read_variants(names, [0, 1], file, ["lora_targets=[query]"], lambda own: 12_800)
+    assert list(cells) == [(name, seed) for name in names for seed in (0, 1)]
+    assert [cell.seed for cell in cells.values()] == [0, 1] * 5
+    trained = [(cells[name, 0].use_lora, cells[name, 0].unfreeze_last_n) for name in names]
+    assert trained == [(False, 0), (False, 1), (True, 0), (False, 0), (False, 0)]
+    assert {(cell.preset, cell.lora_r, cell.epochs) for cell in cells.values()} == {("large", 16, 10)}
 
 
 def test_a_spread_is_mean_and_deviation_in_percent():
@@ -528,12 +640,31 @@ def test_loaders_and_trainer_heed_their_settings(tmp_path):
     own = read(*TINY, "num_workers=2", "precision=bf16-mixed")
     loader = data.FaceData(own).train_dataloader()
     assert (loader.num_workers, loader.batch_size) == (2, 8)
-    trainer = running.make_trainer(own, tmp_path, running.AuditAdapters())
+    trainer = running.make_trainer(own, tmp_path)
     assert (trainer.max_epochs, trainer.precision) == (3, "bf16-mixed")
 
 
 def test_auto_counts_the_training_pictures():
-    assert script("train").count(read(*TINY)) == 16
+    assert arguments.count(read(*TINY)) == 16
+    with pytest.raises(ValueError, match=r"preset=auto counts training images.*name a preset"):
+        read("preset=auto")
+
+
+def test_the_rates_rise_over_the_share_of_steps_that_warms_up_and_fall_after():
+    from morph.module import MorphDetector
+
+    detector = MorphDetector(read(*TINY, "warmup=0.4", "lr=1e-2"))
+    detector.trainer = SimpleNamespace(estimated_stepping_batches=10)
+    found = detector.configure_optimizers()
+    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    head = next(group for group in optimizer.param_groups if group["kind"] == "heads")
+    rates = []
+    for _ in range(10):
+        rates.append(head["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01]) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert head["lr"] == pytest.approx(0, abs=1e-9)
 
 
 def test_frozen_weights_that_change_are_an_error(tmp_path, monkeypatch, capsys):

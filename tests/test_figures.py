@@ -1,4 +1,4 @@
-"""Every measured figure in README and docs comes from a JSON file in benchmarks/ that says where it is from."""
+"""Every measured figure in README, docs and examples comes from a JSON file that says where it is from."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from eomt.reporting.run_summary import provenance
 from eomt.settings.formats import SUMMARY, stamped
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "benchmarks").rglob("*.json"))
+EXAMPLES = sorted((ROOT / "examples").glob("*/results.json"))
+FILES = [*sorted((ROOT / "benchmarks").rglob("*.json")), *EXAMPLES]
 ORIGIN = {"commands": list, "git_commit": str, "machine": dict, "versions": dict, "seeds": list}
 MEASURE_AGAIN = {  # what these files lack and nobody can add afterwards
     "speed_cpu.json": ["git_commit is not of a clean checkout"],
@@ -53,7 +54,7 @@ def missing(facts):
     return faults
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_every_file_of_figures_names_command_commit_machine_versions_and_seeds(path):
     facts = json.loads(path.read_text())
     faults = {fault for part in facts.get("parts", {"": facts}).values() for fault in missing(part)}
@@ -63,6 +64,9 @@ def test_every_file_of_figures_names_command_commit_machine_versions_and_seeds(p
 # ------------------------------------------------------------------------------------------------------- the pages
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in tables.PAGES}
+READMES = {f"examples/{path.parent.name}/README.md": path for path in EXAMPLES}
+ALL_PAGES = PAGES | {name: path.with_name("README.md").read_text(encoding="utf-8") for name, path in READMES.items()}
+RESULTS = re.compile(r"<!-- results\.json -->\n(.*?)<!-- end of results\.json -->", re.DOTALL)  # of an example
 BLOCKS = [
     pytest.param(name, block, id=f"{name}-{block['name']}")
     for name, text in PAGES.items()
@@ -110,10 +114,10 @@ BY_HAND = {  # what follows from shapes or settings, and was not measured
 }
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL_PAGES)
 def test_sizes_and_times_in_sentences_come_from_a_file_or_follow_from_shapes(page):
     code = re.compile(r"^```.*?^```|^    .*?$", re.MULTILINE | re.DOTALL)
-    sentences = re.sub(r"^\|.*$", "", code.sub("", outside(PAGES[page])), flags=re.MULTILINE)
+    sentences = re.sub(r"^\|.*$", "", code.sub("", outside(ALL_PAGES[page])), flags=re.MULTILINE)
     assert SIZE_OR_TIME.findall(sentences) == BY_HAND.get(page, []), (
         "mark it: <!-- figures NAME: benchmarks/FILE.json -->"
     )
@@ -146,12 +150,21 @@ def test_every_mark_opens_or_ends_a_block():
 
 def outside(text):
     """What stands in no block."""
-    return tables.BLOCK.sub("", text)
+    return RESULTS.sub("", tables.BLOCK.sub("", text))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", READMES)
+def test_an_example_shows_its_results_between_marks_and_the_commands_that_made_them(page):
+    """That the table is the one of the file is a matter of the example's own test, which knows how it is made."""
+    text, results = ALL_PAGES[page], json.loads(READMES[page].read_text())
+    assert [part.startswith("| ") for part in RESULTS.findall(text)] == [True]
+    commands = re.sub(r" \\\n +", " ", text)
+    assert not [command for command in results["commands"] if command not in commands]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
 def test_every_measured_table_comes_from_a_file_or_holds_no_measurement(page):
-    tables_by_hand = re.findall(r"(?:^\|.*\n)+", outside(PAGES[page]), re.MULTILINE)
+    tables_by_hand = re.findall(r"(?:^\|.*\n)+", outside(ALL_PAGES[page]), re.MULTILINE)
     measured = [table for table in tables_by_hand if MEASURED.search("\n".join(table.splitlines()[2:]))]
     found = [table.strip("| ").split("|")[0].strip() for table in measured]
     assert found == NO_MEASUREMENT.get(page, []), "mark it: <!-- table NAME: benchmarks/FILE.json -->"

@@ -214,3 +214,32 @@ def test_a_step_of_any_module_is_skipped_and_recorded(tmp_path):
     trainer.fit(Foreign(), torch.utils.data.DataLoader(torch.ones(3, 2)))
     (record,) = records(tmp_path)
     assert finite.skipped == 1 and record["step"] == 1 and record["seed"] == 7
+
+
+class Normed(lightning.LightningModule):
+    """A module with running statistics, of which some inputs are not finite."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.layer = torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(self.norm(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_skipped_step_leaves_running_statistics_as_they_were(tmp_path, accumulated):
+    inputs = torch.rand(6 * accumulated, 4, 2, generator=torch.Generator().manual_seed(1))
+    spoilt = inputs.clone()
+    spoilt[2 * accumulated - 1] = math.nan  # of step 1, the last batch
+    found = []
+    for batches in (spoilt, torch.cat((inputs[:accumulated], inputs[2 * accumulated :]))):
+        module, finite = Normed(), FiniteSteps(tmp_path / str(len(found)))
+        fit(module, batches, finite, max_steps=len(batches) // accumulated, accumulate_grad_batches=accumulated)
+        found.append(module.state_dict())
+        assert finite.skipped == (batches is spoilt)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -123,6 +123,57 @@ def test_the_probe_leaves_metrics_as_they_were():
     assert trainer.logged_metrics.keys() == {"loss"} and "log" not in vars(module)
 
 
+class WithoutIndex(Small):
+    """Its step takes the batch alone."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+class SkipsFirst(Small):
+    """Its first step has no loss."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+
+class WithQueue(Small):
+    """Its step writes into buffers, in place and anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("queue", torch.zeros(4))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch, batch_idx):
+        self.queue[self.steps % 4] = 1
+        self.steps = self.steps + 1
+        return super().training_step(batch, batch_idx)["loss"] + self.norm(self.encoder(batch)).square().mean()
+
+
+def test_a_step_may_take_the_batch_alone():
+    audit = AuditAdapters()
+    fit(WithoutIndex(), vectors(), audit, max_steps=4)
+    assert audit.audit.complete
+
+
+def test_a_first_step_without_a_loss_is_told_with_the_way_out():
+    with pytest.raises(AuditError, match=r"training_step returned None.*give AuditAdapters\(forward="):
+        fit(SkipsFirst(), vectors(), AuditAdapters(), max_steps=3)
+    audit = AuditAdapters(forward=lambda module, batch: module.head(module.encoder(batch)))
+    fit(SkipsFirst(), torch.rand(9, 2, 3), audit, max_steps=4, max_epochs=1)
+    assert audit.begun
+
+
+def test_the_probe_leaves_buffers_as_they_were():
+    module = WithQueue()
+    seen = []
+    module.on_train_batch_start = lambda batch, index: seen.append((module.steps.item(), module.queue.sum().item()))
+    fit(module, vectors(), AuditAdapters(), max_steps=4)
+    assert seen == [(0, 0), (1, 1), (2, 2), (3, 3)] and module.steps == 4 and module.state_dict()["steps"] == 4
+
+
 def test_manual_optimisation_needs_a_probe_and_passes_with_one():
     with pytest.raises(ValueError, match=r"Small optimises by hand: give AuditAdapters\(forward="):
         fit(Small(by_hand=True), vectors(), AuditAdapters())
@@ -144,10 +195,16 @@ def test_bf16_true_is_named_before_a_step_is_taken():
 
 def test_the_guide_s_lines_run(tmp_path, monkeypatch):
     guide = (Path(__file__).parent.parent / "docs" / "lora.md").read_text()
-    section = guide.split("## LoRA on your own network")[1]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    section = guide.split("## LoRA on your own network")[1].split("\n## ")[0]
+    short, whole = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(short.replace("\n\n", "\n").splitlines()) <= 10
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 2
     loader = DataLoader(TensorDataset(images, labels), batch_size=2)
-    monkeypatch.chdir(tmp_path)
-    exec(code, {"loader": loader, "__name__": "guide"})
-    assert LoRASettings.from_adapter("adapter").rank == 4
+    places = {"loader": loader, "__name__": "guide"}
+    for number, code in enumerate((whole, short)):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        if code is short:  # with a module that has no adapters
+            places["module"].lora.merge()
+        exec(code, places)
+        assert LoRASettings.from_adapter("adapter").rank == 4

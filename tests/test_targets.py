@@ -224,3 +224,25 @@ def test_layers_outside_of_the_blocks_are_named_when_they_are_left_out(caplog):
         apply_lora(module, LoRASettings(rank=1, target_modules=["proj"]))
     assert "leaves out attn_pool.proj" in caplog.text
     assert resolve(module, ["attn_pool.proj"]).names == ["attn_pool.proj"]
+
+
+@pytest.mark.parametrize("parent", ["factoratt_crpe", "mixer"])
+def test_the_output_projection_is_found_beside_query_key_and_value_whatever_their_part_is_called(parent):
+    block = Named(**{parent: Named(qkv=nn.Linear(2, 6), proj=nn.Linear(2, 2)), "mlp": Named(fc1=nn.Linear(2, 2))})
+    network = Named(layers=nn.ModuleList([block, block]))
+    assert short(resolve(network, ["attention"]).names) == ["proj", "qkv"]
+    assert short(resolve(network, ["out"]).names) == ["proj"]
+    assert short(resolve(network, ["mlp"]).names) == ["fc1"]
+
+
+def test_a_role_that_is_found_in_part_is_told(caplog):
+    network = Named(layers=nn.ModuleList(attention("q_proj", "v_proj", "strange") for _ in range(2)))
+    apply_lora(network, LoRASettings(rank=1, target_modules=["attention"]))
+    assert "LoRA target attention finds no key and no out in layers.0 and layers.1" in caplog.text
+    caplog.clear()
+    for names in (("qkv", "proj"), ("qk", "v", "proj")):
+        whole = Named(layers=nn.ModuleList(attention(*names) for _ in range(2)))
+        apply_lora(whole, LoRASettings(rank=1, target_modules=["attention"]))
+    more = Named(layers=nn.ModuleList(attention("q_proj", "v_proj", "strange") for _ in range(2)))
+    apply_lora(more, LoRASettings(rank=1, target_modules=["attention", "strange"]))  # who names them knows
+    assert "finds no" not in caplog.text

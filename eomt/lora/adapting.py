@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,41 +114,108 @@ def adapt(
 
     Raises:
         ImportError: PEFT is missing.
-        ValueError: there are fewer blocks, or several stacks of them; and what `apply_lora` raises.
+        ValueError: there are fewer blocks, or several stacks of them; and what `apply_lora` raises. The part is then
+            as it was.
     """
     encoder = getattr(encoder, "_orig_mod", encoder)  # what torch.compile wraps
     assert_not_adapted(encoder)
+    besides = parameters_of(also)
     unfrozen = [] if lora or not unfreeze_last_n else last_blocks(encoder, unfreeze_last_n, blocks)
-    encoder.requires_grad_(False)
-    handle = apply_lora(encoder, lora, method) if lora else None
+    if looks_untrained(encoder):
+        log.warning("%s looks untrained (its norms are as they are made): load its weights before", name_of(encoder))
     if lora and unfreeze_last_n:
-        log.warning("LoRA and unfreeze_last_n %d: LoRA takes its place, no block is unfrozen", unfreeze_last_n)
+        log.warning("LoRA and unfreeze_last_n %s: LoRA takes its place, no block is unfrozen", unfreeze_last_n)
+    with frozen_or_as_before(encoder):
+        handle = apply_lora(encoder, lora, method) if lora else None
     for block in unfrozen:
         block.requires_grad_(True)
-    parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in also]
-    encoder.lora_also = unique(p for parameters in parts for p in parameters)  # a plain list, for the audit
-    for p in encoder.lora_also:
+    train_besides(encoder, besides, network)
+    adapted = Adapted(encoder, lora, handle)
+    if not any(p.is_meta for p in encoder.parameters()):  # without weights it is built to be counted
+        say(f"{name_of(encoder)}: {adapted.summary}")
+    return adapted
+
+
+def load_adapted(
+    encoder: nn.Module,
+    directory: str | Path,
+    is_trainable: bool = False,
+    also: Iterable[nn.Module | nn.Parameter] = (),
+    network: nn.Module | None = None,
+) -> Adapted:
+    """Adapts a part, in place, with a saved adapter, which carries its settings; the part has its base weights.
+
+    Args:
+        encoder, also, network: as for `adapt`.
+        directory: as `Adapted.save` wrote it.
+        is_trainable: whether the adapter trains on.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: already adapted, the adapter was trained on other base weights, was edited, or does not fit. The
+            part is then as it was.
+    """
+    encoder = getattr(encoder, "_orig_mod", encoder)
+    assert_not_adapted(encoder)
+    besides = parameters_of(also)
+    with frozen_or_as_before(encoder):
+        handle = files.load_adapter(encoder, directory, is_trainable)
+    train_besides(encoder, besides, network)
+    return Adapted(encoder, encoder.lora_settings, handle)
+
+
+@contextmanager
+def frozen_or_as_before(part: nn.Module) -> Iterator[None]:
+    """A part is frozen inside; after an error its parameters train as they did before."""
+    before = [(p, p.requires_grad) for p in part.parameters()]
+    part.requires_grad_(False)
+    try:
+        yield
+    except BaseException:
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+        raise
+
+
+def parameters_of(parts: Iterable[nn.Module | nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters among modules and parameters, each once.
+
+    Raises:
+        TypeError: something else is among them.
+    """
+    parts = list(parts)
+    if wrong := [part for part in parts if not isinstance(part, (nn.Module, nn.Parameter))]:
+        raise TypeError(f"also holds {wrong[0]!r}: give modules or parameters, for example [model.norm]")
+    return unique(p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters()))
+
+
+def train_besides(encoder: nn.Module, besides: Sequence[nn.Parameter], network: nn.Module | None) -> None:
+    """Lets these parameters train, too, and names what outside of the part is frozen because it is tied to it."""
+    encoder.lora_also = list(besides)  # a plain list, for the audit
+    for p in besides:
         p.requires_grad_(True)
     for name, others in tied_outside(encoder, network).items() if network is not None else ():
         if not encoder.get_parameter(name).requires_grad:
             remedy = "give that module in `also` if it is to train"
             log.warning("%s of the adapted part is tied to %s, which is frozen, too; %s", name, listed(others), remedy)
-    adapted = Adapted(encoder, lora, handle)
-    log.info("%s: %s", type(encoder).__name__, adapted.summary)
-    return adapted
 
 
-def load_adapted(encoder: nn.Module, directory: str | Path, is_trainable: bool = False) -> Adapted:
-    """Adapts a part, in place, with a saved adapter, which carries its settings; the part has its base weights.
+def looks_untrained(part: nn.Module) -> bool:
+    """Whether there are norms and all are as they are made, of equal weights and zero biases: training moves them."""
+    norms = [m for m in part.modules() if "norm" in type(m).__name__.lower() and getattr(m, "weight", None) is not None]
+    tensors = [(norm.weight, getattr(norm, "bias", None)) for norm in norms if not norm.weight.is_meta]
+    return bool(tensors) and all(
+        bool((weight == weight.flatten()[0]).all()) and (bias is None or not bias.any()) for weight, bias in tensors
+    )
 
-    Raises:
-        FileNotFoundError: the directory holds no adapter.
-        ValueError: already adapted, the adapter was trained on other base weights, was edited, or does not fit.
-    """
-    encoder = getattr(encoder, "_orig_mod", encoder)
-    encoder.requires_grad_(False)
-    handle = files.load_adapter(encoder, directory, is_trainable)
-    return Adapted(encoder, encoder.lora_settings, handle)
+
+def say(sentence: str) -> None:
+    """Logs it; where no log is set up it goes to stderr, as Python does with warnings, since it is what was asked."""
+    log.info(sentence) if log.hasHandlers() else print(sentence, file=sys.stderr)
+
+
+def name_of(part: nn.Module) -> str:
+    return type(part).__name__
 
 
 def last_blocks(encoder: nn.Module, count: int, blocks: Sequence[nn.Module] | None = None) -> list[nn.Module]:
@@ -161,6 +231,7 @@ def last_blocks(encoder: nn.Module, count: int, blocks: Sequence[nn.Module] | No
             names = ", ".join(map(stack_name, stacks))
             raise ValueError(f"unfreeze_last_n {count}: there are {len(stacks)} stacks, {names}; adapt each by itself")
         blocks = [encoder.get_submodule(name) for stack in stacks for name in stack]
-    if not 0 < count <= len(blocks):
-        raise ValueError(f"unfreeze_last_n {count}: the backbone has {len(blocks)} blocks; leave it out to train all")
-    return list(blocks[-count:])
+    if not isinstance(count, Integral) or not 0 <= count <= len(blocks):
+        there = len(blocks)
+        raise ValueError(f"unfreeze_last_n {count}: the backbone has {there} blocks; give a number from 0 to {there}")
+    return list(blocks[len(blocks) - count :])

@@ -221,7 +221,7 @@ class LoRAAudit:
         intended = {id(p) for p in (*self._adapters.values(), *self._elsewhere)}
         if extra := [p for p in self._trainable() if id(p) not in intended]:
             tied = [sentence for p, sentence in self._tied if any(p is other for other in extra)]
-            also = f"{listed(tied)}: give that module to `adapt` as `also`"
+            also = f"{listed(tied)}: give that module to `adapt` or `load_adapted` as `also`"
             names = listed(self._names[id(p)] for p in extra)
             return (
                 f"meant to be frozen, but trainable: {names}; {also if tied else 'set requires_grad_(False) on them'}"
@@ -234,7 +234,9 @@ class LoRAAudit:
         """Says which parameters outside the adapted parts are frozen because they are tied to one inside."""
         said = [f"{sentence}, which is frozen" for p, sentence in self._tied if not p.requires_grad]
         for sentence in said:
-            log.warning("LoRA audit: %s; give that module to `adapt` as `also` if it is to train", sentence)
+            log.warning(
+                "LoRA audit: %s; give that module to `adapt` or `load_adapted` as `also` if it is to train", sentence
+            )
         return said
 
     def _trainable(self) -> list[nn.Parameter]:

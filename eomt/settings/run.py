@@ -85,11 +85,14 @@ def check_options(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} {config[name]}: at least 1")
 
 
-def check_output_dir(folder: Path, resume: str | None) -> None:
-    """Raises ValueError where the folder holds a run that is not continued: it is not written over."""
+def check_output_dir(folder: Path, resume: str | None, names: tuple[str, str] = ("output_dir", "resume=auto")) -> None:
+    """Raises ValueError where the folder holds a run that is not continued: it is not written over.
+
+    `names` are what the command line calls the folder, and what it takes to continue.
+    """
     goes_on = resume == "auto" or (resume and folder.resolve() in Path(resume).resolve().parents)
     if is_first_process() and not goes_on and any((folder / name).exists() for name in LEFT_BY_RUNS):
-        raise ValueError(f"output_dir {folder} holds a run: continue it with resume=auto, or choose another folder")
+        raise ValueError(f"{names[0]} {folder} holds a run: continue it with {names[1]}, or choose another folder")
 
 
 def check_parts(config: Mapping[str, Any]) -> None:

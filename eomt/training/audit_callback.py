@@ -6,9 +6,11 @@ from copy import deepcopy
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torchmetrics import Metric
 
-from eomt.lora.audit import LoRAAudit
+from eomt.lora.audit import AuditError, LoRAAudit
+from eomt.lora.parts import adapted_parts
 from eomt.training.finite_steps import FiniteSteps
 from lora_config import adapted_layers
 
@@ -21,7 +23,8 @@ class AuditAdapters(Callback):
 
     Args:
         forward: another probe: takes the module and the first batch, and returns outputs that depend on all adapters,
-            in whatever nesting. A module with manual optimisation needs one, since its `training_step` would train.
+            in whatever nesting. A module with manual optimisation needs one, since its `training_step` would train;
+            so does one whose step keeps things elsewhere than in metrics and buffers, or has no loss for that batch.
     """
 
     audit: LoRAAudit | None = None
@@ -61,8 +64,16 @@ class AuditAdapters(Callback):
         """What the probe computes of the first batch."""
         if self.forward:
             return self.forward(module, batch)
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as Lightning asks
         with leaving_no_trace(module):
-            return module.training_step(batch, 0)
+            outputs = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+        if outputs is None:
+            raise AuditError(
+                f"LoRA audit: {type(module).__name__}.training_step returned None for the first batch, so there is "
+                "nothing to look at: give AuditAdapters(forward=lambda module, batch: …), a probe that returns the "
+                "network's outputs"
+            )
+        return outputs
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         if self.audit and not self.audit.complete:
@@ -80,7 +91,17 @@ class AuditAdapters(Callback):
 
 @contextmanager
 def leaving_no_trace(module: LightningModule) -> Iterator[None]:
-    """Nothing is logged inside, and metrics count afterwards what they counted before."""
+    """Nothing is logged inside; metrics and buffers are afterwards as they were before.
+
+    Buffers of adapted parts are left alone: the audit itself proves that nothing writes to them.
+    """
+    adapted = {id(inner) for part in adapted_parts(module).values() for inner in part.modules()}
+    buffers = [
+        (part, name, buffer)
+        for part in module.modules()
+        if id(part) not in adapted
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
     metrics = [
         (part, {name: deepcopy(vars(part)[name]) for name in (*part.metric_state, "_update_count", "_computed")})
         for part in module.modules()
@@ -88,6 +109,8 @@ def leaving_no_trace(module: LightningModule) -> Iterator[None]:
     ]
     loggers = {name: (lambda *args, **kwargs: None) for name in ("log", "log_dict")}
     vars(module).update(loggers)
+    for part, name, buffer in buffers:
+        setattr(part, name, buffer.clone())  # the step works on copies: a gradient may need what it read
     try:
         yield
     finally:
@@ -95,6 +118,8 @@ def leaving_no_trace(module: LightningModule) -> Iterator[None]:
             del vars(module)[name]
         for metric, state in metrics:
             vars(metric).update(state)
+        for part, name, buffer in buffers:
+            setattr(part, name, buffer)
 
 
 def steps_taken(trainer: Trainer) -> int:

@@ -15,6 +15,8 @@ from eomt.models.finite import check_finite
 
 logger = logging.getLogger(__name__)
 
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # buffers that a forward pass in training moves
+
 
 class Batch(NamedTuple):
     """One of the batches of an optimiser step: its place in the epoch, its loss, and the loss's terms [L] by name."""
@@ -26,28 +28,40 @@ class Batch(NamedTuple):
 
 
 class FiniteSteps(Callback):
-    """Skips a step whose loss, logits or gradients are not finite: the weights and the optimiser stay as they were.
+    """Skips a step whose loss, logits or gradients are not finite.
 
-    It counts as a step all the same, for schedules and the length of the run. In `failures/` each process leaves a file
-    that says which images and seeds its batches were made of. Under 16-mixed, gradients that overflow because their
-    loss is scaled up are no failure: the scaler skips such a step and lowers its scale, and `overflows` counts them.
+    Weights, running statistics and the optimiser stay as they were. It counts as a step all the same, for schedules and
+    the length of the run. In `failures/` each process leaves a file that says which images and seeds its batches were
+    made of. Under 16-mixed, gradients that overflow because their loss is scaled up are no failure: the scaler skips
+    such a step and lowers its scale, and `overflows` counts them.
 
     Args:
         directory: the run's folder.
         limit: skipped steps in a row that end the run.
+        lr, precision: what the user calls these settings.
     """
 
-    def __init__(self, directory: str | Path, limit: int = 10) -> None:
+    def __init__(
+        self, directory: str | Path, limit: int = 10, lr: str = "model.lr", precision: str = "trainer.precision"
+    ) -> None:
         if limit < 1:
             raise ValueError(f"limit {limit}: a run goes on after fewer skipped steps than that, so at least 1")
+        self.lr, self.precision = lr, precision
         self.folder, self.limit = Path(directory) / "failures", limit
         self.skipped = self.overflows = self.in_a_row = 0
         self.first: str | None = None  # file of the first step in this row
         self.batches: list[Batch] = []  # of the step so far
+        self.statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
         self.tolerated = Tolerated("failures/")
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        buffers = (buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2] in RUNNING)
+        self.statistics = [(buffer, buffer.clone()) for buffer in buffers]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batch_idx = batch_idx
+        if not self.batches:  # the first of a step
+            self.statistics = [(buffer, before.copy_(buffer)) for buffer, before in self.statistics]
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         # a loss or a module of somebody else's may not say more than its loss
@@ -65,19 +79,21 @@ class FiniteSteps(Callback):
             self.in_a_row = 0
             return
         optimizer.zero_grad(set_to_none=True)  # optimisers pass over parameters without a gradient
+        for buffer, before in self.statistics:
+            buffer.copy_(before)
         if reason == "gradient" and scaled_up(trainer):
             self.overflows += 1
             return
-        check_weights(module)  # no later step could be better
+        check_weights(module, self.lr)  # no later step could be better
         self.skipped += 1
         file = self.record(trainer, module, reason, batches, norm)
         self.first = self.first if self.in_a_row else str(file)
         self.in_a_row += 1
         if self.in_a_row >= self.limit:
             raise RunError(
-                f"{self.in_a_row} steps in a row had a {reason} that is not finite (callbacks.finite_steps.limit "
-                f"{self.limit}): {self.first} names the images of the first; lower model.lr, or set trainer.precision="
-                f"32-true, now it is {trainer.precision}"
+                f"{self.in_a_row} steps in a row had a {reason} that is not finite (the limit is {self.limit}): "
+                f"{self.first} names the images of the first; lower {self.lr}, or set {self.precision}=32-true, now "
+                f"it is {trainer.precision}"
             )
 
     def record(
@@ -114,10 +130,10 @@ class FiniteSteps(Callback):
         return trainer.global_step - self.skipped - self.overflows
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        check_weights(module)
+        check_weights(module, self.lr)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        check_weights(module)
+        check_weights(module, self.lr)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("skipped", "overflows", "in_a_row", "first")}
@@ -141,9 +157,9 @@ def scaled_up(trainer: Trainer) -> bool:
     return scaler is not None and scaler.get_scale() > 1
 
 
-def check_weights(module: LightningModule) -> None:
+def check_weights(module: LightningModule, lr: str = "model.lr") -> None:
     """Raises ValueError where a weight is not finite: such a network is neither scored nor saved."""
-    remedy = "lower model.lr and go on from an earlier checkpoint"
+    remedy = f"lower {lr} and go on from an earlier checkpoint"
     check_finite(module.state_dict(), f"after step {module.global_step}", remedy)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import morph_checkout  # noqa: F401
-from morph.arguments import CONFIG, add_overrides, overrides_in
-from morph.settings import VARIANTS, read_settings
+from morph.arguments import CONFIG, add_overrides, count, overrides_in
+from morph.settings import VARIANTS, read_variants
 
 from eomt.command_line import quiet_libraries, reports_errors
-from eomt.files import write_json, write_text
 
 
 @reports_errors()
@@ -20,27 +19,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=CONFIG, help="a YAML file; see configs/")
     parser.add_argument("--output", type=Path, default=Path("outputs", "morph", "compare"))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["frozen", "lora", "full"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    default = ["frozen", "lora", "full"]
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME", help=f"among {', '.join(VARIANTS)}"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of the trainings")
     add_overrides(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    words = overrides_in(args)
-    cells = {
-        (variant, seed): read_settings(args.config, [*words, *VARIANTS[variant], f"seed={seed}"])
-        for variant in args.variants
-        for seed in args.seeds
-    }
+    cells = read_variants(args.variants, args.seeds, args.config, overrides_in(args), count)
     for settings in cells.values():
         settings.check_files()
 
     quiet_libraries()
-    from morph.comparing import compare, results_table
+    from morph.comparing import compare
 
-    results = compare(cells, args.output)
-    write_json(args.output / "results.json", results)
-    write_text(args.output / "results.md", results_table(results))
-    print(results_table(results))
+    print(compare(cells, args.output))
 
 
 if __name__ == "__main__":

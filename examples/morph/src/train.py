@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import morph_checkout
-from morph.arguments import CONFIG, add_overrides, overrides_in
-from morph.settings import Settings, read_settings
+from morph.arguments import CONFIG, add_overrides, count, overrides_in
+from morph.settings import idle, read_overrides, read_settings
 
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.settings.run import check_output_dir
+
+OUTPUT_FLAGS = ("--output", "--resume auto")
 
 
 @reports_errors()
@@ -25,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overrides(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = read_settings(args.config, overrides_in(args), count)
+    words = overrides_in(args)
+    settings = read_settings(args.config, words, count)
+    for name, owner in idle(settings, read_overrides(words)).items():
+        logging.warning("override %s does nothing here: it belongs to %s", name, owner)
     settings.check_files()
-    check_output_dir(args.output, args.resume)
+    check_output_dir(args.output, args.resume, OUTPUT_FLAGS)
 
     quiet_libraries()
     from morph.metrics import metrics_table
@@ -38,14 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(metrics_table(summary["test"]))
     model = args.output / "model"
     print(f"{model}: test it with python {morph_checkout.SRC / 'test.py'} --model_path {model}")
-
-
-def count(settings: Settings) -> int:
-    """Training images, for preset=auto."""
-    from morph.data import count_training_images
-
-    settings.check_files()
-    return count_training_images(settings)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from morph.settings import ADAPTER
+from morph.settings import ADAPTER, Settings
 
 CONFIG = Path(__file__).parents[2] / "configs" / "drawn.yaml"
 
@@ -21,3 +21,11 @@ def overrides_in(args: argparse.Namespace) -> list[str]:
     """All overrides of a command line, the short flags last."""
     short = {name: getattr(args, name) for name in ADAPTER}
     return args.override + [f"{name}={value}" for name, value in short.items() if value is not None]
+
+
+def count(settings: Settings) -> int:
+    """Training images, for preset=auto."""
+    from morph.data import count_training_images
+
+    settings.check_files()
+    return count_training_images(settings)

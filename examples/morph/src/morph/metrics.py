@@ -59,7 +59,8 @@ def detection_metrics(scores: Tensor, labels: Tensor) -> dict[str, float | int |
 def check_scores(scores: Tensor, labels: Tensor) -> None:
     """Raises ValueError where error rates cannot be computed."""
     if not torch.isfinite(scores).all():
-        raise ValueError(f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} scores are not finite: no rate is")
+        wrong = f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} scores are not finite"
+        raise ValueError(f"{wrong}, so there are no error rates: training has diverged; lower lr and lora_lr")
     if len({*labels.tolist()}) < 2:
         raise ValueError("error rates need both bona fide pictures and morphs: one of them is absent")
 

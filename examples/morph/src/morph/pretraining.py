@@ -48,6 +48,9 @@ def pretrained(settings: Settings) -> Path:
     folder = cache_folder("morph") / sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     if not folder.is_dir():
         network = pretrain(settings)
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # of one file
         with new_folder(folder) as draft:
             network.vit.save_pretrained(draft)
     return folder

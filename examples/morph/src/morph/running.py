@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
@@ -33,8 +34,8 @@ from morph.data import FaceData
 from morph.metrics import detection_metrics, draw_det, error_rates
 from morph.module import MorphDetector
 from morph.pretraining import base_weights
-from morph.saved import load_detector, save_detector
-from morph.settings import Settings
+from morph.saved import BASE, load_detector, save_base, save_detector
+from morph.settings import MADE, Settings
 
 log = logging.getLogger(__name__)
 code_version = functools.cache(git_commit)  # when it was loaded, also where files change while it runs
@@ -73,23 +74,26 @@ def train(settings: Settings, output: str | Path, resume: str | None = None) -> 
 
 def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None) -> dict[str, Any]:
     """Trains, and saves the detector as `model/`; returns what there is to say of it."""
-    module = MorphDetector(settings, base_weights(settings))
+    module = MorphDetector(settings, run_base(settings, output, checkpoint))
+    if settings.weights in MADE and not checkpoint:
+        save_base(module, output / BASE)  # another machine would make others, by their last bits
     parts = {"backbone": module.encoder.backbone, "head": module.head}
     log.info(trainable_report(module, parts=parts))
-    before, started, audit = hash_tensors(frozen_tensors(module)), time.monotonic(), AuditAdapters()
-    trainer = make_trainer(settings, output, audit)
+    before, clock, audit = hash_tensors(frozen_tensors(module)), Clock(), AuditAdapters()
+    trainer = make_trainer(settings, output, audit, clock)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    seconds = time.monotonic() - started
+    spent = clock.spent()
     if changed := [name for name, digest in hash_tensors(frozen_tensors(module)).items() if before.get(name) != digest]:
         raise RunError(f"frozen weights changed in training: {listed(changed)}; look for code that writes to them")
-    save_detector(module, output / "model")
+    save_detector(module, output / "model", output / BASE)
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return {
         "trainable_parameters": sum(size for size, trains in sizes if trains),
         "total_parameters": sum(size for size, _ in sizes),
         "trainable_by_part": subtotals(module, parts),
         "steps": trainer.global_step,
-        "seconds": round(seconds, 1),
+        "skipped_steps": next(one.skipped for one in trainer.callbacks if isinstance(one, FiniteSteps)),
+        **{name: round(seconds, 1) for name, seconds in spent.items()},
         "training_images": len(data.splits["train"]),
         "audit": audit.audit.results if audit.audit else None,
         "frozen_tensors": len(before),
@@ -99,13 +103,47 @@ def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None
     }
 
 
+class Clock(Callback):
+    """Seconds that training took, by the clock and of the processor, over all parts of a run up to their checkpoints.
+
+    Those of the processor are the same, but for little, on a machine that is busy with other work.
+    """
+
+    def __init__(self) -> None:
+        self.earlier = dict.fromkeys(self.now(), 0.0)
+        self.started = self.now()
+
+    def now(self) -> dict[str, float]:
+        return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+
+    def spent(self) -> dict[str, float]:
+        """So far, by name."""
+        return {name: self.earlier[name] + value - self.started[name] for name, value in self.now().items()}
+
+    def state_dict(self) -> dict[str, float]:
+        return self.spent()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.earlier, self.started = state, self.now()
+
+
+def run_base(settings: Settings, output: Path, checkpoint: str | None) -> Path | None:
+    """The base weights of a run; one that goes on takes those that were made for it from beside its checkpoint."""
+    kept = checkpoint and Path(checkpoint).parents[1] / BASE
+    if settings.weights in MADE and kept and kept.is_file():
+        if kept.resolve() != (output / BASE).resolve():
+            shutil.copy(kept, output / BASE)
+        return output / BASE
+    return base_weights(settings)
+
+
 def frozen_tensors(module: MorphDetector) -> dict[str, Tensor]:
     """The parameters of a detector that do not train."""
     return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
 
 
-def make_trainer(settings: Settings, output: Path, audit: AuditAdapters) -> Trainer:
-    """Lightning's trainer with progress bar, checkpoints, the audit, and the loggers that the settings ask for."""
+def make_trainer(settings: Settings, output: Path, *callbacks: Callback) -> Trainer:
+    """Lightning's trainer with progress bar, checkpoints, and the loggers that the settings ask for."""
     last = ModelCheckpoint(
         output / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
     )
@@ -115,7 +153,7 @@ def make_trainer(settings: Settings, output: Path, audit: AuditAdapters) -> Trai
         precision=settings.precision,
         devices=1,
         logger=loggers,
-        callbacks=[FiniteSteps(output), audit, last, LearningRateMonitor("step")],
+        callbacks=[FiniteSteps(output, lr="lr", precision="precision"), *callbacks, last, LearningRateMonitor("step")],
         plugins=[CheckpointFiles()],
         num_sanity_val_steps=0,
         log_every_n_steps=10,

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eomt.files import read_json, read_tensors, replacing_folder, write_json
-from eomt.fingerprints import first_misfit, is_adapter
+from eomt.files import read_json, read_tensors, replacing, replacing_folder, write_json
+from eomt.fingerprints import base_tensors, first_misfit, is_adapter
 from lora_config import LoRASettings, listed
-from morph.settings import ADAPTER, Settings, make_settings, read_overrides
+from morph.settings import ADAPTER, MADE, Settings, make_settings, read_overrides
 
 if TYPE_CHECKING:
     from morph.module import MorphDetector
 
-REST = "rest.safetensors"
+REST, BASE = "rest.safetensors", "base.safetensors"
 MAY_DIFFER = ("data", "val_share", "num_workers", "batch_size", "weights", "precision")  # when testing
 
 
-def save_detector(module: MorphDetector, folder: str | Path) -> None:
-    """Writes `settings.json`, `rest.safetensors` and, with LoRA, `adapter/`."""
+def save_base(module: MorphDetector, path: Path) -> None:
+    """Writes the backbone's weights as they are before training, for `MorphDetector(base=…)`."""
+    from safetensors.torch import save_file
+
+    tensors = base_tensors(module.encoder.backbone)
+    with replacing(path) as draft:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft)
+
+
+def save_detector(module: MorphDetector, folder: str | Path, base: Path) -> None:
+    """Writes `settings.json`, `rest.safetensors`, with LoRA `adapter/`, and the base weights where they were made.
+
+    `base` is their file, which `save_base` wrote.
+    """
     from safetensors.torch import save_file
 
     rest = {k: t.detach().cpu().contiguous() for k, t in module.trained_state().items() if not is_adapter(k)}
@@ -30,6 +43,8 @@ def save_detector(module: MorphDetector, folder: str | Path) -> None:
         save_file(rest, draft / REST, metadata={"format": "pt"})
         if module.settings.use_lora:
             module.adapted.save(draft / "adapter")
+        if module.settings.weights in MADE and module.adapted:
+            shutil.copy(base, draft / BASE)
 
 
 def saved_settings(folder: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -73,7 +88,9 @@ def load_detector(folder: str | Path, settings: Settings) -> MorphDetector:
     folder = Path(folder)
     trained_whole = settings.freeze_strategy == "none"
     settings = dataclasses.replace(settings, weights="none") if trained_whole else settings  # the file holds them all
-    module = MorphDetector(settings, base_weights(settings), folder / "adapter" if settings.use_lora else None)
+    is_kept = settings.weights in MADE and (folder / BASE).is_file()
+    base = folder / BASE if is_kept else base_weights(settings)
+    module = MorphDetector(settings, base, folder / "adapter" if settings.use_lora else None)
     if not trained_whole:
         module.check_base(read_json(folder / "settings.json").get("base"), f"model_path {folder}")
     tensors, _ = read_tensors(folder / REST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,14 +18,17 @@ from eomt.settings.model import check_img_size
 from lora_config import PRESETS, LoRASettings, Preset, preset_for
 
 DRAWN = "drawn"  # in place of a folder, or of a file of weights
+MADE = (DRAWN, "none")  # weights that no file of the user's holds
 ADAPTER = {"lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}  # which a saved adapter carries
 EPOCHS = {"small": 30, "medium": 20, "large": 10}  # of the presets
-VARIANTS = {  # of a comparison, as overrides
-    "frozen": ["use_lora=false"],
-    "last_block": ["use_lora=false", "unfreeze_last_n=1"],
-    "lora": [],
-    "full": ["use_lora=false", "freeze_strategy=none"],
-    "full_without_pretraining": ["use_lora=false", "freeze_strategy=none", "weights=none"],
+WHAT_TRAINS = {"use_lora": "false", "unfreeze_last_n": "0", "freeze_strategy": "backbone_only"}
+FULL = WHAT_TRAINS | {"freeze_strategy": "none"}
+VARIANTS = {  # of a comparison: each says all of what trains
+    "frozen": WHAT_TRAINS,
+    "last_block": WHAT_TRAINS | {"unfreeze_last_n": "1"},
+    "lora": WHAT_TRAINS | {"use_lora": "true"},
+    "full": FULL,
+    "full_without_pretraining": FULL | {"weights": "none"},
 }
 Rate = Annotated[float, Field(ge=0)]
 
@@ -50,7 +53,7 @@ class Settings:
     backbone_kwargs: dict[str, int] = field(default_factory=lambda: {"embed_dim": 64, "depth": 6, "num_heads": 4})
     patch_size: PositiveInt = 8
     weights: str = DRAWN
-    mae_steps: PositiveInt = 500
+    mae_steps: PositiveInt = 300
     mae_batch_size: PositiveInt = 64
 
     freeze_strategy: Literal["backbone_only", "none"] = "backbone_only"
@@ -62,7 +65,7 @@ class Settings:
     lora_targets: list[str] = field(default_factory=lambda: ["query", "key", "value"])
     preset: Literal["auto", "small", "medium", "large"] | None = None
 
-    epochs: PositiveInt = 20
+    epochs: PositiveInt = 16
     batch_size: Annotated[int, Field(ge=2)] = 32
     lr: PositiveFloat = 1e-3
     lora_lr: PositiveFloat = 2e-3
@@ -129,10 +132,50 @@ def read_settings(
 
 
 def chosen_preset(settings: Settings, count: Callable[[Settings], int] | None) -> Preset:
-    """The preset that is named, or for `auto` the one for the number of training images."""
+    """The preset that is named, or for `auto` the one for the number of training images.
+
+    Raises:
+        ValueError: `auto`, and nothing counts.
+    """
     if settings.preset == "auto":
-        return preset_for(count(settings) if count else 0)
+        if count is None:
+            raise ValueError("preset=auto counts training images, and nothing counts them here: name a preset")
+        return preset_for(count(settings))
     return next(preset for preset in PRESETS if preset.name == settings.preset)
+
+
+def read_variants(
+    names: Sequence[str], seeds: Sequence[int], config: str | Path, overrides: Sequence[str], count: Callable
+) -> dict[tuple[str, int], Settings]:
+    """The settings of each variant and seed of a comparison; the arguments are as for `read_settings`.
+
+    Raises:
+        ValueError: an override says what the variants say; and what `read_settings` raises.
+    """
+    if taken := [name for name in read_overrides(overrides) if name in (*WHAT_TRAINS, "seed")]:
+        remedy = "give --seeds" if taken[0] == "seed" else f"choose by --variants among {', '.join(VARIANTS)}"
+        raise ValueError(f"override {taken[0]}: a comparison sets it for each of its runs; leave it out, and {remedy}")
+    cells = {}
+    for name in names:
+        own = [f"{setting}={value}" for setting, value in VARIANTS[name].items()]
+        for seed in seeds:
+            cells[name, seed] = read_settings(config, [*overrides, *own, f"seed={seed}"], count)
+    return cells
+
+
+def idle(settings: Settings, names: Collection[str]) -> dict[str, str]:
+    """Those of the settings that do nothing beside the others, and what each belongs to."""
+    s = settings
+    trains = s.freeze_strategy == "none" or (s.unfreeze_last_n and not s.use_lora)
+    rules = (
+        (("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_lr"), s.use_lora, "use_lora=true"),
+        (("unfreeze_last_n",), not s.use_lora, "use_lora=false"),
+        (("backbone_lr",), trains, "unfreeze_last_n or freeze_strategy=none"),
+        (("identities", "pictures"), s.data == DRAWN, f"data={DRAWN}"),
+        (("data_seed",), DRAWN in (s.data, s.weights), f"data={DRAWN} or weights={DRAWN}"),
+        (("mae_steps", "mae_batch_size"), s.weights == DRAWN, f"weights={DRAWN}"),
+    )
+    return {name: owner for group, heeded, owner in rules if not heeded for name in group if name in names}
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Any]:
