@@ -157,7 +157,7 @@ def outside(text):
 def test_an_example_shows_its_results_between_marks_and_the_commands_that_made_them(page):
     """That the table is the one of the file is a matter of the example's own test, which knows how it is made."""
     text, results = ALL_PAGES[page], json.loads(READMES[page].read_text())
-    assert [part.startswith("| ") for part in RESULTS.findall(text)] == [True]
+    assert [part.strip().startswith("| ") for part in RESULTS.findall(text)] == [True]
     commands = re.sub(r" \\\n +", " ", text)
     assert not [command for command in results["commands"] if command not in commands]
 
