@@ -1,16 +1,16 @@
 """What is wrong with a pair of an image and its mask, by kind: all of it, not the first alone."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from eomt.data.dataset import SegmentationDataset
+from eomt.data.listing import listed
 from eomt.data.masks import Lossy, Turned, UnknownValues
 
 SIZES, UNREADABLE = "of another size than their mask", "unreadable"
 TURNED, LOSSY, UNKNOWN = "stored turned (EXIF)", "lossy masks", "masks with values of no class"
-SHOWN = 6  # names or values in a line
 Faults = Mapping[str, Mapping[str, str]]  # the sentence on each name, by kind
 
 
@@ -61,14 +61,8 @@ def fault_lines(faults: Faults, unknown: Mapping[str, int]) -> list[str]:
     """A line for each kind: how many there are, the first names, the values that no class lists, and one sentence."""
     lines = []
     for kind, names in faults.items():
-        values = f"; the values {first(unknown, len(unknown))}" if kind == UNKNOWN else ""
+        values = f"; the values {listed(list(unknown))}" if kind == UNKNOWN else ""
         remedy = "; --fix-exif writes them upright" if kind == TURNED else ""
-        lines.append(f"{len(names):,} {kind}: {first(names, len(names))}{values}{remedy}")
+        lines.append(f"{len(names):,} {kind}: {listed(list(names))}{values}{remedy}")
         lines.append(f"  {next(iter(names.values()))}")
     return lines
-
-
-def first(names: Iterable[str], count: int) -> str:
-    """The first of `count` names, and how many more there are."""
-    shown = [name for name, _ in zip(names, range(SHOWN), strict=False)]
-    return ", ".join(shown) + (f" and {count - SHOWN} more" if count > SHOWN else "")

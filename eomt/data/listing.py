@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +23,9 @@ OTHER_KINDS = "no pictures by their ending"
 LISTED_ALREADY = "links to folders that are listed already"
 LONELY = "masks without an image"
 OTHER_NAMES = "called otherwise than the template"
+
+
+SHOWN = 6  # names or values in a sentence
 
 
 @dataclass
@@ -120,3 +123,8 @@ def _is_file(entry: os.DirEntry) -> bool:
 def by_number(name: str) -> tuple[list[tuple[int, str]], str]:
     """Sorts frame_9 before frame_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)], name
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

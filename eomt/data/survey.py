@@ -16,6 +16,7 @@ from torch import Tensor
 from eomt.data.alike import difference_hash, nearly_same, neighbours
 from eomt.data.dataset import SegmentationDataset
 from eomt.data.labels import LabelSet
+from eomt.data.listing import SHOWN, listed
 from eomt.data.overlap import identify, shared_images
 from eomt.data.sources import ColorDecoder, LabelDecoder, Source, spread
 from eomt.indices import IGNORE, OUTLIER
@@ -25,7 +26,6 @@ MASKS = 256  # of a split whose labels are counted as long as a class has no pix
 LEAST = 8  # of a split, however large its files are
 BYTES = 2**25  # of the files that are read from a split, so that large ones do not delay a run
 THREADS = 8
-SHOWN = 6  # names or values in a sentence
 
 Enlarge = Callable[[Tensor], Tensor]
 Stored = int | tuple[int, ...]  # a value of a mask in its file: an id, or (R, G, B)
@@ -328,11 +328,6 @@ def meaning_of(index: int, classes: LabelSet) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def span(sizes: Sequence[tuple[int, int]]) -> str:
