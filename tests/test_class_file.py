@@ -118,7 +118,7 @@ def test_masks_that_no_class_file_describes_are_a_sentence_and_print_nothing(ini
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ((), "are masks called data.mask_template='{name}_mask'?"),
+        ((), "data.mask_template='{name}_mask' finds masks that are called so"),
         (("data.mask_templat={name}",), "did you mean data.mask_template?"),
         (("data.mask_template={name}_x",), "no picture called {name}_x (data.mask_template), the first is sub/0_"),
     ],

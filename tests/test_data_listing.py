@@ -11,7 +11,7 @@ from PIL import Image
 from eomt.anomaly.cutouts import FolderCutOuts
 from eomt.anomaly.datasets import AnomalyDataset
 from eomt.data import camvid, cityscapes, folder
-from eomt.data.listing import LEFT_BY_SYSTEMS, LISTED_ALREADY, OTHER_KINDS, is_left_by_system, list_pictures
+from eomt.data.listing import LEFT_BY_SYSTEMS, LISTED_ALREADY, LONELY, OTHER_KINDS, is_left_by_system, list_pictures
 from eomt.inference.crops import find_images
 from eomt.inference.inputs import find_inputs
 
@@ -118,7 +118,7 @@ def test_camvid_leaves_out_what_is_none_of_its_frames_and_counts_it(tmp_path):
         LEFT_BY_SYSTEMS: 4,
         OTHER_KINDS: 2,
         camvid.IN_FOLDERS: 2,
-        folder.LONELY: 2,
+        LONELY: 2,
     }
 
 
@@ -156,7 +156,7 @@ def test_a_pipe_with_the_name_of_a_picture_is_not_waited_for(data):
 def test_the_start_of_a_run_can_say_what_was_left_out(data):
     put(data, "masks/s/im3.png", "masks/more/im4.png", "images/s/im0.heic", "images/readme.txt", "images/.DS_Store")
     found = splits(data)
-    assert found.left_out == {folder.LONELY: 2, OTHER_KINDS: 2, LEFT_BY_SYSTEMS: 1}
+    assert found.left_out == {LONELY: 2, OTHER_KINDS: 2, LEFT_BY_SYSTEMS: 1}
     fed = folder.folder(
         *(str(data / name) for name in ("classes.yaml", "images", "masks")),
         img_size=(16, 16),

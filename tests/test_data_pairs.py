@@ -142,3 +142,10 @@ def test_templates_and_expressions_are_given_as_they_are_on_the_command_line(pla
         [*words, "data.mask_template={name}_mask.png", r"data.split_by=(d\d+)_", "data.val_share=0.3"], [8, 8], 1
     )
     assert len(data.train_set) == 2 and data.val_set.sequences[0] in ("d0", "d1", "d2")
+
+
+def test_settings_that_are_missing_are_named_together():
+    with pytest.raises(
+        ValueError, match=r"data\.classes, data\.masks are required: .*--init IMAGES MASKS writes a class"
+    ):
+        open_data(["data=folder", "data.images=photos"], [8, 8], 1)

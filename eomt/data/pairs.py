@@ -83,7 +83,8 @@ def pair(
         raise FileNotFoundError(
             f"{len(missing)} of {len(image_of)} images in {images} have no mask, the first is {missing[0]!r}; put a "
             f"mask of that name into {masks} ({keys[1]}), or take the image away"
-            + (_other_template(missing, masks, mask_template) or did_you_mean(missing[0], mask_of))
+            + did_you_mean(missing[0], mask_of)
+            + _other_template(missing, masks, mask_template)
         )
     for name in missing:
         faults.setdefault(LONELY_IMAGES, {})[name] = f"{image_of[name]} has no mask in {masks}"
@@ -156,7 +157,7 @@ def _other_template(missing: list[str], masks: Path, template: Template) -> str:
     for text in candidates:
         names = (os.path.join(os.path.dirname(name), text.replace(NAME, os.path.basename(name))) for name in missing)
         if text != template.text and 2 * sum(name in known for name in names) >= len(missing):
-            return f"; are masks called data.mask_template='{text}'?"
+            return f" data.mask_template='{text}' finds masks that are called so"
     return ""
 
 

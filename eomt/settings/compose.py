@@ -16,7 +16,7 @@ from eomt.places import CONFIGS
 from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.config_check import check_config, targets_in
 from eomt.settings.hub import hub_place, pinned
-from eomt.settings.run import check_data
+from eomt.settings.run import check_data, required
 from eomt.settings.start import taken_over
 
 RESERVED = re.compile(r"_.*_")  # keys that tell `instantiate` how
@@ -394,6 +394,6 @@ def _check_described(config: Any, remedy: str, files: bool = True) -> None:
     """Raises ValueError or FileNotFoundError for data that can be known to be wrong without torch."""
     from omegaconf import OmegaConf
 
-    if missing := sorted(OmegaConf.missing_keys(config.data)):
-        raise ValueError(f"data.{missing[0]} is required: give data.{missing[0]}=VALUE ({remedy})")
+    if missing := OmegaConf.missing_keys(config.data):
+        raise ValueError(f"{required(missing)} ({remedy})")
     check_data(plain(config.data), any_target=bool(config.get("allow_any_target")), files=files)

@@ -69,8 +69,7 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
     if not any(key.startswith("model.") for key in missing):
         check_model(config["model"])
     if missing:
-        first = sorted(missing)[0]
-        raise ValueError(f"{first} is required: give {first}=VALUE")
+        raise ValueError(required(missing))
     if config["resume"] not in (None, "auto") and not Path(config["resume"]).is_file():
         raise FileNotFoundError(f"resume {config['resume']}: no such checkpoint; resume=auto finds the newest one")
     check_data(config["data"], any_target)
@@ -129,6 +128,14 @@ def check_model(model: Mapping[str, Any]) -> None:
             f"model.base_quantisation={settings['base_quantisation']} needs the package bitsandbytes, which is not "
             "installed: pip install 'eomt-lora[quantised]', or leave it out"
         )
+
+
+def required(missing: Collection[str]) -> str:
+    """The sentence on settings that have no value."""
+    names = sorted(missing)
+    given = " ".join(f"{name}=VALUE" for name in names)
+    note = "; scripts/dataset_report.py --init IMAGES MASKS writes a class file" if "data.classes" in names else ""
+    return f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} required: give {given}{note}"
 
 
 MODEL_PARTS = ("encoder", "loss", "optimizer")  # objects that YAML may describe
