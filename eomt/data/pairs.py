@@ -157,7 +157,7 @@ def _other_template(missing: list[str], masks: Path, template: Template) -> str:
     for text in candidates:
         names = (os.path.join(os.path.dirname(name), text.replace(NAME, os.path.basename(name))) for name in missing)
         if text != template.text and 2 * sum(name in known for name in names) >= len(missing):
-            return f" data.mask_template='{text}' finds masks that are called so"
+            return f" (data.mask_template='{text}' finds masks that are called so)"
     return ""
 
 
