@@ -281,5 +281,6 @@ def test_without_the_library_it_is_said_what_to_install(tmp_path, monkeypatch):
     from eomt.data.annotations import read_export
 
     monkeypatch.setitem(sys.modules, "pycocotools", None)
+    (tmp_path / "export.json").write_text("{}")
     with pytest.raises(ImportError, match=r"pip install 'eomt-lora\[import\]'"):
         read_export(tmp_path / "export.json")

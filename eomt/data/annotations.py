@@ -62,9 +62,9 @@ def read_export(path: Path) -> Export:
         FileNotFoundError: there is no such file. ImportError: pycocotools is not installed.
         ValueError: it is none of these; as are errors in a picture, when that is asked for.
     """
-    coco_masks()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the JSON of COCO or Label Studio, or the XML of CVAT")
+    coco_masks()
     content = path.read_bytes()
     if content[:4] == b"PK\x03\x04":
         raise ValueError(f"{path} is a zip: unpack it, and give the JSON or XML in it")

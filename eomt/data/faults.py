@@ -18,11 +18,12 @@ Faults = Mapping[str, Mapping[str, str]]  # the sentence on each name, by kind
 class Examined:
     """A pair that was read: its labels [H, W] if nothing is wrong, or else a sentence by kind of fault.
 
-    `unknown` are the values of the mask that no class lists.
+    `error` is the first of them, `unknown` are the values of the mask that no class lists.
     """
 
     labels: Tensor | None = None
     faults: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
     unknown: list[int | tuple[int, ...]] = field(default_factory=list)
 
 
@@ -32,7 +33,7 @@ def examine_pair(dataset: SegmentationDataset, index: int) -> Examined:
     image = _attempt(dataset.image, index, found)
     labels = _attempt(dataset.labels, index, found)
     if image is not None and labels is not None and image.shape[1:] != labels.shape:
-        found.faults[SIZES] = dataset.sizes_differ(index, image, labels)
+        found.error = found.faults[SIZES] = dataset.sizes_differ(index, image, labels)
     found.labels = None if found.faults else labels
     return found
 
@@ -44,6 +45,7 @@ def _attempt(read: Callable[[int], Tensor], index: int, found: Examined) -> Tens
         kinds = {Turned: TURNED, Lossy: LOSSY, UnknownValues: UNKNOWN}
         kind = kinds.get(type(error), UNREADABLE)
         found.faults[kind] = f"{found.faults[kind]}; {error}" if kind in found.faults else str(error)
+        found.error = found.error or str(error)
         found.unknown = getattr(error, "values", found.unknown)
         return None
 

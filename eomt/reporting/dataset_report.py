@@ -99,7 +99,7 @@ def examine(split: str, dataset: SegmentationDataset, num_workers: int) -> dict[
             for k, name in enumerate(dataset.classes.names)
         ],
         "empty": [names[i] for i in whole if not readings[i]["histogram"][: len(dataset.classes)].any()],
-        "broken": {name: next(iter(faults.values())) for name, faults in wrong.items()},
+        "broken": {names[i]: reading["error"] for i, reading in enumerate(readings) if reading["error"]},
         "faults": by_kind(wrong),
         "unknown_values": dict(Counter(str(value) for reading in readings for value in reading["unknown"])),
     }
@@ -116,7 +116,7 @@ class Readings:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         found = examine_pair(self.dataset, index)
-        facts = {"faults": found.faults, "unknown": found.unknown}
+        facts = {"error": found.error, "faults": found.faults, "unknown": found.unknown}
         if found.labels is None:
             return facts
         height, width = found.labels.shape
