@@ -40,7 +40,7 @@ def run_script(script: str, name: str, words: Sequence[str]) -> int:
 
 def help_text() -> str:
     """Returns the text of `eomt --help`."""
-    commands = "\n".join(f"  {name:<12}{meaning}" for name, (_, _, meaning) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<14}{meaning}" for name, (_, _, meaning) in COMMANDS.items())
     return f"""Fine-tune EoMT, a plain ViT that segments, with and without LoRA.
 
 usage: eomt COMMAND ...

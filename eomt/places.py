@@ -23,6 +23,7 @@ COMMANDS = {  # of `eomt`: the script, the words that it stands for, what it doe
     "cost": ("cost", (), "parameters, memory and FLOPs before training"),
     "doctor": ("doctor", (), "what is wrong with a run, its data, this machine"),
     "data": ("dataset_report", (), "what is in a data set, and what is wrong with it"),
+    "import-masks": ("import_masks", (), "exports of COCO, Label Studio, CVAT as masks"),
     "cut-paste": ("make_cut_paste", (), "images with pasted objects, for outliers"),
     "anomaly": ("evaluate_anomaly", (), "a saved network on anomaly benchmarks"),
     "demo": ("demo", (), "five minutes on a CPU, with and without LoRA"),

@@ -10,6 +10,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.files import check_place
+from eomt.flags import script_parser
 
 EXAMPLES = """examples:
   python scripts/import_masks.py instances.json photos/ labels/
@@ -76,9 +77,7 @@ def tell(found, args: argparse.Namespace) -> None:  # noqa: ANN001
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="file that was exported, .json or .xml")
     add("images", type=Path, metavar="IMAGES", help="folder of the images, with its subfolders")
