@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   python scripts/convert.py eomt_hf outputs/model --to eomt
   python scripts/convert.py peft_on_transformers outputs/adapter --to adapter --ckpt_path eomt_hf
   python scripts/convert.py outputs/lora/adapter network.onnx --to onnx
-  python scripts/convert.py outputs/lora/adapter network.onnx --to onnx --precision fp16 --batch 1   # for TensorRT
+  python scripts/convert.py outputs/lora/adapter network.onnx --to onnx --batch 1   # for TensorRT
   python scripts/convert.py outputs/full/model network.pt2 --to pt2 --outputs queries --input float
 
 IN is a model/ or adapter/ folder, a run's folder or checkpoint of this project, a published EoMT (.bin, .ckpt,
@@ -34,8 +34,8 @@ IN is a model/ or adapter/ folder, a run's folder or checkpoint of this project,
 first, in float32, except for --to adapter. docs/exchange.md says who reads whose files, docs/exported.md what those of
 onnx and pt2 hold."""
 TOOLS = ("onnx", "onnxscript", "onnxruntime")  # that write and check ONNX files
-PRECISIONS = ("fp32", "fp16", "int8-weights", "int8-dynamic")
-EXPORT_OPTIONS = ("outputs", "input", "batch", "images")
+PRECISIONS = ("fp32", "fp16", "fp16-arithmetic", "int8-weights", "int8-dynamic")
+EXPORT_OPTIONS = ("outputs", "input", "batch", "size", "images")
 
 
 def to_eomt(args: argparse.Namespace) -> None:
@@ -97,7 +97,7 @@ def signature(args: argparse.Namespace) -> "Signature":
     """What the file is to take and to return."""
     from eomt.exchange.deployed import Signature
 
-    return Signature(args.outputs or "classes", args.input or "uint8", args.batch)
+    return Signature(args.outputs or "classes", args.input or "uint8", args.batch, args.size or "fixed")
 
 
 TARGETS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -143,6 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--input", choices=("uint8", "float"), help="of onnx, pt2: images 0 to 255 (default), or in [0, 1]")
     add("--batch", type=positive, metavar="N", help="of onnx, pt2: images at a time (default: any number)")
+    add("--size", choices=("fixed", "free"), help="of onnx, pt2: of images; free: on DINOv3 alone (default: fixed)")
     add("--precision", choices=PRECISIONS, help="of onnx (default: fp32)")
     add("--images", nargs="+", help="of onnx, pt2: what to compare on (default: the run's data)")
     add("--ckpt_path", metavar="BASE", help="the base weights of an adapter, if they have moved")

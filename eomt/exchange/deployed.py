@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from eomt.data.labels import LabelSet
 from eomt.lora.probing import evaluating
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 Outputs = Literal["classes", "queries"]
 Images = Literal["uint8", "float"]
+Size = Literal["fixed", "free"]
 NAMES = {"classes": ("logits",), "queries": ("mask_logits", "class_logits")}  # of what a file returns
 
 
@@ -32,32 +35,63 @@ class Signature:
             [B, Q, H/4, W/4] and class logits [B, Q, K + 1] that they are made of.
         images: `uint8`: 0 to 255, as decoded; `float`: float32 in [0, 1]. [B, 3, H, W], RGB, never normalised.
         batch: B, or None for any.
+        size: `fixed`: H and W are those of the network, `img_size`; `free`: any multiples of its patches.
     """
 
     outputs: Outputs = "classes"
     images: Images = "uint8"
     batch: int | None = None
+    size: Size = "fixed"
 
 
 ANY_BATCH = Signature()
+LARGEST = 2**12  # patches in a row or column of a file of free size
 
 
 class Deployed(nn.Module):
     """Images [B, 3, H, W], see `Signature`, to scores of classes or to queries, normalisation and all."""
 
-    def __init__(self, network: EoMT, outputs: Outputs = "classes") -> None:
+    def __init__(self, network: EoMT, outputs: Outputs = "classes", size: Size = "fixed") -> None:
         super().__init__()
-        self.network, self.outputs = network, outputs
+        self.network, self.outputs, self.size = network, outputs, size
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the tensors of `NAMES`, in float32."""
         pixels = images / 255 if images.dtype == torch.uint8 else images
-        with self.network.deployed():
+        sized = self.network.encoder.for_size(images.shape[-2:]) if self.size == "free" else nullcontext()
+        with self.network.deployed(), sized:
             (mask_logits,), (class_logits,) = self.network(pixels)
         mask_logits, class_logits = mask_logits.float(), class_logits.float()
         if self.outputs == "queries":
             return mask_logits, class_logits
         return (class_scores(mask_logits, class_logits, tuple(images.shape[-2:])),)
+
+
+def exported(network: EoMT, signature: Signature) -> ExportedProgram:
+    """The deployed network as torch.export records it, in float32.
+
+    Raises:
+        ValueError: its size cannot be free.
+    """
+    patch = network.encoder.patch_size
+    free = {0: Dim("batch")} if signature.batch is None else {}
+    if signature.size == "free":
+        check_free(network)
+        free |= {2: patch * Dim("rows", max=LARGEST), 3: patch * Dim("columns", max=LARGEST)}
+    deployed = Deployed(network, signature.outputs, signature.size)
+    with evaluating(network), torch.no_grad():
+        return torch.export.export(deployed, (examples(network, signature),), dynamic_shapes=(free,))
+
+
+def check_free(network: EoMT) -> None:
+    """Raises ValueError where the network is one for a single size."""
+    height, width = network.encoder.img_size
+    if not getattr(network.encoder, "takes_any_size", False):
+        raise ValueError(
+            f"--size free: the positions of this backbone were learnt for images of {height}x{width}, and resampled "
+            "they would make another network; leave it out, and cover larger images by windows, as scripts/predict.py "
+            "does, or train on a DINOv3, whose positions are computed for any size"
+        )
 
 
 def class_scores(mask_logits: Tensor, class_logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -87,10 +121,10 @@ def describe(module: MaskClassificationSemantic, signature: Signature, precision
     return stamped(EXPORTED, facts)
 
 
-def examples(module: MaskClassificationSemantic, signature: Signature) -> Tensor:
+def examples(network: EoMT, signature: Signature) -> Tensor:
     """Images of the shape and type that a file takes, two of them where it takes any number."""
     dtype = torch.uint8 if signature.images == "uint8" else torch.float32
-    return torch.zeros(signature.batch or 2, 3, *module.network.encoder.img_size, dtype=dtype)
+    return torch.zeros(signature.batch or 2, 3, *network.encoder.img_size, dtype=dtype)
 
 
 def in_batches(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor, signature: Signature) -> list[Tensor]:
@@ -118,17 +152,33 @@ class Agreement(NamedTuple):
         return f"outputs differ by at most {self.difference:.1e}, the same class on {self.same:.2%} of the pixels"
 
 
-@torch.no_grad()
 def compare(
     module: MaskClassificationSemantic, run: Callable[[Tensor], Sequence[Tensor]], signature: Signature, crops: Tensor
 ) -> Agreement:
     """Compares what a file returns with what the network does in torch, on crops uint8 [n, 3, H, W].
 
+    Where a file takes any size, it is asked at another one, too, and the worse answer counts.
+
     Args:
         run: the file: images as the signature says, to the tensors of `NAMES`.
     """
-    with evaluating(module.network):
-        expected = in_batches(Deployed(module.network, signature.outputs), crops, signature)
+    found = [compare_at(module.network, run, signature, crops)]
+    if signature.size == "free":
+        patch, (height, width) = module.network.encoder.patch_size, crops.shape[-2:]
+        others = F.interpolate(crops.float(), (height + patch, width + 2 * patch), mode="bilinear").byte()
+        with module.network.encoder.for_size(others.shape[-2:]):
+            found.append(compare_at(module.network, run, signature, others))
+    differences, shares = (torch.tensor(each) for each in zip(*found, strict=True))
+    return Agreement(differences.max().item(), shares.min().item())
+
+
+@torch.no_grad()
+def compare_at(
+    network: EoMT, run: Callable[[Tensor], Sequence[Tensor]], signature: Signature, crops: Tensor
+) -> Agreement:
+    """`compare`, on crops of the network's size."""
+    with evaluating(network):
+        expected = in_batches(Deployed(network, signature.outputs), crops, signature)
     found = in_batches(run, crops, signature)
     largest = [
         ((a.float() - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(found, expected, strict=True)

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eomt.exchange.deployed import (
-    ANY_BATCH,
-    Agreement,
-    Deployed,
-    Signature,
-    check_agreement,
-    compare,
-    describe,
-    examples,
-)
+from eomt.exchange.deployed import ANY_BATCH, Agreement, Signature, check_agreement, compare, describe, exported
 from eomt.files import replacing
-from eomt.lora.probing import evaluating
 
 if TYPE_CHECKING:
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -47,10 +37,7 @@ def export_package(
     Raises:
         ValueError: the package disagrees with the network.
     """
-    free = None if signature.batch else ({0: torch.export.Dim.DYNAMIC},)
-    with evaluating(module.network), torch.no_grad():
-        deployed = Deployed(module.network, signature.outputs)
-        program = torch.export.export(deployed, (examples(module, signature),), dynamic_shapes=free)
+    program = exported(module.network, signature)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # has folders of this machine
     described = json.dumps(describe(module, signature, "fp32"))

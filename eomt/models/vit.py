@@ -1,8 +1,8 @@
 """A timm ViT as EoMT's encoder: pixels in, tokens out, one interface for every backbone family."""
 
 import difflib
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import timm
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 
 from eomt.models.backbone_weights import BackboneReport, load_backbone
@@ -21,6 +22,8 @@ from eomt.settings.model import check_img_size
 
 DECIDED = {"img_size", "patch_size", "num_classes", "global_pool", "checkpoint_path", "pretrained_cfg"}  # elsewhere
 PLAIN_FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules: one sequence of blocks over patch tokens
+
+USUAL = ("separate", "ij")  # how DINOv3 scales and orders the coordinates of patches
 
 
 class ViT(nn.Module):
@@ -62,6 +65,7 @@ class ViT(nn.Module):
         self.report: BackboneReport | None = None
         if weights:
             self.report = load_backbone(self.backbone, backbone_name, weights, self.img_size, patch_size)
+        self.resized = False
         config = self.backbone.pretrained_cfg
         self.register_buffer("pixel_mean", torch.tensor(config["mean"]).reshape(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(config["std"]).reshape(1, 3, 1, 1))
@@ -111,7 +115,40 @@ class ViT(nn.Module):
             )
         tokens = self.backbone._pos_embed(self.backbone.patch_embed(self.normalize(images)))
         tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
-        return self.backbone.norm_pre(tokens), rope
+        return self.backbone.norm_pre(tokens), self.positions() if self.resized else rope
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether positions are computed from the grid, as DINOv3's, and none were learnt for one size."""
+        rope = getattr(self.backbone, "rope", None)
+        plain = isinstance(rope, RotaryEmbeddingDinoV3) and (rope.normalize_coords, rope.grid_indexing) == USUAL
+        return plain and not rope.grid_offset and self.backbone.pos_embed is None
+
+    @contextmanager
+    def for_size(self, size: Sequence[int]) -> Iterator[None]:
+        """The same network for images of another (height, width), which may be symbols of an export.
+
+        Raises:
+            ValueError: its positions were learnt for `img_size`.
+        """
+        if not self.takes_any_size:
+            raise ValueError(
+                f"the positions of this backbone were learnt for images of {self.img_size[0]}x{self.img_size[1]}, and "
+                "for others they would be another network's; DINOv3's alone are computed for any size"
+            )
+        patch_embed = self.backbone.patch_embed
+        before = self.img_size, patch_embed.img_size
+        self.img_size, patch_embed.img_size, self.resized = tuple(size), None, True
+        try:
+            yield
+        finally:
+            (self.img_size, patch_embed.img_size), self.resized = before, False
+
+    def positions(self) -> Tensor:
+        """Rotary embeddings [N, 2 C'] of the grid; timm computes them with sizes that an export takes as constants."""
+        centres = [(torch.arange(side, device=self.pixel_mean.device) + 0.5) / side for side in self.grid_size]
+        grid = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2], in (0, 1)
+        return torch.cat(self.backbone.rope._get_pos_embed_from_coords(2 * grid - 1), dim=-1)
 
 
 # When a compiled graph first runs, torch from 2.14 on looks for aliases of custom operators, of which there are none
