@@ -35,7 +35,7 @@ first, in float32, except for --to adapter. docs/exchange.md says who reads whos
 onnx and pt2 hold."""
 TOOLS = ("onnx", "onnxscript", "onnxruntime")  # that write and check ONNX files
 PRECISIONS = ("fp32", "fp16", "fp16-arithmetic", "int8-weights", "int8-dynamic")
-EXPORT_OPTIONS = ("outputs", "input", "batch", "size", "images")
+EXPORT_OPTIONS = ("outputs", "input", "batch", "images")
 
 
 def to_eomt(args: argparse.Namespace) -> None:
@@ -108,7 +108,7 @@ TARGETS: dict[str, Callable[[argparse.Namespace], None]] = {
     "pt2": to_pt2,
 }
 ONE_FILE = ("onnx", "pt2")  # targets that are a file, not a folder
-OPTIONS = {"onnx": (*EXPORT_OPTIONS, "precision"), "pt2": EXPORT_OPTIONS}  # of a target alone
+OPTIONS = {"onnx": (*EXPORT_OPTIONS, "precision", "size"), "pt2": EXPORT_OPTIONS}  # of a target alone
 
 
 def open_network(args: argparse.Namespace) -> "MaskClassificationSemantic":
@@ -143,7 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--input", choices=("uint8", "float"), help="of onnx, pt2: images 0 to 255 (default), or in [0, 1]")
     add("--batch", type=positive, metavar="N", help="of onnx, pt2: images at a time (default: any number)")
-    add("--size", choices=("fixed", "free"), help="of onnx, pt2: of images; free: on DINOv3 alone (default: fixed)")
+    add("--size", choices=("fixed", "free"), help="of images in onnx; free: any, of DINOv3 (default: fixed)")
     add("--precision", choices=PRECISIONS, help="of onnx (default: fp32)")
     add("--images", nargs="+", help="of onnx, pt2: what to compare on (default: the run's data)")
     add("--ckpt_path", metavar="BASE", help="the base weights of an adapter, if they have moved")

@@ -45,7 +45,6 @@ class Signature:
 
 
 ANY_BATCH = Signature()
-LARGEST = 2**12  # patches in a row or column of a file of free size
 
 
 class Deployed(nn.Module):
@@ -58,13 +57,16 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the tensors of `NAMES`, in float32."""
         pixels = images / 255 if images.dtype == torch.uint8 else images
-        sized = self.network.encoder.for_size(images.shape[-2:]) if self.size == "free" else nullcontext()
+        encoder, size, sized = self.network.encoder, tuple(images.shape[-2:]), nullcontext()
+        if self.size == "free":
+            sized = encoder.for_size(size)
+            size = tuple(side // encoder.patch_size * encoder.patch_size for side in size)  # what its patches cover
         with self.network.deployed(), sized:
             (mask_logits,), (class_logits,) = self.network(pixels)
         mask_logits, class_logits = mask_logits.float(), class_logits.float()
         if self.outputs == "queries":
             return mask_logits, class_logits
-        return (class_scores(mask_logits, class_logits, tuple(images.shape[-2:])),)
+        return (class_scores(mask_logits, class_logits, size),)
 
 
 def exported(network: EoMT, signature: Signature) -> ExportedProgram:
@@ -73,11 +75,9 @@ def exported(network: EoMT, signature: Signature) -> ExportedProgram:
     Raises:
         ValueError: its size cannot be free.
     """
-    patch = network.encoder.patch_size
-    free = {0: Dim("batch")} if signature.batch is None else {}
     if signature.size == "free":
         check_free(network)
-        free |= {2: patch * Dim("rows", max=LARGEST), 3: patch * Dim("columns", max=LARGEST)}
+    free = dict.fromkeys([0] * (signature.batch is None) + [2, 3] * (signature.size == "free"), Dim.DYNAMIC)
     deployed = Deployed(network, signature.outputs, signature.size)
     with evaluating(network), torch.no_grad():
         return torch.export.export(deployed, (examples(network, signature),), dynamic_shapes=(free,))
