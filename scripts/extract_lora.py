@@ -12,8 +12,9 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
-from eomt.diagnosis.extraction import FACTS, PLOT, RANKS, extract, print_facts
+from eomt.diagnosis.extraction import PLOT, RANKS, extract, print_facts
 from eomt.flags import script_parser
+from eomt.inference.saved import EXTRACTION_FILE
 
 EXAMPLES = """examples:
   python scripts/extract_lora.py outputs/full outputs/source/model outputs/extracted --rank 16
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores=not args.no_scores,
     )
     print_facts(facts)
-    print(f"{args.out}: an adapter of rank {args.rank}; {FACTS} and {PLOT} say what each rank keeps")
+    print(f"{args.out}: an adapter of rank {args.rank}; {EXTRACTION_FILE} and {PLOT} say what each rank keeps")
     return 0
 
 

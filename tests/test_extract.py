@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from eomt.data.cityscapes import CITYSCAPES
 from eomt.diagnosis.extraction import extract
 from eomt.diagnosis.inspection import inspect_model
+from eomt.exchange.publishing import stage
 from eomt.inference.artefacts import merge_adapter
 from eomt.lora.extraction import Change
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -114,6 +115,20 @@ def test_what_no_rank_holds_is_named_and_measured(networks, tmp_path):
     assert (out / "extraction.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_ranks_are_told_of_once_and_in_order(networks, tmp_path):
+    options = {"rank": 2, "ranks": (4, 1, 4, 2), "scores": False}
+    facts = extract(networks / "full", str(networks / "base"), tmp_path / "out", **options)
+    assert list(facts["kept"]) == ["1", "2", "4"]
+
+
+def test_the_card_of_an_extracted_adapter_says_that_it_was_not_trained(networks, tmp_path):
+    extract(networks / "full", str(networks / "base"), tmp_path / "out", rank=1, ranks=(1,), scores=False)
+    (tmp_path / "draft").mkdir()
+    stage(tmp_path / "out", tmp_path / "draft", "user/name")
+    text = (tmp_path / "draft" / "README.md").read_text()
+    assert "not trained, but extracted from a full fine-tune" in text and "trained with" not in text
+
+
 def test_every_rank_is_scored_on_the_data_and_low_rank_changes_score_as_the_whole(networks, toy_cache, tmp_path):
     data = ["data=toy_streets", f"data.root={toy_cache}", "data.num_train=8", "data.num_val=3", "data.size=[64,128]"]
     data += ["data.num_workers=0"]
@@ -136,6 +151,8 @@ def test_a_base_that_the_network_was_not_trained_from_is_warned_of(networks, tmp
         (["{full}", "{none}", "{out}"], "no such file or folder; timm means"),
         (["{full}", "{base}", "{full}"], "is not empty"),
         (["{full}", "{base}", "{out}", "--rank", "0"], "rank 0: at least 1"),
+        (["{full}", "{base}", "{out}", "--no-scores", "--rank", "999"], "has more than rank 64 here"),
+        (["{base}", "{base}", "{out}", "--no-scores"], "in all 12 layers: no change to extract"),
         (["{full}", "{base}", "{out}"], "config.yaml"),
         (["{full}", "{base}", "{out}", "--no-scores", "--targets", "nothing"], "matches no linear layer"),
     ],

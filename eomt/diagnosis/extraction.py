@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from eomt.command_line import quiet_libraries
 from eomt.files import check_place, replacing, replacing_folder, write_json
-from eomt.inference.saved import check_artefact, find_weights, read_config, run_of
+from eomt.inference.saved import EXTRACTION_FILE, check_artefact, find_weights, read_config, run_of
 from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.compose import check_data_for, data_for
 from eomt.settings.hub import hub_place, local_path
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
+    from torch import nn
+
     from eomt.lora.extraction import Change
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 log = logging.getLogger(__name__)
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-FACTS, PLOT = "extraction.json", "extraction.png"
+PLOT = "extraction.png"
 LARGE = 0.5  # a change relative to the weights that no fine-tune makes
 TIMM = "timm"  # in the place of a base: the pretrained weights of timm
 
@@ -71,7 +73,11 @@ def extract(
     start = MaskClassificationSemantic(**settings_on(whole, places))
     endings = list(targets or linear_layers(start.backbone))
     names = find_targets(start.backbone, LoRASettings(target_modules=endings))
+    check_rank(rank, start.backbone, names)
     found = changes(start.backbone, whole.backbone, names)
+    if not any(change.norm for change in found.values()):
+        raise ValueError(f"{full} has the very weights of {base} in all {len(found)} layers: no change to extract")
+    ranks = sorted(set(ranks))
     rest = left_out(start.backbone.state_dict(), whole.backbone.state_dict(), names)
     facts = describe(found, rest, ranks) | {"full": str(full), "base": str(base), "rank": rank}
     warn_of_another_base(facts, base)
@@ -80,7 +86,7 @@ def extract(
     adapter = build_adapter(whole, settings_on(whole, places) | lora, found)
     with replacing_folder(out) as draft:
         adapter.save_pretrained(draft)
-        write_json(draft / FACTS, facts)
+        write_json(draft / EXTRACTION_FILE, facts)
         plot(facts, draft / PLOT)
     return facts
 
@@ -100,6 +106,15 @@ def check_request(full: Path, base: str, out: Path, ranks: Sequence[int]) -> Pat
     if base != TIMM and not local_path(base).exists():
         raise FileNotFoundError(f"{base}: no such file or folder; {TIMM} means timm's pretrained weights")
     return full
+
+
+def check_rank(rank: int, backbone: "nn.Module", names: Sequence[str]) -> None:
+    """Raises ValueError where no layer has a change of this rank: the adapter would be larger and hold no more."""
+    largest = max(min(backbone.get_submodule(name).weight.shape) for name in names)
+    if rank > largest:
+        raise ValueError(
+            f"--rank {rank}: no change of a layer has more than rank {largest} here, which holds all of it"
+        )
 
 
 def place_of(base: str) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def score_ranks(
     start.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith(BACKBONE)}, strict=False)
     start.eval()
     before = {name: start.backbone.get_submodule(name).weight.detach().clone() for name in found}
-    for rank in (0, *sorted(ranks), None):
+    for rank in (0, *ranks, None):
         with torch.no_grad():
             for name, change in found.items():
                 weight = start.backbone.get_submodule(name).weight

@@ -88,6 +88,7 @@ class CardFacts:
     summary: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     picture: str | None = None
+    extracted: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -187,9 +188,10 @@ def card(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     what = f"An adapter for {facts.base.words}: a" if facts.is_adapter else "A"
     best = f" It scores {facts.scores[0]}." if facts.scores else ""
+    made = "not trained, but extracted from a full fine-tune by" if facts.extracted else "trained with"
     return (
         f"{what}n [EoMT](https://www.tue-mps.org/eomt/) that segments images into {facts.init['num_classes']} "
-        f"classes, trained with EoMT-LoRA {facts.version}.{best}"
+        f"classes, {made} EoMT-LoRA {facts.version}.{best}"
     )
 
 

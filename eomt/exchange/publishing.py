@@ -16,6 +16,7 @@ from eomt.inference.bases import PLACES, recorded_base
 from eomt.inference.saved import (
     BASE_FILE,
     CONFIG_FILE,
+    EXTRACTION_FILE,
     HEADS_FILE,
     WEIGHTS_FILE,
     check_settings,
@@ -97,6 +98,7 @@ def stage(
         summary=read_format(run / "summary.json", SUMMARY, {}) if shipped else {},
         data=data_name(run) if shipped else None,
         picture=PICTURE if picture or scores else None,
+        extracted=(artefact / EXTRACTION_FILE).is_file(),
     )
     write_text(draft / CARD, card(facts))
     refuse_paths(draft)

@@ -16,6 +16,7 @@ from eomt.settings.model import ModelSettings
 from lora_config import import_peft
 
 ARTEFACTS = ("adapter", "model")  # folders that a run ships one of
+EXTRACTION_FILE = "extraction.json"  # beside an adapter that was made out of a full fine-tune
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",
     "model.safetensors",
