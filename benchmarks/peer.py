@@ -27,6 +27,20 @@ NAMES = {
     ".layer_scale2.lambda1": ".ls2.gamma",
     "layers.": "encoder.backbone.blocks.",
 }
+PUBLISHED_DINOV3 = {  # how transformers' names begin: how those of the published code do
+    "query.": "q.",
+    "class_predictor.": "class_head.",
+    "mask_head.fc1.": "mask_head.0.",
+    "mask_head.fc2.": "mask_head.2.",
+    "mask_head.fc3.": "mask_head.4.",
+    "upscale_block.block.": "upscale.",
+    "attn_mask_probs": "attn_mask_probs",
+    "layernorm.": "encoder.backbone.norm.",
+    "layers.": "encoder.backbone.blocks.",
+    "embeddings.cls_token": "encoder.backbone.patch_embed.cls_token",
+    "embeddings.register_tokens": "encoder.backbone.patch_embed.register_tokens",
+    "embeddings.patch_embeddings.": "encoder.backbone.patch_embed.patch_embeddings.",
+}
 SIZES = {  # width, depth, heads, and timm's name
     "small": (384, 12, 6, "vit_small_patch14_reg4_dinov2"),
     "base": (768, 12, 12, "vit_base_patch14_reg4_dinov2"),
@@ -73,6 +87,16 @@ def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 key = our + key.removeprefix(theirs)
         ours[key] = tensor[None] if key.endswith("pos_embed") else tensor
     return ours
+
+
+def published_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' tensors of an EoMT on DINOv3 under the names of the published code."""
+    published = {}
+    for key, tensor in state.items():
+        for begins, ours in PUBLISHED_DINOV3.items():
+            if key.startswith(begins):
+                published["network." + (ours + key.removeprefix(begins)).replace(".layernorm2d.", ".norm.")] = tensor
+    return published
 
 
 def our_network(

@@ -151,7 +151,7 @@ def test_a_base_that_the_network_was_not_trained_from_is_warned_of(networks, tmp
         (["{full}", "{none}", "{out}"], "no such file or folder; timm means"),
         (["{full}", "{base}", "{full}"], "is not empty"),
         (["{full}", "{base}", "{out}", "--rank", "0"], "rank 0: at least 1"),
-        (["{full}", "{base}", "{out}", "--no-scores", "--rank", "999"], "has more than rank 64 here"),
+        (["{full}", "{base}", "{out}", "--no-scores", "--rank", "999"], "no layer's change has more than rank 64 here"),
         (["{base}", "{base}", "{out}", "--no-scores"], "in all 12 layers: no change to extract"),
         (["{full}", "{base}", "{out}"], "config.yaml"),
         (["{full}", "{base}", "{out}", "--no-scores", "--targets", "nothing"], "matches no linear layer"),

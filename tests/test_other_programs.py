@@ -11,6 +11,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.peer import published_dinov3
 from eomt.diagnosis.inspection import inspect_model
 from eomt.models.checkpoint import load_checkpoint, read_checkpoint
 from eomt.models.eomt import EoMT
@@ -32,20 +33,6 @@ KINDS = {  # our backbone: what transformers' configuration says of it
     GATED: {"use_swiglu_ffn": True},
     DINOV3: {"intermediate_size": 192},
     DINOV3_GATED: {"intermediate_size": 192, "use_gated_mlp": True},
-}
-PUBLISHED_DINOV3 = {  # how transformers' names begin: how those of the published code do
-    "query.": "q.",
-    "class_predictor.": "class_head.",
-    "mask_head.fc1.": "mask_head.0.",
-    "mask_head.fc2.": "mask_head.2.",
-    "mask_head.fc3.": "mask_head.4.",
-    "upscale_block.block.": "upscale.",
-    "attn_mask_probs": "attn_mask_probs",
-    "layernorm.": "encoder.backbone.norm.",
-    "layers.": "encoder.backbone.blocks.",
-    "embeddings.cls_token": "encoder.backbone.patch_embed.cls_token",
-    "embeddings.register_tokens": "encoder.backbone.patch_embed.register_tokens",
-    "embeddings.patch_embeddings.": "encoder.backbone.patch_embed.patch_embeddings.",
 }
 CLASSES = ["road", "sky", "tree", "car"]
 SAME = [pytest.param(name, marks=dinov3 if "dinov3" in name else ()) for name in KINDS if name != DINOV3_GATED]
@@ -70,16 +57,6 @@ def theirs_of(name, classes=CLASSES, queries=6, size=64, **options):
         **(sizes | {"num_queries": queries, **labels} | KINDS[name] | options)
     )
     return scatter(getattr(transformers, f"{kind}ForUniversalSegmentation")(config))
-
-
-def published_dinov3(state):
-    """transformers' tensors under the names of the published code."""
-    published = {}
-    for key, tensor in state.items():
-        for begins, ours in PUBLISHED_DINOV3.items():
-            if key.startswith(begins):
-                published["network." + (ours + key.removeprefix(begins)).replace(".layernorm2d.", ".norm.")] = tensor
-    return published
 
 
 def settings_of(name, **changes):
