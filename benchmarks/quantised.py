@@ -1,16 +1,15 @@
 """What a network loses in fewer bits, and what it saves: mIoU, bytes, seconds an image, in torch and as ONNX files.
 
-python benchmarks/quantised.py outputs/toy_source/model --out benchmarks/quantised.json
-python benchmarks/quantised.py outputs/camvid_dusk/adapter data.root=/data/camvid --out benchmarks/quantised.json
+python benchmarks/quantised.py outputs/toy_source --name "toy streets"
+python benchmarks/quantised.py outputs/camvid --name CamVid data.root=/data/camvid
 
 Every variant predicts the validation images of the run's data, or of `data=NAME data.key=value`, one by one on the CPU,
 windows and class map included; seconds are the median over images. An adapter is merged first. A file keeps the
-networks that it has of other folders. Nothing else should run meanwhile.
+networks that it has of other names. Nothing else should run meanwhile.
 """
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -28,12 +27,12 @@ from eomt.exchange.onnx_export import CONVERSIONS, export_onnx
 from eomt.exchange.onnx_scorer import OnnxScorer
 from eomt.exchange.opening import open_merged
 from eomt.exchange.quantised import quantise, saved_bytes
-from eomt.files import write_json
+from eomt.files import read_json, write_json
 from eomt.indices import IGNORE, OUTLIER
 from eomt.inference.crops import crops_or_drawings
 from eomt.inference.prediction import Scorer, TorchScorer
 from eomt.inference.saved import find_artefact, run_of
-from eomt.reporting.run_summary import git_commit, library_versions, machine
+from eomt.reporting.run_summary import provenance
 from eomt.settings.compose import data_for
 from eomt.training.class_scores import scores_of
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
@@ -44,6 +43,7 @@ Variant = tuple[str, Scorer, int]  # name, what predicts, bytes of its file
 def main() -> None:
     """Measures one network and adds it to the file."""
     args = parse()
+    about = provenance([0])  # before anything is written; what is drawn at random is the run's
     torch.set_num_threads(args.threads)
     module = open_merged(args.artefact, args.ckpt_path, args.backbone_weights)
     run = run_of(find_artefact(args.artefact))
@@ -59,11 +59,9 @@ def main() -> None:
                 f"{variant:<18}{rows[-1]['miou']:.4f} mIoU {size / 2**20:9.2f} MiB {rows[-1]['seconds']:.3f} s",
                 flush=True,
             )
-    about = {"command": ["python", *sys.argv], "git_commit": git_commit(), "data": name, "threads": args.threads}
-    about |= {"img_size": list(module.hparams.img_size), "machine": machine(), "versions": library_versions()}
-    networks = json.loads(args.out.read_text())["networks"] if args.out.is_file() else {}
-    networks |= {str(args.artefact): about | {"rows": rows}}
-    write_json(args.out, {"what": __doc__.splitlines()[0], "networks": networks})
+    about |= {"data": name, "threads": args.threads, "img_size": list(module.hparams.img_size), "rows": rows}
+    parts = read_json(args.out, {"parts": {}})["parts"]
+    write_json(args.out, {"what": __doc__.splitlines()[0], "parts": parts | {args.name or name: about}})
 
 
 def parse() -> argparse.Namespace:
@@ -72,6 +70,7 @@ def parse() -> argparse.Namespace:
     add("artefact", type=Path, help="an adapter/ or model/ folder of a run")
     add("overrides", nargs="*", default=[], metavar="data.key=value")
     add("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    add("--name", help="of the network in the table (default: that of its data)")
     add("--images", type=int, help="as many of the validation images (default: all)")
     add("--threads", type=int, default=2)
     add("--ckpt_path")

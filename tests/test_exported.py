@@ -13,13 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_predict import SIZES, build, draw, main, save, values
 from test_pretrained import trained
 
+from benchmarks.peer import published_dinov3
 from eomt.exchange import extras, halves, onnx_export
 from eomt.exchange.deployed import Agreement, Deployed, Signature, check_agreement, describe
+from eomt.exchange.hf import write_hf
 from eomt.exchange.onnx_export import export_onnx
 from eomt.exchange.onnx_scorer import METADATA, OnnxScorer, description
+from eomt.exchange.opening import open_merged
 from eomt.exchange.quantised import quantise, saved_bytes
 from eomt.exchange.torch_package import DESCRIPTION, export_package
 from eomt.inference.crops import draw_crops
@@ -403,19 +407,30 @@ def street():
     return read_image(min((Path(root) / "val").iterdir())) if root else draw_crops((64, 128))[0]
 
 
-def test_what_transformers_reads_becomes_an_onnx_file_that_gives_a_street_its_classes(tmp_path, monkeypatch, street):
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3_qkvb"])
+def test_ours_published_and_transformers_become_onnx_files_that_give_a_street_the_same_classes(name, tmp_path, street):
+    transformers = pytest.importorskip("transformers")
+    if "dinov3" in name and not hasattr(transformers, "EomtDinov3ForUniversalSegmentation"):
+        pytest.skip("this transformers has no EoMT on DINOv3")
     from test_exchange_hf import network_of, their_classes
-    from test_other_programs import REGISTERS
 
-    module = network_of(REGISTERS)
-    module.save_pretrained(tmp_path / "ours")
-    assert convert(monkeypatch, tmp_path / "ours", tmp_path / "hf", "--to", "hf") == 0
-    assert convert(monkeypatch, tmp_path / "hf", tmp_path / "network.onnx", "--to", "onnx") == 0
-    ((labels, _),) = OnnxScorer(tmp_path / "network.onnx")([street])
+    module = network_of(name)
+    module.network.attn_mask_probs.zero_()
+    write_hf(module, tmp_path / "hf")
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    published = published_dinov3(state) if "dinov3" in name else module.state_dict()
+    torch.save(published, tmp_path / "published.bin")
+    back = open_merged(tmp_path / "hf")
+    opened = {"transformers": back, "ours": module}
+    opened["published"] = MaskClassificationSemantic(**back.hparams | {"ckpt_path": str(tmp_path / "published.bin")})
+    expected = module.predict(street)
     picture = Image.fromarray(street.permute(1, 2, 0).numpy())
-    for each in (module.predict(street), their_classes(tmp_path / "hf", picture, backend="pil")):
-        assert len(each.unique()) > 1 and (labels == each).float().mean() > 0.999
+    maps = {"in transformers": their_classes(tmp_path / "hf", picture, backend="pil")}
+    for what, network in opened.items():
+        export_onnx(network.eval(), tmp_path / f"{what}.onnx", torch.stack(draw_crops((64, 64))))
+        ((maps[what], _),) = OnnxScorer(tmp_path / f"{what}.onnx")([street])
+    assert len(expected.unique()) > 1
+    assert not [what for what, labels in maps.items() if (labels == expected).float().mean() <= 0.999]
 
 
 def test_a_photograph_of_a_street_has_the_same_classes(module, file, street):

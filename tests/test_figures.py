@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_comparison import confusion, set_up, write_run
 
-from benchmarks import figures, tables
+from benchmarks import exchange_figures, figures, tables
 from eomt.comparison import demo
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
@@ -257,3 +257,26 @@ def test_a_figure_without_its_origin_is_told():
         ({"seeds": []}, "no seeds"),
     ):
         assert missing(facts | changes) == [fault]
+
+
+def test_tables_of_other_programs_say_what_was_measured_and_leave_out_what_was_not():
+    same = {"reader": "ours", "difference": 1.2e-6, "same": 1.0}
+    parts = {"one": {"rows": [same | {"file": "ours"}]}, "two": {"rows": [same | {"file": "published", "same": 0.5}]}}
+    text = exchange_figures.exchange({"parts": parts})
+    assert f"| ours | ours | 1e-06 | 100.00 % | {NONE} | {NONE} |" in text
+    assert f"| published | ours | {NONE} | {NONE} | 1e-06 | 50.00 % |" in text
+    row = {"variant": "onnx fp16", "miou": 0.4567, "bytes": 2**20, "seconds": 0.25}
+    text = exchange_figures.quantised({"parts": {"toy": {"rows": [row]}}})
+    assert text.endswith("| toy | onnx fp16 | 45.67 | 1.0 | 0.250 |")
+    row = {"base": "float32", "runs": [{}, {}], "miou": 0.5, "peak_memory": 2**30}
+    text = exchange_figures.quantised_base({"parts": {"toy": {"rows": [row]}}})
+    assert text.endswith("| toy | float32 | 2 | 50.00 | 1,024 |")
+
+
+def test_a_table_of_what_ranks_keep_ends_with_the_fine_tune_itself():
+    scores = {"0": 0.1, "4": 0.2, "targets": 0.3, "full": 0.4}
+    part = {"kept": {"4": 0.5}, "miou": scores, "left_out_share": 0.06}
+    part["left_out"] = {"norm.weight": {"tensors": 2, "norm": 1.0, "relative": 0.25}}
+    lines = exchange_figures.extraction({"parts": {"toy": part}}).splitlines()[2:]
+    assert lines[1] == "| toy | 4 | 50.0 | 20.00 |" and lines[-1] == f"| toy | full | {NONE} | 40.00 |"
+    assert len(lines) == 4 and "in 2 other tensors" in exchange_figures.extraction_left_out({"parts": {"toy": part}})
