@@ -112,9 +112,7 @@ def check_rank(rank: int, backbone: "nn.Module", names: Sequence[str]) -> None:
     """Raises ValueError where no layer has a change of this rank: the adapter would be larger and hold no more."""
     largest = max(min(backbone.get_submodule(name).weight.shape) for name in names)
     if rank > largest:
-        raise ValueError(
-            f"--rank {rank}: no change of a layer has more than rank {largest} here, which holds all of it"
-        )
+        raise ValueError(f"--rank {rank}: no layer's change has more than rank {largest} here, which holds all of it")
 
 
 def place_of(base: str) -> dict[str, Any]:
