@@ -75,6 +75,7 @@ BLOCKS = [
 NO_MEASUREMENT = {  # tables with digits and units: what stands in their first cell
     "docs/data.md": ["found"],  # an example of a warning
     "docs/exported.md": ["`--precision`"],  # limits
+    "docs/own_images.md": ["weights"],  # names with digits
 }
 MEASURED = re.compile(r"±|\d ?(%|x|s|ms|min|points|[KMGT]i?B|[GT]FLOPs?)(?![\w^])")
 
