@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -252,6 +253,37 @@ ROW = re.compile(r"( *\S+(?: \S+)* {2,})(\S.*)")  # of a table: a name, or sever
 def script_parser(description: str | None, epilog: str = "", **options: Any) -> argparse.ArgumentParser:
     """Returns the parser of a script, whose `--help` looks as `help_style` says."""
     return argparse.ArgumentParser(**help_style(description, epilog), **options)
+
+
+def add_output_dir(
+    parser: argparse.ArgumentParser, help: str, instead_of: str | None = None, required: bool = False
+) -> None:
+    """Adds what says where to write, in every script: `--output_dir`, of which argparse takes any beginning.
+
+    Args:
+        parser: of a script, or of a command of one.
+        help: what is written there, and the default.
+        instead_of: an argument without a flag that may say it, too: the OUT of `IN OUT`. `output_dir` then reads it.
+    """
+    if instead_of:
+        parser.add_argument("out", metavar=instead_of, type=Path, nargs="?", help=f"{help}; or --output_dir")
+    help = argparse.SUPPRESS if instead_of else help
+    parser.add_argument("--output_dir", type=Path, metavar="PATH", required=required, help=help)
+
+
+def output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
+    """Where to write, by the argument or by `--output_dir`; ends the script where neither says it, or both do."""
+    given = [place for place in (args.out, args.output_dir) if place is not None]
+    if len(given) != 1:
+        told = " and ".join(map(str, given)) or "neither"
+        parser.error(f"say once where to write, behind what is read or with --output_dir; got {told}")
+    return given[0]
+
+
+def script_words(words: Sequence[str] | None) -> list[str]:
+    """The command line of a script that writes, with `output_dir=FOLDER` as the option that it stands for."""
+    words = sys.argv[1:] if words is None else words
+    return [f"--{word}" if word.startswith("output_dir=") else word for word in words]
 
 
 def help_style(description: str | None = None, epilog: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from eomt.command_line import reports_errors
 from eomt.comparison.evaluations import evaluate_run, report_runs
 from eomt.comparison.matrix import VARIANTS, run_matrix
 from eomt.comparison.watch import watch
-from eomt.flags import help_style, script_parser
+from eomt.flags import add_output_dir, help_style, script_parser, script_words
 from eomt.processes import Interrupted, Interruption
 from train_with_lora import check_composed
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "evaluate":
             evaluate_run(args.run, args.source)
             return 0
-        output = args.output or args.runs[0] / "report"
+        output = args.output_dir or args.runs[0] / "report"
         report_runs(args.runs, output, args.baseline, args.score, args.allow_different, args.costs)
         return 0
     except Interrupted as stopped:
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     report.add_argument("runs", nargs="+", type=Path, help="matrix folders, or folders of single runs")
     report.add_argument("--baseline", help="the variant that others are compared to (default: full or baseline)")
     report.add_argument("--score", help="of anomalies, one for the whole table (default: rba)")
-    report.add_argument("--output", type=Path, help="default: report/ in the first folder")
+    add_output_dir(report, "default: report/ in the first folder")
     report.add_argument(
         "--costs", type=Path, metavar="FOLDER", help="take seconds and memory from the runs in it, measured undisturbed"
     )
@@ -104,7 +104,7 @@ def options_first(words: Sequence[str]) -> list[str]:
         if words[0] == "run" and word.startswith("--config-name"):
             option = words[i : i + 1 if "=" in word else i + 2]
             return ["run", *option, *words[1:i], *words[i + len(option) :]]
-    return words
+    return words if words[:1] == ["run"] else script_words(words)  # those of a run are the training's
 
 
 if __name__ == "__main__":

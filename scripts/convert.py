@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import _checkout  # noqa: F401
@@ -12,7 +11,7 @@ from eomt.command_line import reports_errors
 from eomt.exchange.extras import require
 from eomt.exchange.opening import recognised, refuse_size
 from eomt.files import check_place
-from eomt.flags import positive, script_parser
+from eomt.flags import add_output_dir, output_dir, positive, script_parser, script_words
 from eomt.settings.hub import here, named_on_hub, pinned
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
@@ -136,7 +135,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("source", metavar="IN", help="an adapter/ or model/ folder, a checkpoint, another program's file, or user/name")
-    add("out", metavar="OUT", type=Path, help="what to write; it must not hold anything yet")
+    add_output_dir(parser, "what to write; it must not hold anything yet", instead_of="OUT")
     add("--to", required=True, choices=sorted(TARGETS), help="whose files to write")
     add(
         "--outputs", choices=("classes", "queries"), help="of onnx, pt2: scores of each pixel (default), or the queries"
@@ -144,7 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--input", choices=("uint8", "float"), help="of onnx, pt2: images 0 to 255 (default), or in [0, 1]")
     add("--batch", type=positive, metavar="N", help="of onnx, pt2: images at a time (default: any number)")
     add("--size", choices=("fixed", "free"), help="of images in onnx; free: any, of DINOv3 (default: fixed)")
-    add("--precision", choices=PRECISIONS, help="of onnx (default: fp32)")
+    add("--precision", choices=PRECISIONS, metavar="KIND", help=f"of onnx: {', '.join(PRECISIONS)} (default: fp32)")
     add("--images", nargs="+", help="of onnx, pt2: what to compare on (default: the run's data)")
     add("--ckpt_path", metavar="BASE", help="the base weights of an adapter, if they have moved")
     add("--backbone_weights", metavar="BASE", help="the same for an adapter on a plain backbone from a file")
@@ -155,7 +154,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("HEIGHT", "WIDTH"),
         help="of another program's file (default: as it says)",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(script_words(argv))
+    args.out = output_dir(parser, args)
     for name in sorted({name for names in OPTIONS.values() for name in names}):
         if getattr(args, name) is not None and name not in OPTIONS.get(args.to, ()):
             parser.error(f"--{name} is not for --to {args.to}: leave it out")

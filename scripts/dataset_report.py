@@ -9,7 +9,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import did_you_mean, path_in, reports_errors
 from eomt.files import check_place
-from eomt.flags import script_parser
+from eomt.flags import add_output_dir, script_parser, script_words
 from eomt.settings.compose import datasets_known, open_data_with_faults
 
 EXAMPLES = """examples:
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.init:
         return init(*args.init, args.overrides)
-    if args.out:
-        check_place(args.out)
+    if args.output_dir:
+        check_place(args.output_dir)
     name, datamodule, lonely = open_data_with_faults(args.overrides)
     if args.fix_exif and datamodule and fix(datamodule, args.fix_exif):
         name, datamodule, lonely = open_data_with_faults(args.overrides)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if datamodule is None:
         print_faults({"pairs": lonely}, {})
         return 1
-    out = args.out or Path("outputs", "dataset_report", name)
+    out = args.output_dir or Path("outputs", "dataset_report", name)
     splits = ("train", "val") if args.split == "all" else (args.split,)
     whole = report_dataset(name, datamodule, out, splits, lonely)
     print(f"Wrote report.md, counts.json and grid.png to {out}")
@@ -104,14 +104,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__, EXAMPLES, usage="dataset_report.py data=NAME [data.key=value ...] [options]")
     add = parser.add_argument
     add("overrides", nargs="*", metavar="data=NAME data.key=value", help="as for train_with_lora.py")
-    add("--out", type=Path, help="folder to write to (default: outputs/dataset_report/NAME)")
+    add_output_dir(parser, "folder to write to (default: outputs/dataset_report/NAME)")
     add("--split", choices=("train", "val", "all"), default="all")
     metavar = ("IMAGES", "MASKS")
     add("--init", nargs=2, type=Path, metavar=metavar, help="write a class file from the values in the masks")
     views = ("auto", "upright", "stored")
     help = "write images that are stored turned anew; see below (auto where no word follows)"
     add("--fix-exif", nargs="?", choices=views, const="auto", help=help)
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(script_words(argv))
     if not args.init and not any(override.startswith(("data=", "experiment=")) for override in args.overrides):
         parser.error("name a dataset: data=" + ", data=".join(datasets_known()))
     if args.fix_exif and (args.init or "data=folder" not in args.overrides):

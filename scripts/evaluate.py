@@ -11,7 +11,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
-from eomt.flags import script_parser
+from eomt.flags import add_output_dir, script_parser, script_words
 from eomt.reporting.evaluation_report import evaluate_artefact
 
 EXAMPLES = """examples:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
     args = parse(argv)
     places = {"ckpt_path": args.ckpt_path, "backbone_weights": args.backbone_weights}
-    file = evaluate_artefact(args.model, args.overrides, args.output, args.precision, **places)
+    file = evaluate_artefact(args.model, args.overrides, args.output_dir, args.precision, **places)
     print(f"{file}, {file.stem}_confusion.csv, {file.stem}_confusion.png")
     return 0
 
@@ -42,8 +42,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", help="default: that of the run")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
-    add("--output", type=Path, help="folder for the results; default: evaluation/ in the run's folder, or one in there")
-    return parser.parse_intermixed_args(argv)
+    add_output_dir(parser, "folder for the results; default: evaluation/ in the run's folder, or one in there")
+    return parser.parse_intermixed_args(script_words(argv))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from eomt.anomaly.request import choose_benchmarks, parse, variant_to_export
 from eomt.anomaly.scores import variants
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.files import check_place
-from eomt.flags import script_parser
+from eomt.flags import add_output_dir, script_parser, script_words
 from eomt.inference.saved import check_artefact, results_of
 
 EXAMPLES = """examples:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exported = variant_to_export(args.export, asked)
     choose_benchmarks(settings)
     check_artefact(args.model)
-    for folder in (args.output, args.cache):
+    for folder in (args.output_dir, args.cache):
         if folder:
             check_place(folder)
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     quiet_libraries()
     options = Options(
-        output=args.output or results_of(args.model, "anomaly"),
+        output=args.output_dir or results_of(args.model, "anomaly"),
         cache=args.cache,
         precision=args.precision,
         device=args.device,
@@ -77,8 +77,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pictures", type=int, default=4, metavar="N", help="images to draw (default: %(default)s; 0: none)")
     add("--export", metavar="SCORE", help="also write this score's maps as the SegmentMeIfYouCan benchmark reads them")
     add("--method", default="EoMT-LoRA", help="the method's name in that export (default: %(default)s)")
-    add("--output", type=Path, help="folder for the results; default: anomaly/ in the run's folder, or one in there")
-    return parser.parse_intermixed_args(argv)
+    add_output_dir(parser, "folder for the results; default: anomaly/ in the run's folder, or one in there")
+    return parser.parse_intermixed_args(script_words(argv))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.diagnosis.extraction import PLOT, RANKS, extract, print_facts
-from eomt.flags import script_parser
+from eomt.flags import add_output_dir, output_dir, script_parser, script_words
 from eomt.inference.saved import EXTRACTION_FILE
 
 EXAMPLES = """examples:
@@ -49,13 +49,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("full", metavar="FULL", type=Path, help="a model/ folder of a full fine-tune, its run's folder or checkpoint")
     add("base", metavar="BASE", help="what it was trained from: an EoMT, a plain backbone, or timm")
-    add("out", metavar="OUT", type=Path, help="folder to write; it must not hold anything yet")
+    add_output_dir(parser, "folder to write; it must not hold anything yet", instead_of="OUT")
     add("overrides", nargs="*", default=[], metavar="data=NAME data.key=value", help="default: the data of the run")
     add("--rank", type=int, default=16, help="of the adapter (%(default)s)")
     add("--targets", nargs="+", metavar="LAYER", help="endings of names (default: every linear layer of the blocks)")
     add("--ranks", nargs="+", type=int, default=list(RANKS), help="to tell of (%(default)s)")
     add("--no-scores", action="store_true", help="tell of the weights alone: no data are needed")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(script_words(argv))
+    if args.output_dir and "=" in str(args.out):  # the first word about the data
+        args.overrides, args.out = [str(args.out), *args.overrides], None
+    args.out = output_dir(parser, args)
+    return args
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.files import check_place
-from eomt.flags import script_parser
+from eomt.flags import add_output_dir, output_dir, script_parser, script_words
 
 EXAMPLES = """examples:
   python scripts/import_masks.py instances.json photos/ labels/
@@ -81,12 +81,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="file that was exported, .json or .xml")
     add("images", type=Path, metavar="IMAGES", help="folder of the images, with its subfolders")
-    add("out", type=Path, metavar="OUT", help="folder to write; it must not be there")
+    add_output_dir(parser, "folder to write; it must not be there", instead_of="OUT")
     help = "pictures without an annotation become ignored (default) or background, or get no mask"
     add("--unannotated", choices=("ignore", "background", "leave"), default="ignore", help=help)
     help = "which of two areas that overlap is seen: the smaller (default), or the later in the export"
     add("--on-top", choices=("smaller", "later"), default="smaller", help=help)
-    return parser.parse_args(argv)
+    args = parser.parse_args(script_words(argv))
+    args.out = output_dir(parser, args)
+    return args
 
 
 if __name__ == "__main__":

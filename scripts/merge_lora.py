@@ -13,7 +13,7 @@ import _checkout  # noqa: F401
 
 from eomt.command_line import reports_errors
 from eomt.diagnosis.merging import merge_and_check
-from eomt.flags import script_parser
+from eomt.flags import add_output_dir, output_dir, script_parser, script_words
 
 EXAMPLES = """examples:
   python scripts/merge_lora.py outputs/lora/adapter outputs/lora/model_merged
@@ -41,12 +41,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", type=Path, help="an adapter/ folder, a LoRA run's folder, or its checkpoint")
-    add("out", metavar="OUT", type=Path, help="folder to write; it must not hold anything yet")
+    add_output_dir(parser, "folder to write; it must not hold anything yet", instead_of="OUT")
     add("--images", nargs="+", help="images to compare on: a folder, or a pattern (default: the run's validation data)")
     add("--ckpt_path", metavar="BASE", help="the base weights, if they have moved")
     add("--backbone_weights", metavar="BASE", help="the same for an adapter on a plain backbone from a file")
     add("--tolerance", type=float, default=1e-4, help="largest difference, relative to the largest logit (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(script_words(argv))
+    args.out = output_dir(parser, args)
+    return args
 
 
 if __name__ == "__main__":

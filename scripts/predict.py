@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import _checkout  # noqa: F401
 
 from eomt.command_line import fail, reports_errors
-from eomt.flags import positive, script_parser
+from eomt.flags import add_output_dir, output_dir, positive, script_parser, script_words
 
 if TYPE_CHECKING:  # torch and what needs it is imported late: --help answers at once
     from eomt.data.labels import LabelSet
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="an adapter/ or model/ folder, a checkpoint, or an ONNX file")
     add("input", metavar="INPUT", help='an image, a folder of images, a "quoted pattern" of images, or a video')
-    add("output", metavar="OUTPUT", type=Path, help="folder to write to")
+    add_output_dir(parser, "folder to write to", instead_of="OUTPUT")
     add("--write", nargs="+", choices=KINDS, help="which pictures (default: all; of a video's frames: none)")
     add("--confidence", action="store_true", help="write the winning score of each pixel, too")
     add("--cityscapes-submission", action="store_true", help="only label ids, named as the benchmark server wants")
@@ -66,7 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--int8", choices=("weights", "dynamic"), help="round linear layers to 8 bits: weights alone, or inputs, too")
     add("--ckpt_path", help="the base weights of an adapter, if they have moved")
     add("--backbone_weights", help="the same for an adapter on a plain backbone from a file")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(script_words(argv))
+    args.output_dir = output_dir(parser, args)
     if args.cityscapes_submission and args.write:
         parser.error("--cityscapes-submission writes label ids and nothing else: leave --write out")
     if args.cityscapes_submission and args.confidence:
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> "Tally":
     """
     from eomt.inference.inputs import find_inputs
 
-    inputs = find_inputs(args.input, args.output, args.cityscapes_submission)
+    inputs = find_inputs(args.input, args.output_dir, args.cityscapes_submission)
     score, classes = open_onnx(args) if is_onnx(args.model) else open_network(args)
     is_video = not isinstance(inputs, dict)
 
@@ -102,14 +103,14 @@ def run(args: argparse.Namespace) -> "Tally":
     predict = FolderPrediction(
         score,
         classes,
-        args.output,
+        args.output_dir,
         [SUBMISSION] if args.cityscapes_submission else kinds,
         batch_size=args.batch_size,
         workers=args.workers,
     )
     tally = predict(inputs, args.input)
     show(classes, tally)
-    print(f"{tally.written} {'frames' if is_video else 'images'} written to {args.output}")
+    print(f"{tally.written} {'frames' if is_video else 'images'} written to {args.output_dir}")
     return tally
 
 

@@ -56,3 +56,41 @@ def test_a_number_of_things_is_a_whole_one_from_1_on(text):
     assert positive("3") == 3
     with pytest.raises(argparse.ArgumentTypeError, match="give a whole number from 1 on"):
         positive(text)
+
+
+WRITING = {  # how a script is called that writes, without the place
+    "predict.py": ["model", "photos"],
+    "convert.py": ["model", "--to", "hf"],
+    "merge_lora.py": ["adapter"],
+    "extract_lora.py": ["full", "base", "data=camvid", "data.root=x"],
+    "import_masks.py": ["export.json", "photos"],
+    "evaluate.py": ["model"],
+    "evaluate_anomaly.py": ["model", "data=toy_anomalies"],
+    "make_cut_paste.py": ["data=toy_streets"],
+    "dataset_report.py": ["data=toy_streets"],
+    "compare.py": ["report", "runs"],
+}
+
+
+@pytest.mark.parametrize("script", WRITING)
+@pytest.mark.parametrize("way", [["output_dir=place"], ["--output_dir", "place"], ["--output_dir=place"]], ids=len)
+def test_one_word_says_where_every_script_writes(script, way, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    names = runpy.run_path(str(ROOT / "scripts" / script))
+    args = names.get("parse_arguments", names["parse"])([*WRITING[script], *way])
+    assert str(args.output_dir) == "place" and str(getattr(args, "out", None) or "place") == "place"
+    assert getattr(args, "overrides", []) in ([], [word for word in WRITING[script] if "=" in word])
+
+
+@pytest.mark.parametrize("script", [name for name, words in WRITING.items() if "lora" in name or "masks" in name])
+def test_where_to_write_is_said_once(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    parse = runpy.run_path(str(ROOT / "scripts" / script))["parse"]
+    words = [word for word in WRITING[script] if "=" not in word]
+    assert str(parse([*words, "place"]).out) == "place"
+    for more, told in (([], "neither"), (["a", "--output_dir", "b"], "a and b")):
+        with pytest.raises(SystemExit):
+            parse([*words, *more])
+        assert (
+            f"say once where to write, behind what is read or with --output_dir; got {told}" in capsys.readouterr().err
+        )

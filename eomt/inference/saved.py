@@ -93,7 +93,7 @@ def results_of(path: str | Path, kind: str) -> Path:
     checkpoint or the like. Raises as `find_artefact` does.
     """
     if place := named_on_hub(path):
-        raise ValueError(f"{place} is on the hub, and no run's folder lies around it: give a folder with --output")
+        raise ValueError(f"{place} is on the hub, and no run's folder lies around it: give a folder with --output_dir")
     path = Path(path).expanduser()
     run, found = run_of(path), find_artefact(path)
     if is_shipped(found, run):
@@ -110,7 +110,7 @@ def is_shipped(found: Path, run: Path) -> bool:
 def keep_other_network(file: Path, artefact_id: str | None) -> None:
     """Raises ValueError where a file holds scores of another network; one of an earlier version does not tell."""
     if file.is_file() and read_json(file).get("artefact_id") != artefact_id:
-        raise ValueError(f"{file} holds scores of another network: give another folder with --output")
+        raise ValueError(f"{file} holds scores of another network: give another folder with --output_dir")
 
 
 def bare_weights(path: Path) -> str:

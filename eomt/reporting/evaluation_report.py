@@ -99,7 +99,7 @@ def keep_other_scores(path: Path, images: str) -> None:
     same = same_files(read_format(path, EVALUATION).get("data"), images) if path.is_file() else True
     if not same:
         what = "other images" if same is False else "images that an earlier version knew by their sizes alone"
-        raise ValueError(f"{path} holds scores on {what}: give another folder with --output")
+        raise ValueError(f"{path} holds scores on {what}: give another folder with --output_dir")
 
 
 def print_scores(title: str, evaluation: "Evaluation") -> None:
