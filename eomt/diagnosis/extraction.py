@@ -249,7 +249,7 @@ def plot(facts: Mapping[str, Any], path: Path) -> None:
         for rank, color in zip(ranks, colors, strict=True):
             axis.plot(list(blocks), [100 * layer["kept"][rank] for layer in blocks.values()], "o-", ms=3, color=color)
         axis.set(title=target, xlabel="block", ylim=(0, 103))
-    axes[0, 0].set_ylabel("% of the squared change that a rank keeps")
+    axes[0, 0].set_ylabel("kept of the change, %")
     if miou:
         tried = [name for name in miou if name.isdigit()]
         axes[0, -1].plot(range(len(tried)), [100 * miou[name] for name in tried], "o-")
