@@ -199,7 +199,10 @@ def peft_on_transformers(theirs, folder, **options):
 
 
 @pytest.mark.parametrize("name", ROUND)
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "modules_to_save": ["class_predictor", "query"]}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True, "modules_to_save": ["class_predictor", "query"], "rank_pattern": {"q_proj": 4}}],
+)
 def test_an_adapter_on_transformers_network_becomes_ours_exactly(name, options, tmp_path, call):
     theirs = theirs_of(name)
     theirs.save_pretrained(tmp_path / "hf")
@@ -230,6 +233,16 @@ def test_an_adapter_that_cannot_be_had_exactly_is_refused_by_what_it_is(message,
     with pytest.raises(ValueError, match=message):
         write_adapter(tmp_path / "peft", tmp_path / "out", tmp_path / "hf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"r": ...}, "no r"), ({"lora_alpha": "6"}, "lora_alpha '6'"), ({"r": 0}, "r 0")]
+)
+def test_an_adapter_whose_settings_cannot_be_is_refused_naming_them(changes, named, tmp_path):
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6} | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json.* {named}"):
+        write_adapter(tmp_path, tmp_path / "out")
 
 
 def test_an_adapter_without_its_base_says_what_it_names(tmp_path):

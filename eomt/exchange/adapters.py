@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from eomt.exchange.opening import is_ours, settings_of
@@ -20,6 +21,7 @@ from eomt.fingerprints import first_misfit
 from eomt.lora.files import WEIGHTS_FILE
 from eomt.lora.saved_config import CONFIG_FILE
 from eomt.settings.backbone_names import places, renamed
+from eomt.settings.config_check import check_type
 from eomt.settings.eomt_files import EomtFile, read_eomt_file
 from eomt.settings.eomt_names import BACKBONE, BACKBONES, TRANSFORMERS, bare, head_name
 from eomt.settings.hub import local_path, named_on_hub, pinned
@@ -40,6 +42,7 @@ KNOWN |= {
     "qalora_group_size",
 }
 NOTHING = (None, False, {}, [], "none")
+TYPES = {"r": PositiveInt, "lora_alpha": float}  # that scale the updates
 LORA = re.compile(r"(.*)\.lora_([AB])\.weight$")
 
 
@@ -86,9 +89,13 @@ def write_adapter(
 
 
 def check_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raises ValueError where an adapter is more than plain LoRA, naming what."""
+    """Raises ValueError where an adapter is more than plain LoRA, or has impossible settings, naming what."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file} says peft_type {config.get('peft_type')}: plain LoRA alone is mapped to other layers")
+    for name, hint in TYPES.items():
+        if name not in config:
+            raise ValueError(f"{file} has no {name}, which scales the updates: put back what PEFT wrote")
+        check_type(config[name], hint, f"{file}: {name}")
     init = config.get("init_lora_weights", True)
     other = {name: value for name, value in config.items() if name not in KNOWN and value not in NOTHING}
     if init in (True, False, "gaussian", "orthogonal"):
@@ -124,7 +131,7 @@ def open_foreign(path: Path, config: Mapping[str, Any], place: str) -> MaskClass
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
     base, tensors = read_eomt_file(local_path(place)), read_tensors(path / WEIGHTS_FILE)[0]
-    updates, heads, added = sort_tensors(tensors, base, path / WEIGHTS_FILE)
+    updates, heads, added = sort_tensors(at_one_scale(tensors, config), base, path / WEIGHTS_FILE)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     ranks = {name: sum(update.a.shape[0] for update in parts) for name, parts in updates.items()}
     rank = min(ranks.values())
@@ -147,6 +154,19 @@ def open_foreign(path: Path, config: Mapping[str, Any], place: str) -> MaskClass
     load_updates(module, updates, path)
     load_heads(module, heads, {name: scale * update for name, update in added.items()}, path)
     return module.eval()
+
+
+def at_one_scale(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors with every B multiplied so that all updates have the scale of the adapter's own rank.
+
+    PEFT divides by the rank of each layer, which `rank_pattern` may set.
+    """
+    power = 0.5 if config.get("use_rslora") else 1
+    ranks = {key: t.shape[-1] for key, t in tensors.items() if (found := LORA.fullmatch(key)) and found[2] == "B"}
+    return {
+        key: tensor * (config["r"] / ranks[key]) ** power if ranks.get(key, config["r"]) != config["r"] else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def sort_tensors(
