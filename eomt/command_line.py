@@ -46,8 +46,20 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that a screen obeys, but for tabs and new lines
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes: names in files of others must not steer the screen."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 class ScreenLog(logging.StreamHandler):
     """The same on the screen, where nobody may be left to read; a progress bar makes room for each line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without what a screen would obey."""
+        return printable(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")  # no bar without it
@@ -230,7 +242,7 @@ def out_of_memory(error: BaseException) -> str | None:
 def fail(error: BaseException | str, code: int) -> int:
     """Prints the error as one sentence and returns the exit code."""
     sentence = one_sentence(error) if isinstance(error, BaseException) else error
-    print(f"error: {as_typed(sentence)}", file=sys.stderr)
+    print(f"error: {printable(as_typed(sentence))}", file=sys.stderr)
     return code
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import _checkout  # noqa: F401
 
-from eomt.command_line import reports_errors
+from eomt.command_line import printable, reports_errors
 from eomt.exchange.extras import require
 from eomt.exchange.opening import recognised, refuse_size
 from eomt.files import check_place
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_place(args.out, of_file=args.to in ONE_FILE, empty=True)
     place = named_on_hub(args.source)
     args.source = here(args.source)
-    print(f"{pinned(str(place)) if place else args.source}: {recognised(args.source)}")
+    print(printable(f"{pinned(str(place)) if place else args.source}: {recognised(args.source)}"))
     TARGETS[args.to](args)
     print(f"Wrote {args.out}")
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import _checkout  # noqa: F401
 
-from eomt.command_line import fail, reports_errors
+from eomt.command_line import fail, printable, reports_errors
 from eomt.flags import add_output_dir, output_dir, positive, script_parser, script_words
 
 if TYPE_CHECKING:  # torch and what needs it is imported late: --help answers at once
@@ -161,7 +161,7 @@ def show(classes: "LabelSet", tally: "Tally") -> None:
     table.columns[1].justify = "right"
     total = int(tally.pixels.sum())
     for k in tally.pixels.argsort(descending=True).tolist():
-        table.add_row(escape(classes.names[k]), f"{int(tally.pixels[k]) / total:.2%}")
+        table.add_row(escape(printable(classes.names[k])), f"{int(tally.pixels[k]) / total:.2%}")
     Console().print(table)
 
 

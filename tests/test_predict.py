@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -379,6 +380,14 @@ def test_a_broken_video_and_missing_pyav_are_said_in_a_sentence(tmp_path):
     assert result.returncode == 1 and result.stderr == "error: videos need PyAV: pip install av\n"
     pytest.importorskip("av")
     assert "drive.mp4 is broken or no video" in run(*arguments[1:], code=1).stderr
+
+
+def test_names_of_classes_cannot_steer_the_screen(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    show = importlib.import_module("predict").show
+    show(SimpleNamespace(names=("\x1b[2Jroad",)), SimpleNamespace(pixels=torch.tensor([4])))
+    said = capsys.readouterr().out
+    assert "\\x1b[2Jroad" in said and "\x1b" not in said
 
 
 def test_help_has_examples_and_loads_no_torch():

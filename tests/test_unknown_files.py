@@ -1,11 +1,13 @@
 """Files that are no EoMT: each is called what it is, or shown by its first keys with what is known."""
 
+import importlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_other_programs import REGISTERS, settings_of
 
@@ -86,6 +88,41 @@ def test_a_checkpoint_of_an_optimiser_is_called_what_it_is(tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     for said in refusals(tmp_path / "optimizer.pt"):
         assert "holds the state of an optimiser" in said
+
+
+def test_a_configuration_in_the_place_of_weights_is_told_to_be_none(tmp_path):
+    write(UNKNOWN["SAM"], tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json holds no weights and no index of them: give its folder, .*"):
+        read_eomt_file(tmp_path / "config.json")
+
+
+def test_predicting_with_another_programs_network_names_it_and_the_way_to_open_it(tmp_path, call_script):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    shapes = {"query.weight": [4, 8], "class_predictor.weight": [5, 8], "upscale_block.block.0.conv1.weight": [8, 8]}
+    write(shapes | VIT, tmp_path / "model.safetensors")
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for place, what, to in (
+        (tmp_path, TRANSFORMERS, "eomt"),
+        (tmp_path / "model.safetensors", TRANSFORMERS, "eomt"),
+        (tmp_path / "peft", "an adapter of PEFT", "adapter"),
+    ):
+        code, said = call_script("predict.py", place, tmp_path / "x.png", tmp_path / "out", "--device", "cpu")
+        assert code == 1 and f"{place} is {what}" in said
+        assert f"python scripts/convert.py {place} OUT --to {to}" in said
+
+
+def test_names_in_files_of_others_cannot_steer_the_screen(tmp_path, call_script, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["\x1b]0;title\x07\x1b[31mNet"]}))
+    write({"\x1b[2Jkey": [2]}, tmp_path / "model.safetensors")
+    code, said = call_script("convert.py", tmp_path, tmp_path / "out", "--to", "eomt")
+    assert code == 1 and "\\x1b[31mNet" in said and "\\x1b[2Jkey" in said and "\x1b" not in said
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "\x1b[31mLORA"}))
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts")
+    assert importlib.import_module("convert").main([str(tmp_path), str(tmp_path / "out"), "--to", "adapter"]) == 1
+    said = capsys.readouterr()
+    assert "an adapter of PEFT (\\x1b[31mLORA)" in said.out and "\x1b" not in said.out + said.err
 
 
 def test_the_config_beside_an_unknown_file_says_what_it_is(tmp_path):

@@ -8,8 +8,11 @@ from typing import Any
 from eomt import __version__
 from eomt.command_line import did_you_mean
 from eomt.files import read_json, restored
+from eomt.lora.saved_config import CONFIG_FILE as ADAPTER_CONFIG
 from eomt.settings.backbone_files import places_in
 from eomt.settings.config_check import argument_types, check_type
+from eomt.settings.eomt_files import read_eomt_file
+from eomt.settings.eomt_names import PUBLISHED
 from eomt.settings.formats import ARTEFACT, SUMMARY, read_format, refuse_exported
 from eomt.settings.hub import here, local_path, named_on_hub
 from eomt.settings.model import ModelSettings
@@ -40,6 +43,7 @@ def find_artefact(path: str | Path) -> Path:
         if (path.parent / CONFIG_FILE).is_file():
             raise ValueError(f"{path} is a part of what was saved: give its folder, {path.parent}")
         refuse_exported(path)
+        refuse_other_program(path)
         raise ValueError(bare_weights(path))
     if not path.exists():
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -50,11 +54,28 @@ def find_artefact(path: str | Path) -> Path:
     if len(found) > 1:
         raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
     if not found:
+        refuse_other_program(path)
         raise FileNotFoundError(
             f"{path} has no {CONFIG_FILE}, and no adapter/ or model/ with one: give the adapter/ or model/ folder of a "
             "run, the run's folder, or its checkpoints/best.ckpt"
         )
     return found[0]
+
+
+def refuse_other_program(path: Path) -> None:
+    """Raises ValueError where a path holds another program's network, naming it and what makes one of ours of it."""
+    what, target = "an adapter of PEFT", "adapter"
+    if not (path / ADAPTER_CONFIG).is_file():
+        try:
+            file = read_eomt_file(path)
+        except (ValueError, OSError):  # nothing that is known, which the caller says
+            return
+        if path.is_file() and file.program == PUBLISHED:  # as ours are saved, too
+            return
+        what, target = str(file), "eomt"
+    raise ValueError(
+        f"{path} is {what}: first make it one of this project, python scripts/convert.py {path} OUT --to {target}"
+    )
 
 
 def check_artefact(path: str | Path) -> Path:

@@ -57,8 +57,10 @@ def shards(index: Path) -> list[Path]:
         FileNotFoundError: one is not there. ValueError: it is no such index.
     """
     places = read_json(index).get("weight_map")
+    if places is None:
+        raise ValueError(f"{index} holds no weights and no index of them: give its folder, {index.parent}")
     if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files: fetch it again")
+        raise ValueError(f"{index} has a weight_map that is none from tensors to files: fetch it again")
     files = [index.parent / Path(name).name for name in sorted(set(places.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}: fetch the folder again")
