@@ -216,6 +216,14 @@ def test_the_card_says_base_data_classes_settings_score_and_licence(run, tmp_pat
     assert Image.open(tmp_path / "draft" / "classes.png").format == "PNG" and "![classes.png](classes.png)" in card
 
 
+def test_the_score_of_a_training_that_validated_on_some_of_the_images_says_so(run, tmp_path):
+    shutil.copytree(run, tmp_path / "lora")
+    file = tmp_path / "lora" / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"trainer": {"limit_val_batches": 2}}))
+    card, _ = staged(tmp_path / "lora", tmp_path / "draft")
+    assert "25.00 % mIoU on toy_streets, some of 3 images; no interval is known" in card
+
+
 def test_an_evaluation_of_this_very_network_gives_the_score_with_its_interval(run, tmp_path):
     shutil.copytree(run, tmp_path / "lora")
     own = json.loads((run / "adapter" / "eomt_config.json").read_text())["artefact_id"]

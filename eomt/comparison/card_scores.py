@@ -10,6 +10,7 @@ from eomt.comparison.bootstrap import bootstrap_iou, image_weights, units
 from eomt.comparison.counts import hits_and_unions, nanmean
 from eomt.comparison.result_files import read_confusion, read_sequences, read_summary
 from eomt.exchange.model_card import Score
+from eomt.files import read_yaml
 from eomt.inference.saved import artefact_id_in, is_shipped, run_of
 from eomt.settings.formats import EVALUATION, read_format
 
@@ -29,7 +30,9 @@ def known_scores(artefact: Path, data: str | None = None) -> list[Score]:
     if scores or summary.get("miou") is None:
         return scores
     images = (summary.get("data") or {}).get("val_images")
-    return [Score(data or "the run's data", summary["miou"], summary["class_iou"], images)]
+    limit = (read_yaml(run / "config.yaml", {}).get("trainer") or {}).get("limit_val_batches")
+    some = limit not in (None, 1.0) or isinstance(limit, int)
+    return [Score(data or "the run's data", summary["miou"], summary["class_iou"], images, some=some)]
 
 
 def _of_evaluation(file: Path, facts: dict) -> Score:

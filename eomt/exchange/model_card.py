@@ -39,6 +39,7 @@ class Score:
 
     Args:
         data: name of the data set.
+        images: how many it has; `some`: whether only some of them were scored.
         interval: (low, high), or None.
         units: what was drawn again for the interval, as `12 images`.
         class_iou: in [0, 1] by class, None for an absent one.
@@ -50,9 +51,11 @@ class Score:
     images: int | None = None
     interval: tuple[float, float] | None = None
     units: str = ""
+    some: bool = False
 
     def __str__(self) -> str:
-        where = f"{self.data}, {self.images} images" if self.images else self.data
+        some = "some of " if self.some else ""
+        where = f"{self.data}, {some}{self.images} images" if self.images else self.data
         if self.interval is None:
             return f"{100 * self.miou:.2f} % mIoU on {where}"
         low, high = (100 * end for end in self.interval)
