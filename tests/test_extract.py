@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eomt.data.cityscapes import CITYSCAPES
-from eomt.diagnosis.extraction import extract
+from eomt.diagnosis.extraction import extract, print_facts
 from eomt.diagnosis.inspection import inspect_model
 from eomt.exchange.publishing import stage
 from eomt.inference.artefacts import merge_adapter
@@ -113,6 +113,15 @@ def test_what_no_rank_holds_is_named_and_measured(networks, tmp_path):
     assert set(facts["layers"]) == {f"blocks.{k}.{name}" for k in range(3) for name in CHANGED[:2]}
     assert json.loads((out / "extraction.json").read_text())["left_out"] == facts["left_out"]
     assert (out / "extraction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_left_out_is_told_in_plain_numbers(capsys):
+    left_out = {"a.bias": {"tensors": 1, "relative": 1.04}, "b.bias": {"tensors": 8, "relative": 0.0063}}
+    left_out |= {"c.bias": {"tensors": 2, "relative": 123.4}}
+    print_facts({"miou": None, "kept": {"1": 0.5}, "left_out": left_out, "left_out_share": 0.05})
+    said = capsys.readouterr().out
+    assert "a.bias: 1 tensor, changed by up to 104 %" in said
+    assert "b.bias: 8 tensors, changed by up to 0.63 %" in said and "up to 12,340 %" in said
 
 
 def test_ranks_are_told_of_once_and_in_order(networks, tmp_path):

@@ -284,4 +284,6 @@ def print_facts(facts: Mapping[str, Any]) -> None:
         f"{sum(int(kind['tensors']) for kind in facts['left_out'].values())} tensors that are not its targets' weights:"
     )
     for name, kind in list(facts["left_out"].items())[:8]:
-        print(f"  {name}: {int(kind['tensors'])} tensors, changed by up to {100 * kind['relative']:.2g} %")
+        count, percent = int(kind["tensors"]), 100 * kind["relative"]
+        change = f"{percent:,.0f}" if percent >= 10 else f"{percent:.2g}"
+        print(f"  {name}: {count} tensor{'s' if count > 1 else ''}, changed by up to {change} %")
