@@ -159,7 +159,7 @@ def test_predict_writes_a_submission_from_an_onnx_file(file, tmp_path, monkeypat
 @pytest.mark.parametrize("precision", ["fp16-arithmetic", "int8-weights", "int8-dynamic"])
 def test_a_smaller_file_takes_and_gives_the_same_types(module, exported, file, tmp_path, precision):
     small = tmp_path / "small.onnx"
-    found = export_onnx(module, small, CROPS, precision=precision)
+    found = export_onnx(module, small, CROPS, precision=precision).agreement
     assert found.same > 0.9 and small.stat().st_size < 0.7 * file.stat().st_size
     session = OnnxScorer(small).session
     assert [each.type for each in (*session.get_inputs(), *session.get_outputs())] == ["tensor(uint8)", "tensor(float)"]
@@ -170,8 +170,9 @@ def test_a_smaller_file_takes_and_gives_the_same_types(module, exported, file, t
 def test_weights_in_halves_hold_what_a_file_in_32_bits_holds(module, file, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "to_onnx", to_onnx)  # of the rounded network
     small = tmp_path / "small.onnx"
-    found = export_onnx(module, small, CROPS, precision="fp16")
-    assert found.difference <= 1e-3 and found.same >= 0.999
+    written = export_onnx(module, small, CROPS, precision="fp16")
+    assert written.agreement.difference <= 1e-3 and written.agreement.same >= 0.999
+    assert f"of {len(module.network.encoder.blocks) + 1} parts" in str(written)
     assert small.stat().st_size < 0.75 * file.stat().st_size
     session = OnnxScorer(small).session
     assert [each.type for each in (*session.get_inputs(), *session.get_outputs())] == ["tensor(uint8)", "tensor(float)"]
@@ -179,11 +180,16 @@ def test_weights_in_halves_hold_what_a_file_in_32_bits_holds(module, file, tmp_p
 
 
 def test_a_network_that_halves_would_change_keeps_its_last_parts_as_they_are(module):
-    whole, some, none = (
+    found = [
         halves.with_halved_weights(module, Signature(), CROPS, Agreement(difference, 0.0))
         for difference in (1.0, 1e-3, 0.0)
-    )
+    ]
+    whole, some, none = (each.network for each in found)
     own, depth = module.network.state_dict(), len(module.network.encoder.blocks)
+    assert found[0].kept == 0 < found[1].kept < found[2].kept == found[2].parts == depth + 1
+    assert str(found[0]) == f"the weights of all {depth + 1} parts are in 16 bits (each block, and the heads)"
+    assert f"the weights of the last {found[1].kept} of {depth + 1} parts stay in float32" in str(found[1])
+    assert "float32" in str(found[2]) and "int8-weights" in str(found[2])
     same = [
         {key for key, tensor in each.state_dict().items() if torch.equal(tensor, own[key])} for each in (whole, some)
     ]
@@ -254,7 +260,9 @@ def test_a_free_size_is_refused_where_positions_were_learnt_for_one(module, tmp_
 
 def test_a_file_that_disagrees_is_not_written(module, exported, tmp_path, monkeypatch):
     monkeypatch.setitem(onnx_export.TOLERANCES, "fp16-arithmetic", Agreement(1e-9, 1.0))
-    with pytest.raises(ValueError, match=r"ONNX file \(fp16-arithmetic\) differs from the network by .*: nothing was"):
+    with pytest.raises(
+        ValueError, match=r"ONNX file \(fp16-arithmetic\) differs .*: nothing was written; .*fp16 keeps"
+    ):
         export_onnx(module, tmp_path / "network.onnx", CROPS, precision="fp16-arithmetic")
     assert not list(tmp_path.iterdir())
 
@@ -262,7 +270,7 @@ def test_a_file_that_disagrees_is_not_written(module, exported, tmp_path, monkey
 @pytest.mark.parametrize("found", [Agreement(float("nan"), 1.0), Agreement(1.0, float("nan")), Agreement(0.0, 0.5)])
 def test_what_is_no_number_or_another_class_disagrees(found):
     with pytest.raises(ValueError, match="nothing was written"):
-        check_agreement(found, Agreement(1.1, 0.9), "the file")
+        check_agreement(found, Agreement(1.1, 0.9), "the file", "do this")
 
 
 def test_a_network_that_one_file_cannot_hold_is_refused_before_it_is_traced(module, tmp_path, monkeypatch):

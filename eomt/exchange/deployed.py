@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Outputs = Literal["classes", "queries"]
 Images = Literal["uint8", "float"]
 Size = Literal["fixed", "free"]
+REPORT = "compare on images of the kind it was trained on, with --images; if they say the same, please report it"
 NAMES = {"classes": ("logits",), "queries": ("mask_logits", "class_logits")}  # of what a file returns
 
 
@@ -193,11 +194,11 @@ def classes_of(outputs: Sequence[Tensor], signature: Signature, size: tuple[int,
     return scores.argmax(1)
 
 
-def check_agreement(found: Agreement, tolerance: Agreement, what: str) -> None:
+def check_agreement(found: Agreement, tolerance: Agreement, what: str, remedy: str = REPORT) -> None:
     """Raises ValueError where a file differs from the network by more than the tolerance, or is not finite."""
     if not found.difference <= tolerance.difference or not found.same >= tolerance.same:
         raise ValueError(
             f"{what} differs from the network by {found.difference:.1e} (at most {tolerance.difference:.0e} is meant) "
             f"and gives {found.same:.2%} of the pixels its class (at least {tolerance.same:.1%} are meant): nothing "
-            "was written"
+            f"was written; {remedy}"
         )

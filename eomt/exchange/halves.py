@@ -8,9 +8,8 @@ averaged by any layer behind them.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +23,31 @@ if TYPE_CHECKING:
 
     from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
-log = logging.getLogger(__name__)
-
 MARGIN = 0.9  # of what may differ: the rest is for what another program rounds otherwise
 SMALL = 1024  # numbers; a tensor of fewer is not worth a node in the graph
+
+
+class Halved(NamedTuple):
+    """A network with weights rounded to 16 bits; of its `parts`, the last `kept` are as they were."""
+
+    network: EoMT
+    kept: int
+    parts: int
+
+    def __str__(self) -> str:
+        parts = f"{self.parts} parts"
+        what = "(each block, and the heads)"
+        if not self.kept:
+            return f"the weights of all {parts} are in 16 bits {what}"
+        if self.kept == self.parts:
+            return f"the weights of all {parts} stay in float32 {what}, as the network needs: int8-weights is smaller"
+        return f"the weights of the last {self.kept} of {parts} stay in float32 {what}, as the network needs"
 
 
 @torch.no_grad()
 def with_halved_weights(
     module: MaskClassificationSemantic, signature: Signature, crops: Tensor, tolerance: Agreement
-) -> EoMT:
+) -> Halved:
     """A copy of the network whose weights are rounded to 16 bits, but for as many of its last parts as differ too much.
 
     The patch embedding and positions, 1 or 2 % of the weights, stay as they are: rounding them costs as much as all
@@ -55,8 +69,7 @@ def with_halved_weights(
             kept += 1
             rounded, exact = pairs[-kept]
             rounded.load_state_dict(exact.state_dict())
-    log.info("in 16 bits are the weights of %d of %d parts, from the first block on", len(pairs) - kept, len(pairs))
-    return network
+    return Halved(network, kept, len(pairs))
 
 
 def parts(network: EoMT) -> Iterator[nn.Module]:

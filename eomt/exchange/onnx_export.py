@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from eomt.exchange.deployed import (
     ANY_BATCH,
     NAMES,
+    REPORT,
     Agreement,
     Signature,
     check_agreement,
@@ -47,13 +48,23 @@ TOLERANCES = {
 }
 
 
+class Written(NamedTuple):
+    """How far a file is from the network, and what in it stayed in float32 where that depends on the network."""
+
+    agreement: Agreement
+    halved: str | None = None
+
+    def __str__(self) -> str:
+        return "; ".join(str(each) for each in self if each)
+
+
 def export_onnx(
     module: MaskClassificationSemantic,
     path: str | Path,
     crops: Tensor,
     signature: Signature = ANY_BATCH,
     precision: Precision = "fp32",
-) -> Agreement:
+) -> Written:
     """Writes one file, which takes and returns what the signature says, in float32 or uint8 whatever the precision.
 
     The file says of itself what `describe` returns. `fp16`: weights in 16 bits, as far as the network stays what it
@@ -66,7 +77,7 @@ def export_onnx(
         crops: uint8 [n, 3, H, W] of the network's img_size, to compare on.
 
     Returns:
-        How far the file is from the network.
+        How far the file is from the network, and of `fp16` which parts stayed in float32.
 
     Raises:
         ImportError: a package is missing. ValueError: the network has more than a file holds, or the file disagrees.
@@ -82,9 +93,10 @@ def export_onnx(
             "package of torch.export (--to pt2)"
         )
     check_room(path, size)
-    network = module.network
+    network, halved = module.network, None
     if precision == "fp16":
-        network = with_halved_weights(module, signature, crops, TOLERANCES[precision])
+        halved = with_halved_weights(module, signature, crops, TOLERANCES[precision])
+        network = halved.network
     model = to_onnx(network, signature)
     with quietly():
         model = checked(CONVERSIONS[precision](model))
@@ -92,8 +104,9 @@ def export_onnx(
     with replacing(path, alone=True) as draft:
         onnx.save(model, draft)
         found = compare(module, OnnxScorer(draft, threads=torch.get_num_threads()).run, signature, crops)
-        check_agreement(found, TOLERANCES[precision], f"the ONNX file ({precision})")
-    return found
+        remedy = REPORT if precision in ("fp32", "fp16") else "--precision fp16 keeps closer to the network"
+        check_agreement(found, TOLERANCES[precision], f"the ONNX file ({precision})", remedy)
+    return Written(found, halved and str(halved))
 
 
 def to_onnx(network: EoMT, signature: Signature) -> ModelProto:
