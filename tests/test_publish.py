@@ -224,6 +224,15 @@ def test_the_score_of_a_training_that_validated_on_some_of_the_images_says_so(ru
     assert "25.00 % mIoU on toy_streets, some of 3 images; no interval is known" in card
 
 
+def test_a_network_without_a_run_as_a_converted_one_is_not_said_to_be_trained_here_or_from_random_weights(
+    run, tmp_path
+):
+    (tmp_path / "draft").mkdir()
+    stage(run.parent / "source" / "model", tmp_path / "draft", "user/name")
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert "saved by EoMT-LoRA" in card and "trained with" not in card and "random weights" not in card
+
+
 def test_an_evaluation_of_this_very_network_gives_the_score_with_its_interval(run, tmp_path):
     shutil.copytree(run, tmp_path / "lora")
     own = json.loads((run / "adapter" / "eomt_config.json").read_text())["artefact_id"]

@@ -82,7 +82,7 @@ def write_adapter(
             "leave it out"
         )
     if not (path / CONFIG_FILE).is_file():
-        raise ValueError(f"{path} is no folder of an adapter: it has no {CONFIG_FILE}")
+        raise ValueError(f"{path} is no folder of an adapter: it has no {CONFIG_FILE}; --to eomt writes whole networks")
     config = read_json(path / CONFIG_FILE)
     check_config(config, path / CONFIG_FILE)
     open_foreign(path, config, base_of(path, config, ckpt_path)).save_pretrained(directory)

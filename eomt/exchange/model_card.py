@@ -191,7 +191,8 @@ def card(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     what = f"An adapter for {facts.base.words}: a" if facts.is_adapter else "A"
     best = f" It scores {facts.scores[0]}." if facts.scores else ""
-    made = "not trained, but extracted from a full fine-tune by" if facts.extracted else "trained with"
+    made = "trained with" if facts.summary else "saved by"  # without a run, it may have been converted or merged
+    made = "not trained, but extracted from a full fine-tune by" if facts.extracted else made
     return (
         f"{what}n [EoMT](https://www.tue-mps.org/eomt/) that segments images into {facts.init['num_classes']} "
         f"classes, {made} EoMT-LoRA {facts.version}.{best}"
@@ -211,7 +212,7 @@ def _network(facts: CardFacts) -> dict[str, Any]:
     init = facts.init
     rows = {
         "backbone": f"`{init.get('backbone_name')}`, patches of {init.get('patch_size', 16)}",
-        "base": facts.base.words,
+        "base": facts.base.words if facts.is_adapter or facts.summary else None,
         "base fingerprint": facts.base.fingerprint and f"`{facts.base.fingerprint}`",
         "windows": "{} x {} pixels".format(*init["img_size"]),
         "queries": init.get("num_q"),
