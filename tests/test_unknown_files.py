@@ -80,6 +80,13 @@ def test_a_file_of_another_kind_is_called_what_it_is(name, tmp_path):
         assert "x.safetensors" in said and what in said
 
 
+def test_heads_alone_are_called_so(tmp_path):
+    own = MaskClassificationSemantic(**settings_of(REGISTERS)).network.state_dict()
+    shapes = {key: list(t.shape) for key, t in own.items() if key.startswith(("q.", "mask_head", "class_head", "up"))}
+    for said in refusals(write(shapes, tmp_path / "heads.safetensors")):
+        assert "heads.safetensors holds queries and heads of an EoMT and no backbone: give the folder" in said
+
+
 def test_a_checkpoint_of_an_optimiser_is_called_what_it_is(tmp_path):
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight])

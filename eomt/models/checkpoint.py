@@ -19,7 +19,7 @@ from eomt.models.other_eomts import map_eomt
 from eomt.models.resampling import fit_pos_embed, record_resampling
 from eomt.settings.backbone_choice import refuse_backbone
 from eomt.settings.backbone_files import USUAL, flat, parts_of, places_in, read_state
-from eomt.settings.eomt_files import describe_file, name_published, weights_in
+from eomt.settings.eomt_files import HEADS_ALONE, describe_file, name_published, weights_in
 from eomt.settings.eomt_names import PUBLISHED, bare, program_of, sizes_of
 from eomt.settings.hub import hub_place, local_path, pinned
 
@@ -376,6 +376,9 @@ def check_complete(own: Mapping[str, Tensor], state: Mapping[str, Tensor], repor
     known = (*NOT_WEIGHTS, CLASS_HEAD) if report.reinitialised else NOT_WEIGHTS
     unknown = [key for key in report.skipped if not key.startswith(known)]
     missing = sorted(own.keys() - state.keys() - set(report.reinitialised) - set(OPTIONAL_KEYS))
+    backbone = {key for key in own if key.startswith(BACKBONE)}
+    if backbone and backbone <= set(missing) and not unknown:
+        raise ValueError(f"ckpt_path {report.path} {HEADS_ALONE}")
     if missing or unknown:
         holds = f" holds {report.content} and" if report.content else ""
         raise ValueError(

@@ -37,6 +37,10 @@ LIGHTLY_TYPES = {
     "classes": dict[int, str],
     "image_normalize": dict[str, Sequence[float]],
 }
+HEADS_ALONE = (
+    "holds queries and heads of an EoMT and no backbone: give the folder of the adapter that they belong to, or a file "
+    "of the whole network"
+)
 OWN_TYPES = {"img_size": Sequence[int], "num_heads": int}
 
 
@@ -84,6 +88,8 @@ class EomtFile:
     def backbone(self) -> Backbone:
         """The plain ViT in it; ValueError where there is none."""
         inside = {k.removeprefix(BACKBONE): v for k, v in self.names.made_of.items() if k.startswith(BACKBONE)}
+        if not inside:
+            raise ValueError(f"{self.path} {HEADS_ALONE}")
         names = Names(inside, [])
         found = recognise(names, {parts[0].key: self.shapes[BACKBONE + k] for k, parts in inside.items()})
         if found.family not in (DINOV2, DINOV3) and self.program == TRANSFORMERS:
