@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--name", required=True, help="of the task in the table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand behind `--`
 
 
 def train(words: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_comparison import confusion, set_up, write_run
 
-from benchmarks import exchange_figures, figures, tables
+from benchmarks import exchange_figures, figures, quantised_base, tables
 from eomt.comparison import demo
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
@@ -172,6 +173,13 @@ def test_every_measured_table_comes_from_a_file_or_holds_no_measurement(page):
 
 
 # -------------------------------------------------------------------------------------------------- what writes them
+
+
+def test_the_benchmark_of_quantised_bases_reads_the_command_that_it_shows(monkeypatch):
+    shown = re.search(r"python (benchmarks/quantised_base\.py .*)", quantised_base.__doc__)[1]
+    monkeypatch.setattr("sys.argv", shlex.split(shown))
+    args = quantised_base.parse()
+    assert args.seeds == [0, 1, 2] and args.name == "toy streets" and "variant=lora_r8" in args.overrides
 
 
 def test_provenance_names_all_five_and_a_script_of_the_checkout_by_its_place_in_it(monkeypatch):
