@@ -169,7 +169,8 @@ def _roles(name: str, places: Mapping[str, str], attentions: Collection[str]) ->
     *path, last = name.removeprefix(f"{places.get(name)}.").lower().split(".")
     if last == "0" and path:  # `to_out.0`
         last = {"to_out": "out"}.get(path[-1], last)
-    in_attention = any(ATTENTION_PART.search(part) for part in path)
+    nearest = next((part for part in reversed(path) if ATTENTION_PART.search(part) or MLP_PART.search(part)), "")
+    in_attention = bool(ATTENTION_PART.search(nearest))  # `attn_block.mlp.fc1` is none of attention
     is_mlp = last in MLP or [*path, last] == ["output", "dense"]
     is_mlp = is_mlp or any(MLP_PART.search(part) for part in (*path, last))
     is_beside = name.rpartition(".")[0] in attentions and not is_mlp
@@ -227,7 +228,7 @@ def _in_last_blocks(
     if len(meant) > 1:
         raise ValueError(
             f"LoRA blocks {blocks}: the targets lie in {len(meant)} stacks, {', '.join(map(stack_name, meant))}; adapt "
-            "each part by itself, or name the part in the targets, for example 'encoder.query'"
+            f"each part by itself, or name the part in the targets, for example '{_own_part(meant)}.query'"
         )
     numbered = meant[0] if meant else []
     if blocks > len(numbered):
@@ -236,6 +237,12 @@ def _in_last_blocks(
     if not last:
         raise ValueError(f"LoRA targets {', '.join(targets)} match no linear layer in the last {blocks} blocks")
     return last
+
+
+def _own_part(stacks: Sequence[Sequence[str]]) -> str:
+    """A part of the first stack's place that no other has."""
+    own, *others = [stack[0].split(".")[:-1] for stack in stacks]
+    return next((part for part in own if not part.isdigit() and all(part not in other for other in others)), own[-1])
 
 
 def _nothing(module: nn.Module, target: str, names: Sequence[str], matches: Sequence[str], apart: set[str]) -> str:

@@ -160,6 +160,25 @@ def test_the_last_blocks_of_several_stacks_are_refused_and_the_stacks_are_listed
     assert resolve(mbart(), ["query"], blocks=1).names == ["encoder.layers.1.self_attn.q_proj"]
 
 
+def test_a_part_that_tells_the_stacks_apart_is_the_example():
+    def stack():
+        return Named(encoder=Named(layers=nn.ModuleList(attention("q_proj") for _ in range(2))))
+
+    module = Named(text_model=stack(), vision_model=stack())
+    with pytest.raises(ValueError, match=r"for example 'text_model.query'"):
+        resolve(module, ["query"], blocks=1)
+    assert len(resolve(module, ["text_model.query"], blocks=1).names) == 1
+
+
+def test_an_mlp_in_a_part_that_is_named_after_the_attention_is_an_mlp():
+    def block():
+        return Named(attn_grid=attention("qkv", "proj"), attn_block=attention("qkv", "proj"))
+
+    module = nn.ModuleList([block(), block()])
+    assert short(resolve(module, ["mlp"]).names) == ["fc1"] and len(resolve(module, ["mlp"]).names) == 4
+    assert short(resolve(module, ["attention"]).names) == ["proj", "qkv"]
+
+
 def test_networks_of_different_kinds_in_a_list_are_stacks_of_their_own():
     module = nn.ModuleList([meta("Dinov2", num_hidden_layers=3, hidden_size=24), mbart().encoder])
     assert [len(stack) for stack in find_stacks(module)] == [3, 2]
