@@ -246,6 +246,26 @@ def test_any_module_can_be_adapted_and_merged():
     assert torch.allclose(merge(handle)(x), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_anew_cannot_take_an_update_and_the_adapter_stays(norm):
+    module = nn.Sequential(norm(nn.Linear(6, 6)), nn.Linear(6, 6))
+    handle = apply_lora(module, LoRASettings(rank=2, target_modules=["0", "1"]))
+    with pytest.raises(ValueError, match=r"0 computes its weight anew.*so the update would be lost"):
+        merge(handle)
+    assert len(adapted_layers(module)) == 2
+
+
+@pytest.mark.parametrize("targets", [["head"], ["head", "0.q_proj"]])
+def test_an_update_of_a_tied_weight_is_not_merged_for_it_would_change_what_it_is_tied_to(targets):
+    module = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    module["layers"] = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "fc": nn.Linear(4, 4)}) for _ in "ab")
+    module["head"].weight = module["embed"].weight
+    handle = apply_lora(module, LoRASettings(rank=2, target_modules=targets))
+    with pytest.raises(ValueError, match=r"the weight of head is that of embed, too.*untie"):
+        merge(handle)
+
+
 def test_a_pattern_that_matches_no_adapted_layer_is_refused():
     with pytest.raises(ValueError, match="rank_pattern 'fc1' matches none"):
         apply_lora(tiny_vit(), LoRASettings(options={"rank_pattern": {"fc1": 4}}))

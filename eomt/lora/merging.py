@@ -10,6 +10,7 @@ from torch import nn
 from eomt.fingerprints import tensor_hashes
 from eomt.lora.files import adapter_in_use
 from eomt.lora.quantised import dequantise_base
+from lora_config import adapted_layers, listed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +43,7 @@ def merge(handle: PeftModel) -> nn.Module:
     merged and the others are lost.
 
     Raises:
-        ValueError: no adapter is in use, or the base was rounded by `cast_base`.
+        ValueError: no adapter is in use, the base was rounded by `cast_base`, or a weight cannot take its update.
     """
     adapter_in_use(handle)
     dequantise_base(handle.base_model.model)
@@ -50,7 +51,28 @@ def merge(handle: PeftModel) -> nn.Module:
         raise ValueError(
             "the base was rounded to bfloat16 for training: load the saved adapter on its base, and merge that"
         )
+    check_weights(handle.base_model.model)
     module = handle.float().base_model.merge_and_unload(safe_merge=True)
     for name in ("lora_base", "lora_settings", "lora_also", "lora_loaded", "adapter_method"):
         vars(module).pop(name, None)
     return module
+
+
+def check_weights(module: nn.Module) -> None:
+    """Raises ValueError where an adapted layer's weight is computed anew in each pass, or belongs to others, too."""
+    owners: dict[int, list[str]] = {}
+    for name, part in module.named_modules():
+        for p in part.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(name.removesuffix(".base_layer"))
+    for name, layer in adapted_layers(module).items():
+        weight = dict(layer.base_layer.named_parameters(recurse=False)).get("weight")
+        if weight is None:
+            raise ValueError(
+                f"{name} computes its weight anew in each pass (as weight norm does), so the update would be lost: "
+                "remove that from the base before adapting"
+            )
+        if others := [other for other in owners[id(weight)] if other != name]:
+            raise ValueError(
+                f"the weight of {name} is that of {listed(others)}, too, which the update would change as well: untie "
+                "them before adapting, or leave the adapter unmerged"
+            )
