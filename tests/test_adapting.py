@@ -159,6 +159,21 @@ def test_an_adapter_of_another_base_leaves_the_part_as_it_was(saved):
     assert trained(encoder) == before and encoder.training
 
 
+def test_arguments_that_are_none_are_named_and_one_module_is_enough(caplog):
+    with pytest.raises(TypeError, match=r"lora is \{'rank': 4\}: give LoRASettings"):
+        adapt(Encoder(), {"rank": 4})
+    with pytest.raises(ValueError, match="unfreeze_last_n True"):
+        adapt(Encoder(), None, True)
+    with pytest.raises(TypeError, match="also holds 'norm'"):
+        adapt(Encoder(), SETTINGS, also="norm")
+    encoder = Encoder()
+    adapt(encoder, SETTINGS, also=encoder.norm)
+    assert encoder.norm.weight.requires_grad and not encoder.embed.weight.requires_grad
+    caplog.clear()
+    adapt(Encoder(), SETTINGS, expect_untrained=True)
+    assert "untrained" not in caplog.text
+
+
 def test_a_part_that_was_never_trained_and_is_frozen_is_told(caplog):
     adapt(Encoder(), SETTINGS)
     assert "Encoder looks untrained" in caplog.text and "load its weights before" in caplog.text

@@ -97,6 +97,7 @@ def adapt(
     network: nn.Module | None = None,
     method: Method | None = None,
     blocks: Sequence[nn.Module] | None = None,
+    expect_untrained: bool = False,
 ) -> Adapted:
     """Freezes a pretrained part, in place, but for LoRA adapters, else its last blocks, else nothing.
 
@@ -111,17 +112,20 @@ def adapt(
         network: the whole that the part belongs to; parameters that are tied to modules outside are then named.
         method: in place of LoRA; see `eomt.lora.methods.AdapterMethod`.
         blocks: its blocks for `unfreeze_last_n`; None: the numbered ones.
+        expect_untrained: whether it is known to be without trained weights, of which else a warning tells.
 
     Raises:
-        ImportError: PEFT is missing.
+        ImportError: PEFT is missing. TypeError: `lora` or `also` is something else.
         ValueError: there are fewer blocks, or several stacks of them; and what `apply_lora` raises. The part is then
             as it was.
     """
     encoder = getattr(encoder, "_orig_mod", encoder)  # what torch.compile wraps
+    if lora is not None and not isinstance(lora, LoRASettings):
+        raise TypeError(f"lora is {lora!r}: give LoRASettings, or None for no adapters")
     assert_not_adapted(encoder)
     besides = parameters_of(also)
     unfrozen = [] if lora or not unfreeze_last_n else last_blocks(encoder, unfreeze_last_n, blocks)
-    if looks_untrained(encoder):
+    if not expect_untrained and looks_untrained(encoder):
         log.warning("%s looks untrained (its norms are as they are made): load its weights before", name_of(encoder))
     if lora and unfreeze_last_n:
         log.warning("LoRA and unfreeze_last_n %s: LoRA takes its place, no block is unfrozen", unfreeze_last_n)
@@ -177,13 +181,13 @@ def frozen_or_as_before(part: nn.Module) -> Iterator[None]:
         raise
 
 
-def parameters_of(parts: Iterable[nn.Module | nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters among modules and parameters, each once.
+def parameters_of(parts: Iterable[nn.Module | nn.Parameter] | nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """The parameters among modules and parameters, of which there may be one alone; each once.
 
     Raises:
         TypeError: something else is among them.
     """
-    parts = list(parts)
+    parts = [parts] if isinstance(parts, (nn.Module, nn.Parameter, str)) else list(parts)
     if wrong := [part for part in parts if not isinstance(part, (nn.Module, nn.Parameter))]:
         raise TypeError(f"also holds {wrong[0]!r}: give modules or parameters, for example [model.norm]")
     return unique(p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters()))
@@ -231,7 +235,7 @@ def last_blocks(encoder: nn.Module, count: int, blocks: Sequence[nn.Module] | No
             names = ", ".join(map(stack_name, stacks))
             raise ValueError(f"unfreeze_last_n {count}: there are {len(stacks)} stacks, {names}; adapt each by itself")
         blocks = [encoder.get_submodule(name) for stack in stacks for name in stack]
-    if not isinstance(count, Integral) or not 0 <= count <= len(blocks):
+    if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= len(blocks):
         there = len(blocks)
         raise ValueError(f"unfreeze_last_n {count}: the backbone has {there} blocks; give a number from 0 to {there}")
     return list(blocks[len(blocks) - count :])

@@ -133,7 +133,8 @@ class MaskClassificationSemantic(lightning.LightningModule):
             lora, method = (settings.lora, find_method(settings.lora_method)) if settings.use_lora else (None, None)
             norm = () if lora or not last else [self.network.encoder.norm]
             blocks = self.network.encoder.blocks
-            adapted = adapt(self.backbone, lora, last, norm, self.network, method, blocks)
+            told = bool(lora and settings.random_base)
+            adapted = adapt(self.backbone, lora, last, norm, self.network, method, blocks, expect_untrained=told)
             if adapted.handle:
                 self.attach(adapted.handle)
                 quantise_base(self.backbone, settings.base_quantisation)

@@ -95,6 +95,7 @@ class DeterministicVQA(nn.Module):
         )
         self.fusion = nn.TransformerDecoder(block, config.fusion_layers, nn.LayerNorm(width))
         self.type_head = nn.Linear(width, len(TYPES)) if use_type_loss else None
+        self.is_random = [not (pretrained or vision_weights or start), not (pretrained or start)]  # vision, text
         self.vision_part: Adapted | None = None
         self.text_part: Adapted | None = None
         if start:
@@ -136,8 +137,10 @@ class DeterministicVQA(nn.Module):
         if text_lora and unfreeze_encoder_layers:
             log.warning("unfreeze_encoder_layers %d: LoRA takes its place, no layer trains", unfreeze_encoder_layers)
             unfreeze_encoder_layers = 0
-        self.vision_part = adapt(self.vision, vision_lora, network=self)
-        self.text_part = adapt(self.text, text_lora, unfreeze_encoder_layers, decoder if unfreeze_decoder else ())
+        vision, text = self.is_random  # of which the one who built it knows
+        besides = decoder if unfreeze_decoder else ()
+        self.vision_part = adapt(self.vision, vision_lora, network=self, expect_untrained=vision)
+        self.text_part = adapt(self.text, text_lora, unfreeze_encoder_layers, besides, expect_untrained=text)
 
     def _remove_fresh_adapters(self) -> None:
         """Adapters that `freeze_pretrained` put in before: they are zero, and merging them gives the same weights."""
