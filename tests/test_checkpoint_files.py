@@ -25,14 +25,14 @@ from eomt.inference.video import write_video
 from eomt.inference.windows import WindowLogits
 from eomt.settings.compose import data_of_run
 from eomt.training.callbacks import SaveBest
-from eomt.training.checkpoint_files import CheckpointFiles
+from eomt.training.checkpoint_files import BestCheckpoint, CheckpointFiles
 from eomt.training.evaluation import Evaluation
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 
 ROOT = Path(__file__).parents[1]
 KILLED = """
 import os, signal, sys, torch
-from eomt.training.checkpoint_files import CheckpointFiles
+from eomt.training.checkpoint_files import BestCheckpoint, CheckpointFiles
 
 class Deadly:
     def __reduce__(self):
@@ -284,3 +284,25 @@ def test_an_artefact_that_has_no_room_is_refused_before_it_is_written(tmp_path, 
             {"w": [torch.zeros(10**5), {"b": torch.zeros(10**5)}]}, tmp_path / "last.ckpt"
         )
     assert not os.listdir(tmp_path)
+
+
+def test_a_run_that_goes_on_in_a_folder_that_was_moved_knows_the_score_of_its_best_checkpoint(tmp_path):
+    def best_in(name):
+        return BestCheckpoint(tmp_path / name / "checkpoints", "best", monitor="val/miou", mode="max")
+
+    path = tmp_path / "first" / "checkpoints" / "best.ckpt"
+    first = best_in("first")
+    first.best_model_score = first.kth_value = torch.tensor(0.5)
+    first.best_model_path = first.kth_best_model_path = str(path)
+    first.best_k_models = {str(path): torch.tensor(0.5)}
+    path.parent.mkdir(parents=True)
+    path.touch()
+    (tmp_path / "first").rename(tmp_path / "moved")
+    moved = best_in("moved")
+    moved.load_state_dict(first.state_dict())
+    there = str(tmp_path / "moved" / "checkpoints" / "best.ckpt")
+    assert moved.best_model_score == 0.5 and moved.best_model_path == there and [*moved.best_k_models] == [there]
+    elsewhere = best_in("elsewhere")  # which has no such checkpoint, so that the next one is the best there
+    with pytest.warns(match="dirpath has changed"):
+        elsewhere.load_state_dict(first.state_dict())
+    assert not elsewhere.best_k_models

@@ -30,16 +30,33 @@ class CheckpointFiles(TorchCheckpointIO):
             torch.save(checkpoint, draft)
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, of the weights that were scored or of none.
-
-    Lightning's averages put what they score into a checkpoint. Another callback that swaps weights has put the trained
-    ones back by then: a checkpoint of them would bear a score that is not theirs.
-    """
+class MovableCheckpoint(ModelCheckpoint):
+    """Lightning's, which also knows its best score where a run goes on in a folder that was moved or copied."""
 
     @property
     def state_key(self) -> str:
         return super().state_key.replace(type(self).__name__, "ModelCheckpoint", 1)  # as in earlier checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the scores over if the best checkpoint is in this folder; otherwise the next is the best there."""
+
+        def here(path: str) -> str:
+            return path and str(Path(self.dirpath or "", Path(path).name))
+
+        if Path(here(state_dict["best_model_path"])).is_file():
+            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+            moved = {name: here(state_dict[name]) for name in paths if name in state_dict}
+            models = {here(path): score for path, score in state_dict.get("best_k_models", {}).items()}
+            state_dict = {**state_dict, **moved, "best_k_models": models, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+
+class BestCheckpoint(MovableCheckpoint):
+    """The same, of the weights that were scored or of none.
+
+    Lightning's averages put what they score into a checkpoint. Another callback that swaps weights has put the trained
+    ones back by then: a checkpoint of them would bear a score that is not theirs.
+    """
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether a checkpoint with this score is to be written now."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 from vqa_data import Collate, Questions
 from vqa_module import VQAModule
 from vqa_report import Samples
@@ -16,23 +16,11 @@ from vqa_settings import Settings
 
 from eomt.files import read_pickle
 from eomt.training.audit_callback import AuditAdapters
+from eomt.training.checkpoint_files import MovableCheckpoint
 from eomt.training.finite_steps import FiniteSteps
 
 LIMIT = 3  # steps in a row without a finite loss, which end a run
 MONITOR = "val/loss"
-
-
-class Checkpoints(ModelCheckpoint):
-    """Lightning's, which also knows the best epoch where the run goes on in a folder that was moved."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: str) -> str:
-            return path and str(Path(self.dirpath or "", Path(path).name))
-
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        moved = {name: here(state_dict[name]) for name in paths}
-        models = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **moved, "best_k_models": models, "dirpath": self.dirpath})
 
 
 class Clock(Callback):
@@ -69,9 +57,10 @@ def make_callbacks(settings: Settings, folder: Path, val_set: Questions, collate
     """Checkpoints, the audit, an end where losses are no numbers; early stopping and samples where asked for."""
     place = folder / "checkpoints"
     always = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    callbacks = [Checkpoints(place, filename="last", **always), AuditAdapters(), FiniteSteps(folder, LIMIT), Clock()]
+    last = MovableCheckpoint(place, filename="last", **always)
+    callbacks = [last, AuditAdapters(), FiniteSteps(folder, LIMIT, "--lr", "--precision"), Clock()]
     if settings.early_stopping:
-        callbacks.append(Checkpoints(place, filename="best", monitor=MONITOR, **always))
+        callbacks.append(MovableCheckpoint(place, filename="best", monitor=MONITOR, **always))
         callbacks.append(EarlyStopping(MONITOR, patience=settings.early_stopping_patience))
     if settings.sample_every:
         callbacks.append(Samples(val_set, collate, folder / "samples", settings.sample_every))
@@ -80,7 +69,7 @@ def make_callbacks(settings: Settings, folder: Path, val_set: Questions, collate
 
 def keep_best(module: VQAModule, callbacks: Sequence[Callback]) -> str:
     """Puts the best epoch's weights in place; says which it is."""
-    best = next(one for one in callbacks if isinstance(one, Checkpoints) and one.monitor)
+    best = next(one for one in callbacks if isinstance(one, MovableCheckpoint) and one.monitor)
     content = read_pickle(Path(best.best_model_path))
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from eomt.reporting.loggers import EventFile, MetricsFile, append_rows
 from eomt.reporting.run_summary import git_commit, machine
 from eomt.reporting.wandb_logger import wandb_logger
 from eomt.training.audit_callback import AuditAdapters
-from eomt.training.checkpoint_files import CheckpointFiles
+from eomt.training.checkpoint_files import CheckpointFiles, MovableCheckpoint
 from eomt.training.finite_steps import FiniteSteps
 from eomt.training.run_folder import check_resume, finished_before, run_folder
 from lora_config import listed
@@ -144,7 +144,7 @@ def frozen_tensors(module: MorphDetector) -> dict[str, Tensor]:
 
 def make_trainer(settings: Settings, output: Path, *callbacks: Callback) -> Trainer:
     """Lightning's trainer with progress bar, checkpoints, and the loggers that the settings ask for."""
-    last = ModelCheckpoint(
+    last = MovableCheckpoint(
         output / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
     )
     loggers = make_loggers(settings, output)
