@@ -488,7 +488,8 @@ def test_help_fits_the_screen(monkeypatch, capsys):
 
 def test_other_settings_do_not_resume_a_run(run, capsys):
     assert call("train", "--output", run, "--resume", "auto", "--override", *TINY, "lr=1e-2") == 1
-    assert "lr 0.001, now it is 0.01" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "lr 0.001, now it is 0.01" in said and "ckpt_path" not in said
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(run, tmp_path, monkeypatch):

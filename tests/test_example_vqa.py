@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from eomt.training.checkpoint_files import MovableCheckpoint
 from lora_config import LoRASettings, find_targets
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "vqa"
@@ -30,7 +31,7 @@ import vqa_scenes  # noqa: E402
 import vqa_scores  # noqa: E402
 import vqa_start  # noqa: E402
 from model_no_latent import TARGETS, DeterministicVQA  # noqa: E402
-from vqa_callbacks import MONITOR, Checkpoints  # noqa: E402
+from vqa_callbacks import MONITOR  # noqa: E402
 from vqa_config import VQAConfig, read_config  # noqa: E402
 from vqa_data import read_picture  # noqa: E402
 from vqa_files import load_model, start_of  # noqa: E402
@@ -301,8 +302,10 @@ def test_no_picture_is_on_both_sides_of_a_split():
     train, val = split(questions, 0.3, seed=1)
     assert not {q.img_id for q in train} & {q.img_id for q in val}
     assert len(train) + len(val) == 30 and len(val) == 9
-    with pytest.raises(ValueError, match=r"--val_split 0\.01"):
+    with pytest.raises(ValueError, match=r"--val_split 0\.01: .* from 0\.1 to 0\.9"):
         split(questions, 0.01, seed=1)
+    with pytest.raises(ValueError, match=r"--val_split 0.1: .* one picture alone"):
+        split(questions[:3], 0.1, seed=1)
 
 
 def test_every_text_is_written_in_tokens_and_read_back():
@@ -423,6 +426,9 @@ def test_an_evaluation_repeats_the_runs_scores_and_refuses_other_ranks(both, tmp
     assert json.loads((tmp_path / "s.json").read_text())["all"]["questions"] == 24
     said = error(capsys, *model, *data, "--text_lora_r", 8, main=eval_no_latent.main)
     assert "LoRA rank 8" in said and "trained with 4" in said
+    assert f"give its {both / 'model'}" in error(capsys, "--model_path", both, *data, main=eval_no_latent.main)
+    nowhere = error(capsys, "--model_path", tmp_path / "no", *data, main=eval_no_latent.main)
+    assert "no/network.json is missing: give model/ of a run" in nowhere
 
 
 def test_another_run_starts_from_a_trained_network_with_its_adapters_merged(both):
@@ -470,11 +476,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_in_another_place_too(
 
 
 def test_the_best_epoch_is_known_in_a_folder_that_was_moved(tmp_path):
-    old, new = (Checkpoints(tmp_path / name, filename="best", monitor=MONITOR) for name in ("old", "new"))
+    old, new = (MovableCheckpoint(tmp_path / name, filename="best", monitor=MONITOR) for name in ("old", "new"))
     path = str(tmp_path / "old" / "best.ckpt")
     old.best_model_score, old.best_model_path, old.best_k_models = torch.tensor(3.0), path, {path: torch.tensor(3.0)}
-    new.load_state_dict(old.state_dict())
     here = str(tmp_path / "new" / "best.ckpt")
+    (tmp_path / "new").mkdir()
+    Path(here).touch()
+    new.load_state_dict(old.state_dict())
     assert (new.best_model_score, new.best_model_path, [*new.best_k_models]) == (3, here, [here])
 
 
@@ -589,6 +597,15 @@ def test_frozen_random_encoders_are_warned_of(small, caplog, tmp_path):
     caplog.clear()
     vqa_start.check_network(Settings(config=small, pretrained=True))
     assert not caplog.text
+    network(small, use_vision_lora=True)
+    assert "untrained" not in caplog.text  # the same in other words
+
+
+@pytest.mark.parametrize("text", ["4,a", "4,,8", ""])
+def test_what_is_no_list_of_numbers_is_told_with_an_example(capsys, text):
+    with pytest.raises(SystemExit):
+        train_no_latent.main(["--ablate", text])
+    assert f"{text!r} is no list of whole numbers such as 8,16,32" in capsys.readouterr().err
 
 
 def test_a_picture_is_seen_upright(tmp_path):
@@ -684,6 +701,9 @@ def test_a_folder_holds_one_run_which_goes_on_with_its_own_settings(both, capsys
     said = error(capsys, "--output_dir", both, "--resume", "--text_lora_r", 8)
     assert "--text_lora_r 8" in said and "started with 4" in said
     assert settle({"output_dir": str(both), "resume": True}).vision_lora_r == 2
+    assert "no/settings.json is missing: there is no run to go on with" in error(
+        capsys, "--output_dir", both / "no", "--resume"
+    )
 
 
 def test_answers_without_a_weight_are_named_before_training(scenes, tmp_path, capsys):
@@ -699,7 +719,7 @@ def test_a_run_that_diverges_ends_without_a_network(small, tmp_path, capsys):
     said = error(
         capsys, "--config", small, *RUN, "--lr", "1e30", "--output_dir", tmp_path / "run", "--unfreeze_decoder"
     )
-    assert "not finite" in said and not (tmp_path / "run" / "model").exists()
+    assert "not finite" in said and "lower --lr" in said and not (tmp_path / "run" / "model").exists()
 
 
 def test_wandb_is_a_choice(tmp_path):

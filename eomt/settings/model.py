@@ -391,7 +391,7 @@ def check_same_settings(trained_with: Mapping[str, Any], now: Mapping[str, Any])
         if before != after:
             raise ValueError(
                 f"resume: the checkpoint was trained with {name} {before}, now it is {after}; a run goes on with its "
-                "own settings, and ckpt_path starts a new one from its weights"
+                "own settings: leave that out, or start another run in a new folder"
             )
 
 

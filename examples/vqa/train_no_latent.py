@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def whole_numbers(text: str) -> list[int]:
     """`8,16,32` as numbers."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 8,16,32") from None
 
 
 if __name__ == "__main__":

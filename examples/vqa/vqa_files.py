@@ -100,6 +100,10 @@ def load_model(
         FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
+    if (folder / "model" / "network.json").is_file():
+        raise ValueError(f"{folder} is the folder of a run: give its {folder / 'model'}")
+    if not (folder / "network.json").is_file():
+        raise FileNotFoundError(f"{folder / 'network.json'} is missing: give model/ of a run")
     facts = read_json(folder / "network.json")
     given = {
         "vision": (vision_lora_r, vision_lora_alpha, vision_lora_dropout),

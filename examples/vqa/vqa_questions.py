@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 import re
 import unicodedata
@@ -107,9 +108,13 @@ def split(questions: Sequence[Question], share: float, seed: int) -> tuple[list[
     """
     pictures = sorted({question.img_id for question in questions})
     held_out = round(len(pictures) * share) if 0 < share < 1 else 0
+    if len(pictures) == 1:
+        raise ValueError(f"--val_split {share:g}: there is one picture alone, which cannot be on both sides")
     if not 0 < held_out < len(pictures):
+        least = math.ceil(100 / len(pictures)) / 100
         raise ValueError(
-            f"--val_split {share:g}: of {len(pictures)} pictures it must leave some on both sides, for example 0.1"
+            f"--val_split {share:g}: of {len(pictures)} pictures it must leave some on both sides: give a share from "
+            f"{least:g} to {1 - least:g}"
         )
     chosen = set(random.Random(seed).sample(pictures, held_out))
     return [q for q in questions if q.img_id not in chosen], [q for q in questions if q.img_id in chosen]

@@ -206,6 +206,11 @@ def settle(given: Mapping[str, Any]) -> Settings:
     if not given.get("output_dir"):
         raise ValueError("--resume: give the folder of the run that goes on as --output_dir")
     folder = Path(given["output_dir"])
+    if not (folder / "settings.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'settings.json'} is missing: there is no run to go on with; leave --resume out, or name the "
+            "folder of one"
+        )
     recorded = read_json(folder / "settings.json")
     for name, value in given.items():
         if name not in MAY_DIFFER and value != recorded.get(name):
