@@ -492,6 +492,20 @@ def test_other_settings_do_not_resume_a_run(run, capsys):
     assert "lr 0.001, now it is 0.01" in said and "ckpt_path" not in said
 
 
+def test_an_interrupted_run_says_how_it_goes_on_and_ends_as_a_signal_does(run, tmp_path, monkeypatch, capsys):
+    from morph import module
+
+    def interrupted(self):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.MorphDetector, "on_train_epoch_start", interrupted)
+        assert call("train", "--output", tmp_path / "run", "--override", *TINY) == 130
+    assert f"go on with the same settings and --output {tmp_path / 'run'} --resume auto" in capsys.readouterr().out
+    assert call("train", "--output", tmp_path / "run", "--resume", "auto", "--override", *TINY) == 0
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(run, tmp_path, monkeypatch):
     from morph import module, running
 

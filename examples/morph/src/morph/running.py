@@ -73,7 +73,11 @@ def train(settings: Settings, output: str | Path, resume: str | None = None) -> 
 
 
 def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None) -> dict[str, Any]:
-    """Trains, and saves the detector as `model/`; returns what there is to say of it."""
+    """Trains, and saves the detector as `model/`; returns what there is to say of it.
+
+    Raises:
+        KeyboardInterrupt: it was ended; how to go on is said.
+    """
     module = MorphDetector(settings, run_base(settings, output, checkpoint))
     if settings.weights in MADE and not checkpoint:
         save_base(module, output / BASE)  # another machine would make others, by their last bits
@@ -81,7 +85,11 @@ def fit(settings: Settings, output: Path, data: FaceData, checkpoint: str | None
     log.info(trainable_report(module, parts=parts))
     before, clock, audit = hash_tensors(frozen_tensors(module)), Clock(), AuditAdapters()
     trainer = make_trainer(settings, output, audit, clock)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as ended:  # what Lightning makes of a signal
+        print(f"\ngo on with the same settings and --output {output} --resume auto")
+        raise KeyboardInterrupt(*getattr(ended.__context__, "args", ())) from None
     spent = clock.spent()
     if changed := [name for name, digest in hash_tensors(frozen_tensors(module)).items() if before.get(name) != digest]:
         raise RunError(f"frozen weights changed in training: {listed(changed)}; look for code that writes to them")
