@@ -219,7 +219,11 @@ def first_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 over type, shape and bytes of each tensor, by its name."""
+    """SHA-256 over type, shape and bytes of each tensor, by its name.
+
+    Raises:
+        ValueError: one is of a type that does not give its bytes, as quantised ones of torchao.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter lock
         return dict(zip(tensors, pool.map(_hash, tensors.values()), strict=True))
 
@@ -229,5 +233,12 @@ def _hash(tensor: Tensor) -> str:
 
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if not tensor.is_meta:  # no bytes there
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        try:
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"weights of the type {type(tensor.data).__name__} have no bytes to know a base by: adapt the weights "
+                "as they were before they were quantised"
+            ) from error
+        digest.update(content.numpy())
     return digest.hexdigest()

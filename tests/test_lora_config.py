@@ -246,6 +246,24 @@ def test_any_module_can_be_adapted_and_merged():
     assert torch.allclose(merge(handle)(x), expected, atol=1e-6)
 
 
+class Codes(torch.Tensor):
+    """Weights in a form of their own, whose bytes cannot be read."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.view:
+            raise NotImplementedError("unimplemented operator aten.view")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_base_whose_bytes_cannot_be_read_is_said_and_left_as_it_was():
+    module = mlp()
+    module[0].weight = nn.Parameter(module[0].weight.detach().as_subclass(Codes))
+    with pytest.raises(ValueError, match="weights of the type Codes have no bytes to know a base by"):
+        apply_lora(module, LoRASettings(rank=2, target_modules=["2"]))
+    assert not adapted_layers(module)
+
+
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_weight_that_is_computed_anew_cannot_take_an_update_and_the_adapter_stays(norm):
