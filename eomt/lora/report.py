@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,18 +13,21 @@ from eomt.fingerprints import ADAPTER_PREFIXES, is_adapter
 from eomt.lora.quantised import count_parameters
 
 OWN = "|".join(ADAPTER_PREFIXES)
+WIDTH = 80  # columns
 
 
 def trainable_report(module: nn.Module, title: str | None = None, parts: Mapping[str, nn.Module] | None = None) -> str:
     """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals.
 
+    It fits 80 columns: names begin where those of the module's parameters differ, and long ones have a line of their own.
     `parts` are modules by the names that subtotals give them: adapters of `vision` count as `vision LoRA`. Without a
     `title`, it says LoRA where there are adapters.
     """
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, ...]]] = defaultdict(list)
+    start = _common_start([name for name, _ in module.named_parameters()])
     for name, p in module.named_parameters():
         if p.requires_grad:
-            name = name.replace(".base_layer.", ".")
+            name = name.removeprefix(start).replace(".base_layer.", ".")
             name = re.sub(rf"(\.(?:{OWN})\w+)\.\w+(\.weight)?$", r"\1", name)  # lora_A.default.weight
             numbers = tuple(part for part in name.split(".") if part.isdigit())
             groups[re.sub(r"(?<![^.])\d+(?![^.])", "#", name), tuple(p.shape)].append(numbers)
@@ -33,8 +36,7 @@ def trainable_report(module: nn.Module, title: str | None = None, parts: Mapping
         name = pattern.replace("#", "%s") % tuple(_span(column) for column in zip(*numbers, strict=True))
         size = len(numbers) * torch.Size(shape).numel()
         rows.append((name, f"{len(numbers)} x {list(shape)}" if len(numbers) > 1 else str(list(shape)), f"{size:,}"))
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    lines = _in_columns(rows)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = count_parameters(module)
     if title is None:
@@ -45,6 +47,26 @@ def trainable_report(module: nn.Module, title: str | None = None, parts: Mapping
     share = 100 * trainable / max(total, 1)
     totals = [f"Total trainable: {trainable:,}", f"Total frozen: {total - trainable:,}"]
     return "\n".join([title, *lines, *totals, f"SUMMARY: {share:.2f}% trainable"])
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """`network.`, where the names of all parameters begin with it."""
+    first = {name.partition(".")[0] for name in names}
+    return f"{first.pop()}." if len(first) == 1 and all("." in name for name in names) else ""
+
+
+def _in_columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Name, shape and size: shapes stand at the right, since those of long names are short."""
+    size = max((len(row[2]) for row in rows), default=0)
+    room = WIDTH - size - 4  # for a name, two spaces and its shape
+    width = max((len(name) + 2 + len(shape) for name, shape, _ in rows), default=0)
+    lines = []
+    for name, shape, count in rows:
+        if len(name) + 2 + len(shape) > room:
+            lines.append(f"  {name}")
+            name = ""
+        lines.append(f"  {name}{shape:>{min(width, room) - len(name)}}  {count:>{size}}")
+    return lines
 
 
 def subtotals(module: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, int]:
