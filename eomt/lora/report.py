@@ -19,7 +19,7 @@ WIDTH = 80  # columns
 def trainable_report(module: nn.Module, title: str | None = None, parts: Mapping[str, nn.Module] | None = None) -> str:
     """The trainable tensors, one line per group of equal shape and equal name but for numbers, and the totals.
 
-    It fits 80 columns: names begin where those of the module's parameters differ, and long ones have a line of their own.
+    It fits 80 columns: what all names begin with is left out, and long ones have a line of their own.
     `parts` are modules by the names that subtotals give them: adapters of `vision` count as `vision LoRA`. Without a
     `title`, it says LoRA where there are adapters.
     """
