@@ -220,12 +220,12 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
 
     from eomt.settings.compose import CONFIG_ERRORS, explain_config, register_resolvers
     from eomt.settings.hydra_section import checked_hydra
-    from eomt.settings.run import is_there
+    from eomt.settings.run import found_before
     from eomt.training.run_folder import forgetting
 
     expected = (*EXPECTED_ERRORS, HydraException, OmegaConfBaseException)
     sweep = find_sweep(words)
-    there = not sweep and is_there(words)
+    before = found_before(words)
     failed: dict[Path, str] = {}  # of a sweep: the run's folder, and why
     begun: list[Path] = []  # folders of runs
 
@@ -233,7 +233,7 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     def run(cfg) -> float | None:  # noqa: ANN001
         os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))  # for the processes that a run starts
         output_dir = Path(HydraConfig.get().runtime.output_dir)
-        forget_start = forgetting(output_dir, f"{HydraConfig.get().job.name}.log", keep=there)
+        forget_start = forgetting(output_dir, f"{HydraConfig.get().job.name}.log", before)
         begun.append(output_dir)
         try:
             if sweep:

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from eomt.files import claimed, in_use
 from eomt.reporting.loggers import MetricsFile
-from eomt.settings.run import check_output_dir
+from eomt.settings.run import check_output_dir, found_before
 from eomt.training.run_folder import cut_metrics, forgetting, newest_checkpoint, run_folder
 
 HOLD = """
@@ -118,28 +118,48 @@ def test_metrics_go_on_without_what_will_be_logged_again(tmp_path):
     assert steps(tmp_path) == ["0", "1", "2", "2"]
 
 
-def refused(folder, keep=False, before=(), written=("config.yaml",)):
+def refused(folder, kept, before=(), written=("config.yaml",)):
     """A run's folder after a start that was refused; what is there before, and what the start writes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("run.log", *before):
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    for name in (".hydra/config.yaml", "run.log", *before):
         (folder / name).touch()
-    forget = forgetting(folder, "run.log", keep)
+    forget = forgetting(folder, "run.log", kept)
     for name in written:
         (folder / name).touch()
     forget()
 
 
 def test_a_start_that_was_refused_leaves_no_folder(tmp_path):
-    refused(tmp_path / "outputs" / "name" / "time")
-    assert [path.name for path in tmp_path.rglob("*")] == ["outputs"]
+    refused(tmp_path / "outputs" / "name" / "time", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_was_there_stays_and_so_does_all_that_others_wrote(tmp_path):
-    refused(tmp_path / "given", keep=True)
-    refused(tmp_path / "own", before=["config.yaml"])
-    refused(tmp_path / "trained", written=["config.yaml", "summary.json"])
-    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    refused(tmp_path / "given", tmp_path / "given")
+    refused(tmp_path / "own", tmp_path, before=["config.yaml"])
+    refused(tmp_path / "trained", tmp_path, written=["config.yaml", "summary.json"])
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if ".hydra" not in path.parts}
     assert files == {
         "given", "own", "own/run.log", "own/config.yaml",
         "trained", "trained/run.log", "trained/config.yaml", "trained/summary.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words", [["output_dir=runs/a b/c"], ["--multirun", "hydra.sweep.dir='runs/x'"], ["output_dir='runs/${name}'"]]
+)
+def test_a_folder_that_was_there_before_a_start_is_known_whatever_lies_below(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert found_before(words) == tmp_path
+    (tmp_path / "runs").mkdir()
+    assert found_before(words) == tmp_path / "runs"
+    assert found_before([]) == tmp_path
+
+
+@pytest.mark.parametrize("words", [[], ["output_dir=new/run"], ["output_dir=run"]])
+def test_a_run_that_cannot_start_leaves_nothing_but_the_folder_that_it_was_called_in(tmp_path, monkeypatch, words):
+    import train_with_lora
+
+    monkeypatch.chdir(tmp_path)
+    assert train_with_lora.main(["experiment=toy_source", "model.llrd=2.0", *words]) == 1
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())

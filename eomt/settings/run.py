@@ -155,7 +155,9 @@ def check_data(data: Mapping[str, Any], any_target: bool = False, files: bool = 
         splits(**{name: data[name] for name in inspect.signature(splits).parameters if name in data})
 
 
-def is_there(words: Sequence[str]) -> bool:
-    """Whether the folder that a command line gives a run, the last one, exists."""
-    given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("output_dir=")]
-    return bool(given) and os.path.isdir(unquoted(given[-1]))  # of any text, unlike Path.is_dir
+def found_before(words: Sequence[str]) -> Path:
+    """The innermost folder that is there of the one that a command line gives its runs; what they make lies below."""
+    keys = ("output_dir=", "hydra.sweep.dir=", "hydra.run.dir=")
+    given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith(keys)]
+    place = Path(os.path.abspath(unquoted(given[-1]) if given else "outputs"))
+    return next(each for each in (place, *place.parents) if os.path.isdir(each))  # of any text, unlike Path.is_dir

@@ -4,6 +4,7 @@ Importing this needs no torch.
 """
 
 import csv
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -88,23 +89,26 @@ def run_folder(folder: Path, resume: str | None, model: Mapping[str, Any]) -> It
         yield checkpoint and str(checkpoint)
 
 
-def forgetting(folder: Path, log: str, keep: bool) -> Callable[[], None]:
+def forgetting(folder: Path, log: str, kept: Path) -> Callable[[], None]:
     """Returns what removes the files of a run that was refused before its first step, if they are all there is.
 
     Args:
-        folder: of the run, as it is before the start. log: the name of its log file, the only one there so far.
-        keep: whether the folder, and those it lies in, were there before.
+        folder: of the run, as it is before the start.
+        log: the name of its log file; that and what Hydra writes are the only ones there so far.
+        kept: the folder, or one that it lies in, that was there before.
     """
-    written = {folder / name for name in ("config.yaml", ".lock", log)}
-    fresh = set(folder.iterdir()) <= {folder / log}
+    written = {folder / name for name in ("config.yaml", ".lock", ".hydra", log)}
+    fresh = set(folder.iterdir()) <= {folder / log, folder / ".hydra"}
 
     def forget() -> None:
         if not fresh or not set(folder.iterdir()) <= written:
             return
         for path in written:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         with suppress(OSError):  # another run may have come
-            for empty in () if keep else (folder, folder.parent):
+            for empty in (folder, *folder.parents):
+                if kept not in empty.parents:
+                    break
                 empty.rmdir()
 
     return forget
