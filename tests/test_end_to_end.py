@@ -203,7 +203,7 @@ def test_the_last_checkpoint_is_the_last_even_when_an_earlier_one_was_better(sou
 def test_a_sweep_gives_every_job_its_own_folder_and_its_own_run_of_wandb(toy_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     arguments = ["data.batch_size=4", "trainer.max_epochs=1", "logger=wandb", "--multirun", "model.num_q=10,11,12"]
-    train(toy_cache, tmp_path, *arguments)
+    result = train(toy_cache, tmp_path, *arguments)
     ids = set()
     for job, queries in enumerate((10, 11, 12)):
         folder = tmp_path / str(job)
@@ -211,6 +211,7 @@ def test_a_sweep_gives_every_job_its_own_folder_and_its_own_run_of_wandb(toy_cac
         assert (folder / "model" / "model.safetensors").is_file()
         config = yaml.safe_load((folder / "config.yaml").read_text())
         assert (config["group"], config["job"]) == (tmp_path.name, f"{job} model.num_q={queries}")
+        assert f"mIoU {100 * summary_of(folder)['miou']:.2f}  {job} model.num_q={queries}\n" in result.stdout
         [run] = (folder / "wandb").glob("offline-run-*")
         ids.add(run.name.rpartition("-")[2])
     assert len(ids) == 3

@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import json
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ from eomt.command_line import LogFile, ScreenLog
 from eomt.files import Tolerated
 from eomt.reporting.loggers import EventFile, MetricsFile
 from eomt.reporting.wandb_logger import wandb_logger
-from eomt.settings.sweeps import name_job
+from eomt.settings.sweeps import name_job, report_sweep
 from eomt.training.callbacks import RunProgressBar
 from eomt.training.class_scores import score_words
 from eomt.training.finite_steps import FiniteSteps
@@ -222,6 +224,7 @@ def test_a_run_of_wandb_is_named_by_what_it_varies_and_leaves_out_tags_that_are_
     init = made._wandb_init
     wanted = {"name": "camvid_head 1 seed=2", "group": "sweep", "job_type": "train", "tags": ["camvid"]}
     assert {key: init[key] for key in wanted} == wanted
+    assert "anonymous" not in init, "wandb warns of it, whatever its value"
     made.finish()  # where nothing was begun
 
 
@@ -237,6 +240,21 @@ def test_a_job_of_a_sweep_is_named_by_its_number_and_what_it_varies(words, param
     task = ["model.lora_rank=8", "seed=1", "data.root='/a b'"]
     hydra = {"sweeper": {"params": params}, "overrides": {"task": task}, "job": {"num": 3}}
     assert name_job(OmegaConf.create(hydra), ["--multirun", *words, "hydra.sweep.dir='x'"]) == name
+
+
+def test_the_runs_of_a_sweep_are_listed_once_the_best_first_and_those_that_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for job, (status, miou) in enumerate((("finished", 0.5), ("failed: no room", None), ("finished", 0.625))):
+        folder = tmp_path / "sweep" / str(job)
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"status": status, "miou": miou}))
+        (folder / "config.yaml").write_text(f"job: {job} model.lora_rank={4 * job}\n")
+    assert report_sweep(Path("sweep"), {tmp_path / "sweep" / "1": "no room"}) == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [
+        "mIoU 62.50  2 model.lora_rank=8", "mIoU 50.00  0 model.lora_rank=0", "2 runs finished in sweep, 1 failed",
+    ]  # fmt: skip
+    assert told.err.splitlines() == [f"failed: {tmp_path / 'sweep' / '1'}: no room"]
 
 
 def test_a_log_file_gets_a_line_an_epoch_without_control_characters_and_the_time_left_comes_first(caplog):
@@ -256,4 +274,5 @@ def test_a_log_file_gets_a_line_an_epoch_without_control_characters_and_the_time
 def test_a_validation_tells_its_mean_the_change_and_the_three_worst_classes():
     iou = {"sky": 0.9, "pole": 0.1, "sign": 0.2, "fence": 0.3, "gone": float("nan")}
     assert score_words(0.375, iou, 0.35) == "mIoU 37.50 (+2.50), least: pole 10.00, sign 20.00, fence 30.00"
-    assert score_words(0.5, {"road": 0.6, "rest": 0.4}, None) == "mIoU 50.00"
+    assert score_words(0.5, {"road": 0.6, "rest": 0.4}, None) == "mIoU 50.00, least: rest 40.00, road 60.00"
+    assert score_words(0.5, {"road": 0.5}, 0.5) == "mIoU 50.00 (+0.00)"

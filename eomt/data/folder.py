@@ -153,6 +153,11 @@ def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
         content = read_yaml(path)
     except ValueError as error:
         raise ValueError(f"{error}; docs/data.md shows such a file, with its list `classes`.") from error
+    if not content:
+        raise ValueError(
+            f"{path} is empty: `python scripts/dataset_report.py --init IMAGES MASKS > {path}` writes it, unless it "
+            "stops with an error: do what that says, and call it again."
+        )
     if not isinstance(content.get("classes"), list) or not content["classes"]:
         raise ValueError(f"{path} must have a list `classes`; see docs/data.md for an example.")
     _known_keys(content, {"classes", "ignore_ids", "ignore_rgb"}, str(path))

@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 class WandbRun(WandbLogger):
     """One run of wandb, which ends with `finish`."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._wandb_init.pop("anonymous", None)  # which Lightning passes on, and of which wandb warns
+
     def finish(self) -> None:
         """Ends the run of wandb, if one was begun."""
         if self._experiment is not None:

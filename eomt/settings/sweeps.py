@@ -1,5 +1,6 @@
 """The runs of a sweep: their folder, what each of them varies, and what became of them."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eomt.command_line import unquoted
-from eomt.files import read_json
+from eomt.files import read_json, read_yaml
 
 SWEEP = "hydra.sweep.dir"
 
@@ -56,11 +57,24 @@ def name_job(hydra_config: Any, words: Sequence[str]) -> str:
 
 
 def report_sweep(folder: Path, failed: Mapping[Path, str]) -> int:
-    """Lists the runs of a sweep that failed, also those that a launcher ran in other processes; returns a code."""
-    found = (path for path in sorted(folder.rglob("summary.json")) if not path.parent.name.startswith("earlier_"))
-    statuses = {path.parent: read_json(path).get("status") for path in found}
+    """Lists the runs of a sweep, the best first, then those that failed; returns a code.
+
+    Those that a launcher ran in other processes are among them.
+    """
+    found = (
+        path
+        for path in sorted(Path(os.path.abspath(folder)).rglob("summary.json"))
+        if not path.parent.name.startswith("earlier_")
+    )
+    runs = {path.parent: read_json(path) for path in found}
+    statuses = {run: summary.get("status", "without a result") for run, summary in runs.items()}
     failed = {run: status for run, status in statuses.items() if status != "finished"} | dict(failed)
+    finished = [run for run in runs if run not in failed]
+    for run in sorted(finished, key=lambda run: -(runs[run].get("miou") or 0)):
+        miou = runs[run].get("miou")
+        job = read_yaml(run / "config.yaml", {}).get("job") or run.name
+        print(f"mIoU {'none' if miou is None else f'{100 * miou:.2f}'}  {job}")
     for run, reason in failed.items():
         print(f"failed: {run}: {reason.removeprefix('failed: ')}", file=sys.stderr)
-    print(f"{len(statuses.keys() | failed.keys()) - len(failed)} runs finished in {folder}, {len(failed)} failed")
+    print(f"{len(finished)} runs finished in {folder}, {len(failed)} failed")
     return 1 if failed else 0

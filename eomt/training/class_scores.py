@@ -75,7 +75,7 @@ def score_words(miou: float, class_iou: Mapping[str, float], before: float | Non
     known = sorted((iou, name) for name, iou in class_iou.items() if iou == iou)[:WORST]
     change = "" if before is None else f" ({100 * (miou - before):+.2f})"
     least = ", ".join(f"{name} {100 * iou:.2f}" for iou, name in known)
-    return f"mIoU {100 * miou:.2f}{change}" + (f", least: {least}" if len(class_iou) > WORST else "")
+    return f"mIoU {100 * miou:.2f}{change}" + (f", least: {least}" if len(class_iou) > 1 else "")
 
 
 def over(class_iou: Mapping[str, float | None], always: bool = False) -> str:
