@@ -165,7 +165,7 @@ def reports_errors(code: int = 1) -> Callable:
                 return fail(error, code)
             except KeyboardInterrupt as ended:
                 signum = signal.Signals(ended.args[0] if ended.args else signal.SIGINT)
-                print(f"interrupted by {signum.name}", file=sys.stderr)
+                print(f"interrupted by {signum.name}: the same command starts again", file=sys.stderr)
                 return 128 + signum
 
         return reporting

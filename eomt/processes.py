@@ -79,11 +79,12 @@ class Interrupted(BaseException):
     """A signal ended the work. It is no `Exception`, so that nothing takes it for an error on its way.
 
     `code` is the exit code, as a shell would report it; `command` goes on with the work, where it is known; `together`
-    says that all processes of a run end by it.
+    says that all processes of a run end by it, `passed_on` that whoever started this one asked it to, and reports it.
     """
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, passed_on: bool = False) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.passed_on = passed_on
         self.code = 128 + signum
         self.command: str | None = None
         self.together = False
@@ -98,6 +99,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.passed_on = False
         self.deferred = False
         self.before: dict[int, Any] = {}
 
@@ -133,20 +135,20 @@ class Interruption:
     def check(self) -> None:
         """Raises `Interrupted` where a signal has come."""
         if self.signum is not None:
-            raise Interrupted(self.signum)
+            raise Interrupted(self.signum, self.passed_on)
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
         """Handles a signal; raises `Interrupted` unless that is deferred."""
         if signum == PASSED_ON:
             if self.signum is not None:
                 return  # who passes it on may not be the only one to have received it
-            signum = signal.SIGTERM
+            signum, self.passed_on = signal.SIGTERM, True
         if self.signum is not None:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
         if not self.deferred:
-            raise Interrupted(signum)
+            raise Interrupted(signum, self.passed_on)
 
 
 def heed_parent_alone(*_: object) -> None:
@@ -181,7 +183,8 @@ def report_interruption(stopped: Interrupted) -> int:
     """Prints that the work was interrupted and how it goes on, once for all processes; returns the exit code."""
     if stopped.together and not is_first_process():
         return 0  # a failure would end the first one, which is still writing its summary
-    print(f"{stopped}; go on with: {stopped.command}" if stopped.command else stopped, file=sys.stderr)
+    if not stopped.passed_on:
+        print(f"{stopped}; go on with: {stopped.command}" if stopped.command else stopped, file=sys.stderr)
     return stopped.code
 
 
