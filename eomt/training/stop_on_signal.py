@@ -94,6 +94,7 @@ class StopOnSignal(Callback):
         self.stop()
 
     def stop(self) -> None:
-        stopped = Interrupted(self.interruption.signum or signal.SIGTERM)  # another process may have received it
+        signum = self.interruption.signum or signal.SIGTERM  # another process may have received it
+        stopped = Interrupted(signum, self.interruption.passed_on)
         stopped.together = True
         raise stopped
