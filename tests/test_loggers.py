@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 from conftest import TOY_DATA, TOY_MODEL, run_training
@@ -162,6 +163,7 @@ def test_a_log_that_stays_full_is_closed_without_an_error(tmp_path, full_disk, c
 def test_a_line_of_the_log_stands_beside_no_progress_bar(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(tqdm, "_instances", WeakSet(), raising=False)  # other tests may have left bars above it
     bar = tqdm(total=2, file=screen, desc="Epoch 0")
     ScreenLog(screen).emit(record("step 1"))
     bar.close()

@@ -64,6 +64,8 @@ def find_artefact(path: str | Path) -> Path:
 
 def refuse_other_program(path: Path) -> None:
     """Raises ValueError where a path holds another program's network, naming it and what makes one of ours of it."""
+    if (path / HEADS_FILE).exists():  # one of ours, whose configuration is gone
+        return
     what, target = "an adapter of PEFT", "adapter"
     if not (path / ADAPTER_CONFIG).is_file():
         try:
