@@ -261,7 +261,9 @@ def one_sentence(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable) -> str:
     """The closest known word as the end of a sentence, or nothing."""
-    close = difflib.get_close_matches(word, [str(name) for name in known], n=1)
+    names = [str(name) for name in known]
+    begun = [name for name in names if name.startswith(word)] if len(word.strip("-")) > 2 else []
+    close = begun or difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from eomt.command_line import PATH_KEYS, did_you_mean, quote_path, quoted
 from eomt.places import as_typed
@@ -250,9 +251,29 @@ COMMAND, WORD = (
 ROW = re.compile(r"( *\S+(?: \S+)* {2,})(\S.*)")  # of a table: a name, or several, and what it is
 
 
+class ScriptParser(argparse.ArgumentParser):
+    """Names the option that was meant where one is mistyped."""
+
+    def error(self, message: str) -> NoReturn:
+        start, unknown, words = message.partition("unrecognized arguments: ")
+        option = next((word.partition("=")[0] for word in words.split() if word.startswith("--")), "")
+        super().error(start + unknown + words + (did_you_mean(option, self.known()) if option else ""))
+
+    def known(self) -> list[str]:
+        """Its options and those of its commands."""
+        named = [*itertools.chain(*(action.option_strings for action in self._actions))]
+        choices = itertools.chain(
+            *(action.choices.values() for action in self._actions if isinstance(action.choices, dict))
+        )
+        return [
+            *named,
+            *(option for command in choices if isinstance(command, ScriptParser) for option in command.known()),
+        ]
+
+
 def script_parser(description: str | None, epilog: str = "", **options: Any) -> argparse.ArgumentParser:
     """Returns the parser of a script, whose `--help` looks as `help_style` says."""
-    return argparse.ArgumentParser(**help_style(description, epilog), **options)
+    return ScriptParser(**help_style(description, epilog), **options)
 
 
 def add_output_dir(

@@ -156,6 +156,7 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
     ("arguments", "code", "sentence"),
     [
         (["--lora_rnk", "4"], 2, r"unknown option --lora_rnk; did you mean --lora_rank\?"),
+        (["--out", "runs"], 2, r"unknown option --out; did you mean --output_dir\?"),
         (["--img_size", "640", "model.lr=1"], 2, "--img_size takes 2 values, got 640"),
         (["lora.rank=8"], 2, r"lora.rank is not in the configuration; did you mean model.lora_rank\?"),
         (["rank=8"], 2, r"rank is not in the configuration; did you mean model.lora_rank\?"),

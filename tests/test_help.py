@@ -82,6 +82,26 @@ def test_one_word_says_where_every_script_writes(script, way, monkeypatch):
     assert getattr(args, "overrides", []) in ([], [word for word in WRITING[script] if "=" in word])
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["predict.py", "model", "photos", "--outptu", "place"], "--output_dir"),
+        (["convert.py", "model", "out", "--to=hf", "--imgsize=8"], "--img_size"),
+        (["compare.py", "report", "runs", "--basline", "full"], "--baseline"),
+        (["doctor.py", "run", "--zzz"], None),
+    ],
+    ids=lambda value: value and value[0],
+)
+def test_a_mistyped_option_of_a_script_is_told_with_the_one_that_was_meant(words, meant, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    names = runpy.run_path(str(ROOT / "scripts" / words[0]))
+    with pytest.raises(SystemExit):
+        names.get("parse_arguments", names.get("parse", names["main"]))(words[1:])
+    said = capsys.readouterr().err
+    assert f"unrecognized arguments: {words[-2 if meant and '=' not in words[-1] else -1]}" in said
+    assert said.rstrip().endswith(f"; did you mean {meant}?") if meant else "did you mean" not in said
+
+
 @pytest.mark.parametrize("script", [name for name, words in WRITING.items() if "lora" in name or "masks" in name])
 def test_where_to_write_is_said_once(script, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")

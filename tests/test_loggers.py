@@ -265,7 +265,11 @@ def test_a_log_file_gets_a_line_an_epoch_without_control_characters_and_the_time
     assert not progress.on_screen
     progress.started, progress.first_step = time.monotonic() - 10, 0
     trainer = SimpleNamespace(
-        global_step=5, current_epoch=0, is_global_zero=True, progress_bar_metrics={"train/loss": 12.34567}, loggers=[]
+        global_step=5,
+        current_epoch=0,
+        is_global_zero=True,
+        progress_bar_metrics={"train/loss": 12.34567, "val/miou": 0.5},
+        loggers=[],
     )
     progress._trainer, progress._train_progress_bar = trainer, SimpleNamespace(disable=True)
     progress.on_train_epoch_end(trainer, SimpleNamespace(total_steps=10))

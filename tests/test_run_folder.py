@@ -120,8 +120,8 @@ def test_metrics_go_on_without_what_will_be_logged_again(tmp_path):
 
 def refused(folder, kept, before=(), written=("config.yaml",)):
     """A run's folder after a start that was refused; what is there before, and what the start writes."""
-    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    for name in (".hydra/config.yaml", "run.log", *before):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("run.log", *before):
         (folder / name).touch()
     forget = forgetting(folder, "run.log", kept)
     for name in written:
@@ -138,7 +138,7 @@ def test_a_folder_that_was_there_stays_and_so_does_all_that_others_wrote(tmp_pat
     refused(tmp_path / "given", tmp_path / "given")
     refused(tmp_path / "own", tmp_path, before=["config.yaml"])
     refused(tmp_path / "trained", tmp_path, written=["config.yaml", "summary.json"])
-    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if ".hydra" not in path.parts}
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert files == {
         "given", "own", "own/run.log", "own/config.yaml",
         "trained", "trained/run.log", "trained/config.yaml", "trained/summary.json",

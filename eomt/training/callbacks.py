@@ -201,7 +201,8 @@ class RunProgressBar(TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, module)
         if not self.on_screen and trainer.is_global_zero:
-            figures = (f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
+            told = self.get_metrics(trainer, module).items()
+            figures = (f"{name} {value}" for name, value in told if name != "miou")  # a validation has its own line
             logger.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, ", ".join(figures))
 
     def on_exception(self, *args: Any) -> None:

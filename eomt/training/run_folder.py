@@ -4,7 +4,6 @@ Importing this needs no torch.
 """
 
 import csv
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -94,17 +93,17 @@ def forgetting(folder: Path, log: str, kept: Path) -> Callable[[], None]:
 
     Args:
         folder: of the run, as it is before the start.
-        log: the name of its log file; that and what Hydra writes are the only ones there so far.
+        log: the name of its log file, the only one there so far.
         kept: the folder, or one that it lies in, that was there before.
     """
-    written = {folder / name for name in ("config.yaml", ".lock", ".hydra", log)}
-    fresh = set(folder.iterdir()) <= {folder / log, folder / ".hydra"}
+    written = {folder / name for name in ("config.yaml", ".lock", log)}
+    fresh = set(folder.iterdir()) <= {folder / log}
 
     def forget() -> None:
         if not fresh or not set(folder.iterdir()) <= written:
             return
         for path in written:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         with suppress(OSError):  # another run may have come
             for empty in (folder, *folder.parents):
                 if kept not in empty.parents:
