@@ -241,6 +241,12 @@ def test_pretrained_parts_come_from_the_names_of_the_configuration(tmp_path, sma
         build_vision(VQAConfig(vision_hub=str(tmp_path / "nowhere")), pretrained=True)
 
 
+def test_a_mistyped_flag_is_told_with_the_one_that_was_meant(capsys):
+    with pytest.raises(SystemExit):
+        train_no_latent.main(["--epocs", "3"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --epocs 3; did you mean --epochs?\n")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

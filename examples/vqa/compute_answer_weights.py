@@ -1,6 +1,5 @@
 """Writes weights of answers for the loss: rare ones count more, so that the common ones are not all that is learned."""
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from vqa_questions import plain, read_questions
 
 from eomt.command_line import reports_errors
 from eomt.files import check_place, read_json, write_json
+from eomt.flags import script_parser
 
 
 def compute_answer_weights(answers: Iterable[str], smoothing: float = 0.1) -> dict[str, float]:
@@ -40,7 +40,7 @@ def read_answer_weights(path: str | Path) -> dict[str, float]:
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--train_csv", type=Path, required=True, help="in ViVQA's form")
     parser.add_argument("--output", type=Path, default=Path("answer_weights.json"), help="default: %(default)s")
     parser.add_argument(

@@ -1,6 +1,5 @@
 """Scores a trained VQA network, with its pictures and with blank ones. Its adapters carry their settings."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,13 @@ from vqa_questions import find_pictures, read_questions
 
 from eomt.command_line import quiet_libraries, reports_errors
 from eomt.files import check_place, write_json
+from eomt.flags import script_parser
 
 
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="model/ of a run")
     parser.add_argument("--csv", type=Path, required=True, help="questions in ViVQA's form")
     parser.add_argument("--image_dir", type=Path, required=True, help="folder with their pictures")

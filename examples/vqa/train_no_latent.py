@@ -14,6 +14,7 @@ from vqa_settings import DRAWN, add_flags, settle
 from vqa_start import train
 
 from eomt.command_line import quiet_libraries, reports_errors
+from eomt.flags import script_parser
 
 EXAMPLES = """examples, of python examples/vqa/train_no_latent.py:
   --start drawn --use_vision_lora --use_text_lora --unfreeze_decoder --lr 2e-3
@@ -31,9 +32,7 @@ metrics.csv and checkpoints/ in its folder."""
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add_flags(parser)
     parser.add_argument("--ablate", type=whole_numbers, metavar="8,16,32", help="one run for each rank, and a table")
     parser.add_argument("--compare", action="store_true", help="frozen, last 3 layers, LoRA of each part and of both")

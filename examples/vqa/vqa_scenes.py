@@ -1,6 +1,5 @@
 """Draws small scenes and asks about them in Vietnamese, of all four types; the same for the same seed."""
 
-import argparse
 import csv
 import random
 import sys
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from eomt.command_line import reports_errors
 from eomt.files import check_place, new_folder, read_json, write_json
+from eomt.flags import script_parser
 
 # what there is, and how often: unequal on purpose, as answers are in real data
 SHAPES = {"hình tròn": 5, "hình vuông": 3, "hình tam giác": 2, "hình thoi": 1}
@@ -94,7 +94,7 @@ def write_scenes(folder: Path, scenes: int, seed: int, size: int = 48, domain: s
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="to write to")
     parser.add_argument("--scenes", type=int, default=300, help="default: 300, with four questions each")
     parser.add_argument("--seed", type=int, default=0)

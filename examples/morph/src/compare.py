@@ -1,6 +1,5 @@
 """Trains the detector in several ways, from the same base weights and with several seeds, and makes a table."""
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,12 +10,13 @@ from morph.arguments import CONFIG, add_overrides, count, overrides_in
 from morph.settings import VARIANTS, read_variants
 
 from eomt.command_line import quiet_libraries, reports_errors
+from eomt.flags import script_parser
 
 
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is not there yet; writes `results.json` and `results.md`, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--config", default=CONFIG, help="a YAML file; see configs/")
     parser.add_argument("--output", type=Path, default=Path("outputs", "morph", "compare"))
     default = ["frozen", "lora", "full"]

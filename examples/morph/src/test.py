@@ -1,6 +1,5 @@
 """Tests a saved detector of morphed faces: D-EER, MACER at fixed BPCER, and a DET curve."""
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,12 +10,13 @@ from morph.arguments import add_overrides, overrides_in
 from morph.saved import saved_settings
 
 from eomt.command_line import reports_errors
+from eomt.flags import script_parser
 
 
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Everything but where the data are comes from the saved detector; what contradicts it is an error."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="the folder model/ of a training")
     parser.add_argument(
         "--output", type=Path, help="for scores.csv, metrics.json and det.png; default: test/ beside it"

@@ -1,6 +1,5 @@
 """Trains a detector of morphed faces: a ViT pretrained by masking, with LoRA by default."""
 
-import argparse
 import logging
 import sys
 import time
@@ -12,6 +11,7 @@ from morph.arguments import CONFIG, add_overrides, count, overrides_in
 from morph.settings import idle, read_overrides, read_settings
 
 from eomt.command_line import quiet_libraries, reports_errors
+from eomt.flags import script_parser
 from eomt.settings.run import check_output_dir
 
 OUTPUT_FLAGS = ("--output", "--resume auto")
@@ -20,7 +20,7 @@ OUTPUT_FLAGS = ("--output", "--resume auto")
 @reports_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks the settings, trains and tests; prints the error rates."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--config", default=CONFIG, help="a YAML file; see configs/")
     parser.add_argument("--output", type=Path, default=Path("outputs", "morph", time.strftime("%Y-%m-%d_%H-%M-%S")))
     parser.add_argument("--resume", help="a checkpoint to go on from, or auto: the newest one in the output folder")
