@@ -1,12 +1,14 @@
-"""`--help` of every command line fits a screen of 80 columns."""
+"""`--help` of every command line, and the demo's table, fit a screen of 80 columns."""
 
 import argparse
+import json
 import runpy
 import sys
 
 import pytest
 from conftest import ROOT
 
+from eomt.comparison.demo import print_table
 from eomt.flags import help_text, in_columns, positive
 
 SCRIPTS = [path.name for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "_checkout.py"]
@@ -30,6 +32,12 @@ def test_the_help_of_every_script_is_at_most_80_columns_wide_on_any_screen(words
 
 def test_the_help_of_training_is_at_most_80_columns_wide():
     assert not too_wide(help_text(ROOT / "configs"))
+
+
+def test_the_table_of_the_demo_is_at_most_80_columns_wide_and_whole_in_a_log_file(capsys):
+    print_table(json.loads((ROOT / "benchmarks" / "demo.json").read_text())["rows"])
+    printed = capsys.readouterr().out
+    assert not too_wide(printed) and "…" not in printed and "full fine-tune" in printed and "parameters" in printed
 
 
 def test_a_long_command_goes_on_behind_a_backslash_and_its_comment_stands_above():

@@ -120,12 +120,14 @@ def draw(networks: "Mapping[str, MaskClassificationSemantic]", path: Path) -> No
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints a line for each network; scores in %, sizes in MiB and GiB."""
-    table = Table(title="Clear weather to night and fog, from the same source network, data, steps and seed")
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+        heading = "\n".join(column.rsplit(" ", 1))  # the whole table fits 80 columns
+        table.add_column(heading, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
     for row in rows:
         table.add_row(*texts(row))
-    Console(width=110).print(table)
+    print("\nClear weather to night and fog, from the same source network, data, steps and seed")
+    Console().print(table)
 
 
 def texts(row: Mapping[str, Any]) -> list[str]:
