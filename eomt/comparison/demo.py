@@ -126,7 +126,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(heading, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
     for row in rows:
         table.add_row(*texts(row))
-    print("\nClear weather to night and fog, from the same source network, data, steps and seed")
+    print("\nClear weather to night and fog: the same source network, data, steps, and seed")
     Console().print(table)
 
 
