@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from conftest import TINY, run_script
 from torch import nn
 
+from eomt.cost import variant_costs
 from eomt.cost.flops import flop_counter
 from eomt.cost.training_cost import fake_tensors, largest_batch, rehearsal, training_cost, variants
 from eomt.reporting import run_report
+from eomt.settings.compose import compose_run, plain
 from eomt.training.mask_classification_semantic import MaskClassificationSemantic
 from eomt.training.trunk_cache import TrunkCache
 
@@ -267,6 +269,12 @@ def test_the_command_line_shows_what_fits_and_writes_json(tmp_path):
     assert lora["trained"]["adapters"] == 3 * 4 * ((64 + 192) + (64 + 64)) and lora["trained"]["backbone"] == 0
 
 
+def test_a_backbone_that_is_left_out_is_told_by_its_name(monkeypatch):
+    monkeypatch.setattr(variant_costs, "_costs", lambda *given, **options: {})
+    facts = variant_costs.variant_costs(plain(compose_run(["model=vit_large", "data=toy_streets"])), None, None)
+    assert facts["configuration"]["backbone_name"] == "vit_large_patch14_reg4_dinov2"
+
+
 def test_both_image_sizes_are_one(call_script, tmp_path):
     facts = []
     for word in ("data.img_size=[64,96]", "model.img_size=[64,96]"):
@@ -281,9 +289,9 @@ def test_a_trunk_cache_is_counted_for_the_variant_that_has_it(call_script, tmp_p
     for cached in ("false", "true"):
         assert call_script("cost.py", *words, f"trunk_cache={cached}", "--json", tmp_path / "cost.json") == (0, "")
         facts.append(json.loads((tmp_path / "cost.json").read_text())["variants"])
-    for name, plain in facts[0].items():
+    for name, without in facts[0].items():
         cached = facts[1][name]
-        assert cached["flops"] < plain["flops"] if plain["given"] else cached == plain
+        assert cached["flops"] < without["flops"] if without["given"] else cached == without
     code, error = call_script("cost.py", *TINY_RUN, "trunk_cache=true")
     assert code == 1 and "trunk_cache: " in error and error.count("\n") == 1
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.config_check import check_config, check_type
 from eomt.settings.run import check_model
 
@@ -46,6 +47,7 @@ def variant_costs(config: Mapping[str, Any], memory: float | None, targets: int 
     }
     rows = _costs(ways, given, batch_size=batch_size, memory=memory, trunk_cache=config["trunk_cache"], options=options)
     asked = ("backbone_name", "img_size", "patch_size", "num_q", "num_blocks", "num_classes")
+    settings["backbone_name"] = choose_backbone(settings["backbone_name"], settings.get("backbone_weights"))
     facts = {key: settings[key] for key in asked} | {"batch_size": batch_size, "memory": memory} | options
     return {"configuration": facts, "variants": rows}
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +104,8 @@ def splits(
     return Splits(train, val, label_set, decoder, left_out)
 
 
-def tolerant(
-    classes: str,
-    images: str,
-    masks: str,
-    val_images: str | None = None,
-    val_masks: str | None = None,
-    val_share: float = 0.2,
-    split_seed: int = 0,
-    split_by: str | None = None,
-    image_template: str = NAME,
-    mask_template: str = NAME,
-    **loader: Unpack[LoaderOptions],
-) -> tuple["SegmentationDataModule | None", Faults]:
-    """The data module of `folder` for a report: what cannot be paired is listed, and no mask is opened.
+def tolerant(**settings: Any) -> tuple["SegmentationDataModule | None", Faults]:
+    """The data module of `folder`, with its arguments, for a report: what has no partner is listed, no mask is opened.
 
     Returns:
         The data module, None where pairs are too few for two splits; and the images without a partner, by kind.
@@ -128,9 +117,9 @@ def tolerant(
     from eomt.data.datamodule import feed
 
     faults: Faults = {}
-    places = (classes, images, masks, val_images, val_masks)
-    found = splits(*places, val_share, split_seed, split_by, image_template, mask_template, faults)
-    return feed(found, **loader) if found.train and found.val else None, faults
+    of_splits = {name: settings.pop(name) for name in signature(splits).parameters if name in settings}
+    found = splits(**of_splits, faults=faults)
+    return feed(found, **settings) if found.train and found.val else None, faults
 
 
 def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
