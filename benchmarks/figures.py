@@ -247,6 +247,21 @@ def cost(facts: Facts) -> str:
     return markdown(["trained backbone part", "TFLOP per step", "activations", "peak memory"], rows)
 
 
+def bases(facts: Facts) -> str:
+    """Memory of a step with LoRA on bases that are too large for most cards, by how their weights are kept."""
+    titles = {"vit_giant": "ViT-g (`model=vit_giant`)", "vit_7b_dinov3": "DINOv3 7B (`model=vit_7b_dinov3`)"}
+    cells = [
+        [
+            f"{found['peak'] / 2**30:.1f}, of it {found['weights'] / 2**30:.1f}"
+            for found in (facts["bases"][model][base] for model in titles)
+        ]
+        for base in facts["bases"]["vit_giant"]
+    ]
+    names = [name if name == "float32" else f"`{name}`" for name in facts["bases"]["vit_giant"]]
+    titles = ["base, memory in GiB", *titles.values()]
+    return markdown(titles, [[name, *row] for name, row in zip(names, cells, strict=True)])
+
+
 def cost_findings(facts: Facts) -> str:
     kept = {name: costs[0]["activations"] / 2**30 for name, costs in facts["variants"].items()}
     return f"""
