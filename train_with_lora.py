@@ -31,7 +31,7 @@ from eomt.processes import (
     is_first_process,
     report_interruption,
 )
-from eomt.settings.sweeps import find_sweep, name_job, name_sweep, report_sweep
+from eomt.settings.sweeps import find_sweep, name_job, name_sweep, no_empty_sweep, report_sweep
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_one_folder(words)
     except ValueError as error:
         return fail(error, 2)
-    with own_process_state([sys.argv[0], *words]) as full_error, Interruption() as interruption:
+    with (
+        own_process_state([sys.argv[0], *words]) as full_error,
+        Interruption() as interruption,
+        no_empty_sweep(words),
+    ):
         try:
             return run_with_hydra(words, full_error, interruption)
         except Interrupted as stopped:
@@ -218,7 +222,8 @@ def run_with_hydra(words: Sequence[str], full_error: bool, interruption: Interru
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from eomt.settings.compose import CONFIG_ERRORS, explain_config, register_resolvers
+    from eomt.settings.compose import register_resolvers
+    from eomt.settings.hydra_errors import CONFIG_ERRORS, explain_config
     from eomt.settings.hydra_section import checked_hydra
     from eomt.settings.run import found_before
     from eomt.training.run_folder import forgetting

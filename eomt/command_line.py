@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
-from eomt.places import as_typed
+from eomt.places import CONFIGS, as_typed
 
 
 class RunError(RuntimeError):
@@ -84,6 +84,7 @@ PATH_KEYS = ("output_dir", "resume", "anomaly_root", "hydra.run.dir", "hydra.swe
 PATH_KEYS += tuple(f"data.{name}" for name in ("root", "images", "masks", "val_images", "val_masks", "classes"))
 PATH_KEYS += tuple(f"data.cut_paste.cutouts.{name}" for name in ("root", "annotations", "images"))
 PATH_KEYS += ("model.backbone_weights", "model.backbone_kwargs.pretrained_cfg_overlay.file")
+LIBRARY_MAPPINGS = tuple(f"model.{name}{end}" for name in ("backbone_kwargs", "lora_options") for end in "=.")
 TEXT_KEYS = ("data.image_template", "data.mask_template", "data.split_by")  # with letters that Hydra would read
 
 
@@ -103,6 +104,24 @@ def quote_path(word: str, sweeps: bool = False) -> str:
 def quoted(text: object) -> str:
     """Returns text in quotes that Hydra takes off again, whatever is in it."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(text)) + "'"
+
+
+def open_mapping(word: str) -> str:
+    """An override of a mapping for a library, so that it takes keys that no YAML has yet, or that Hydra cannot read."""
+    if not word.startswith(LIBRARY_MAPPINGS):
+        return word
+    key, _, value = word.partition("=")
+    if value.startswith("{") and re.search("[\"'^]", value):  # YAML, with or without spaces behind its colons
+        value = quoted(re.sub(r"(?<![?]):(?=[^ ])", ": ", value))  # which `read_mappings` reads
+    return f"++{key}={value}"
+
+
+def expand_home(word: str) -> str:
+    """`output_dir=~/runs` without the `~`, of which no shell makes a folder behind a `=`, and Hydra one named so."""
+    key, equals, value = word.partition("=")
+    if key != "output_dir" or not value.lstrip("'\"").startswith("~/"):
+        return word
+    return key + equals + value.replace("~", os.path.expanduser("~"), 1)
 
 
 def path_in(value: str) -> str | None:
@@ -260,11 +279,58 @@ def one_sentence(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable) -> str:
-    """The closest known word as the end of a sentence, or nothing."""
-    names = [str(name) for name in known]
-    begun = [name for name in names if name.startswith(word)] if len(word.strip("-")) > 2 else []
+    """The closest known word as the end of a sentence, or nothing; dashes in front make no words alike."""
+    names, word = {str(name).lstrip("-"): str(name) for name in known}, word.lstrip("-")
+    begun = [name for name in names if name.startswith(word)] if len(word) > 2 else []
     close = begun or difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+ELSEWHERE = {  # words of other programs that look like another setting here, or like none
+    "learning_rate": "model.lr",
+    "r": "model.lora_rank",
+    "lora_r": "model.lora_rank",
+    "lora": "model.use_lora",
+    "gpus": "trainer.devices",
+    "bs": "data.batch_size",
+    "amp": "trainer.precision",
+    "fp16": "trainer.precision",
+    "bf16": "trainer.precision",
+    "checkpoint": "model.ckpt_path",
+    "resolution": "model.img_size",
+    "save_dir": "output_dir",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+}
+
+
+def settings_known() -> list[str]:
+    """Settings and groups of `configs/` as the command line names them, `model.lora_rank`, `logger`; read as YAML."""
+    import yaml
+
+    top = yaml.safe_load((CONFIGS / "cityscapes.yaml").read_text())
+    groups = [entry for part in top.pop("defaults") if isinstance(part, dict) for entry in part]
+    found = [*groups, *(key for key in top if key != "hydra")]
+    for group in ("model", "data", "trainer"):
+        for file in sorted((CONFIGS / group).glob("*.yaml")):
+            found += [f"{group}.{key}" for key in yaml.safe_load(file.read_text()) if key[0] not in "_+"]
+    return list(dict.fromkeys(found))
+
+
+def option_meant(word: str, flags: Mapping[str, str], settings: Sequence[str]) -> str:
+    """The end of a sentence about an unknown option: the flag or the setting that was meant, or nothing.
+
+    Args:
+        word: the option, as it was typed.
+        flags: that there are, with the settings that they stand for.
+        settings: that may be written, dotted.
+    """
+    name = word.lstrip("-").replace("-", "_")
+    leaves = {setting.rpartition(".")[2]: setting for setting in reversed(settings)}
+    setting = ELSEWHERE.get(name)
+    if setting := setting if setting in settings else leaves.get(name):
+        flag = next((flag for flag, stands_for in flags.items() if stands_for == setting), None)
+        return f"; did you mean {flag or f'{setting}=VALUE'}?"
+    return did_you_mean(name, flags)
 
 
 def meant(name: str, key: str, parent: Mapping) -> str:
@@ -277,10 +343,16 @@ def meant(name: str, key: str, parent: Mapping) -> str:
     """
     if name == "data.root" and "images" in list(parent):  # also as long as it is not given
         return ": these data are named by data.images, data.masks and data.classes"
+    names = {dotted.replace(".", "_"): dotted for dotted in dotted_names(parent._get_root())}
+    leaves: dict[str, str] = {}
+    for dotted in names.values():
+        leaves.setdefault(dotted.rpartition(".")[2], dotted)
+    word = name.rpartition(".")[2]
+    if same := ELSEWHERE.get(word) or leaves.get(word):
+        return f"; did you mean {same}?"
     if name.endswith(key) and (close := did_you_mean(key, parent)):
         return close
-    names = {dotted.replace(".", "_"): dotted for dotted in dotted_names(parent._get_root())}
-    names |= {dotted.rpartition(".")[2]: dotted for dotted in names.values()}
+    names |= leaves
     close = difflib.get_close_matches(name.replace(".", "_"), names, n=1)
     return f"; did you mean {names[close[0]]}?" if close else ""
 

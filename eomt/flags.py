@@ -3,7 +3,6 @@
 import argparse
 import functools
 import itertools
-import os
 import re
 import shutil
 import sys
@@ -13,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from eomt.command_line import PATH_KEYS, did_you_mean, quote_path, quoted
+from eomt.command_line import (
+    PATH_KEYS,
+    did_you_mean,
+    expand_home,
+    open_mapping,
+    option_meant,
+    quote_path,
+    settings_known,
+)
 from eomt.places import as_typed
 
 
@@ -61,12 +68,13 @@ FLAGS = {
     "--output_dir": Flag("output_dir={}"),
     "--use_wandb": Flag("logger=wandb", values=0),
 }
+STAND_FOR = {name: flag.override.partition("=")[0] if flag.values != 0 else "" for name, flag in FLAGS.items()}
 BOOLEANS = ("true", "false")
 OWN_DATA = ("--images", "--masks", "--classes")  # of data=folder
 HYDRA_FLAGS = {"--config-name": 1, "--config-dir": 1, "--config-path": 1, "--cfg": 1, "--package": 1, "--info": 1}
 HYDRA_FLAGS |= {"--multirun": 0, "-m": 0, "--resolve": 0, "--run": 0, "--version": 0}
 HYDRA_FLAGS |= {"--hydra-help": 0, "--shell-completion": 0}
-LIBRARY_MAPPINGS = tuple(f"model.{name}{end}" for name in ("backbone_kwargs", "lora_options") for end in "=.")
+HYDRA_FLAGS |= {"-cn": 1, "-cd": 1, "-cp": 1, "-c": 1, "-p": 1, "-i": 1, "-r": 0, "-sc": 0}
 
 
 def translate_flags(arguments: Sequence[str]) -> list[str]:
@@ -94,8 +102,9 @@ def translate_flags(arguments: Sequence[str]) -> list[str]:
         elif word in HYDRA_FLAGS:
             count = HYDRA_FLAGS[word]
             options, rest = [*options, word, *rest[:count]], rest[count:]
-        elif word.startswith("--"):
-            raise ValueError(f"unknown option {word}{did_you_mean(word, [*FLAGS, *HYDRA_FLAGS])}")
+        elif word.startswith("-"):
+            close = option_meant(word, STAND_FOR, settings_known()) or did_you_mean(word, HYDRA_FLAGS)
+            raise ValueError(f"unknown option {word}{close or ': see --help'}")
         else:
             overrides.append(word)
     if "output_dir=" in overrides:
@@ -130,10 +139,12 @@ def take_values(flag: str, rest: list[str]) -> tuple[list[str], list[str]]:
     else:
         count = asked.values
     values = rest[:count]
-    if len(values) < max(count, asked.values is None) or not all(map(is_value, values)):
+    values = list(itertools.takewhile(is_value, values))
+    if len(values) < max(count, asked.values is None):
         wanted = "values" if count > 1 else "value" if asked.values else "values, one or more"
-        got = " ".join(values) or "none"
-        raise ValueError(f"{flag} takes {asked.values or ''} {wanted}, got {got}; see --help".replace("  ", " "))
+        line = flag_line(flag, asked).split("  ")[1]
+        told = f"{asked.values or ''} {wanted}, got {' '.join(values) or 'none'}: write {line}"
+        raise ValueError(f"{flag} takes {told.strip()}")
     return values, rest[count:]
 
 
@@ -163,27 +174,12 @@ def choose_data(flag: str, values: Sequence[str]) -> tuple[list[str], list[str]]
 OTHERWISE: dict[str, Callable] = {"--config": choose_config, "--data": choose_data}  # what no single override says
 
 
-def open_mapping(word: str) -> str:
-    """An override of a mapping for a library, so that it takes keys that no YAML has yet, or that Hydra cannot read."""
-    if not word.startswith(LIBRARY_MAPPINGS):
-        return word
-    key, _, value = word.partition("=")
-    if value.startswith("{") and re.search("[\"'^]", value):  # YAML, with or without spaces behind its colons
-        value = quoted(re.sub(r"(?<![?]):(?=[^ ])", ": ", value))  # which `read_mappings` reads
-    return f"++{key}={value}"
-
-
-def expand_home(word: str) -> str:
-    """`output_dir=~/runs` without the `~`, of which no shell makes a folder behind a `=`, and Hydra one named so."""
-    key, equals, value = word.partition("=")
-    if key != "output_dir" or not value.lstrip("'\"").startswith("~/"):
-        return word
-    return key + equals + value.replace("~", os.path.expanduser("~"), 1)
-
-
 def split_flag(word: str) -> list[str]:
     """`--flag=value` as two words; overrides stay whole."""
-    return word.split("=", 1) if word.startswith("--") and "=" in word else [word]
+    name, equals, value = word.partition("=")
+    if name in FLAGS and FLAGS[name].default in BOOLEANS and equals and value.lower() not in BOOLEANS:
+        raise ValueError(f"{name} takes true or false, got {value}")
+    return [name, value] if name.startswith("--") and equals else [word]
 
 
 def flag_line(name: str, flag: Flag) -> str:
@@ -252,23 +248,31 @@ ROW = re.compile(r"( *\S+(?: \S+)* {2,})(\S.*)")  # of a table: a name, or sever
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """Names the option that was meant where one is mistyped."""
+    """Names the option that was meant where one is mistyped, or the setting where a script takes them.
+
+    `own_settings` are words KEY=VALUE that no configuration has.
+    """
+
+    own_settings: tuple[str, ...] = ()
 
     def error(self, message: str) -> NoReturn:
         start, unknown, words = message.partition("unrecognized arguments: ")
         option = next((word.partition("=")[0] for word in words.split() if word.startswith("--")), "")
-        super().error(start + unknown + words + (did_you_mean(option, self.known()) if option else ""))
+        flags = dict.fromkeys(itertools.chain(*(action.option_strings for action in self.known())), "")
+        word = STAND_FOR.get(option, option).rpartition(".")[2]  # --dataset_root: data.root
+        super().error(start + unknown + words + (option_meant(word, flags, self.settings()) if option else ""))
 
-    def known(self) -> list[str]:
-        """Its options and those of its commands."""
-        named = [*itertools.chain(*(action.option_strings for action in self._actions))]
-        choices = itertools.chain(
-            *(action.choices.values() for action in self._actions if isinstance(action.choices, dict))
-        )
-        return [
-            *named,
-            *(option for command in choices if isinstance(command, ScriptParser) for option in command.known()),
-        ]
+    def known(self) -> list[argparse.Action]:
+        """What it takes, and what its commands take."""
+        choices = (action.choices.values() for action in self._actions if isinstance(action.choices, dict))
+        commands = [each for each in itertools.chain(*choices) if isinstance(each, ScriptParser)]
+        return [*self._actions, *itertools.chain(*(command.known() for command in commands))]
+
+    def settings(self) -> list[str]:
+        """The settings that may be given: none, those of data, or all."""
+        told = " ".join(str(action.metavar) for action in self.known() if not action.option_strings)
+        known = settings_known() if "=" in told else []
+        return [*self.own_settings, *(name for name in known if "data=" not in told or name.startswith("data"))]
 
 
 def script_parser(description: str | None, epilog: str = "", **options: Any) -> argparse.ArgumentParser:

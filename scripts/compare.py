@@ -5,6 +5,7 @@ number of steps, and evaluates what the last step left. Run the same command aga
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line: `run`, `report` or `evaluate`, with what belongs to it."""
     parser = script_parser(__doc__, EXAMPLES)
+    parser.own_settings = re.findall(r"^(\w+)=", RUN_HELP, re.MULTILINE)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and evaluate a matrix", **help_style(RUN_HELP))
     run.add_argument("overrides", nargs="*", metavar="key=value")

@@ -146,6 +146,79 @@ def test_a_flag_without_what_it_takes_is_refused(words, sentence):
         translate_flags(words.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--learning_rate 1", "unknown option --learning_rate; did you mean --lr?"),
+        ("--batch-size 4", "unknown option --batch-size; did you mean --batch_size?"),
+        ("--r 8", "unknown option --r; did you mean --lora_rank?"),
+        ("--rank 8", "unknown option --rank; did you mean --lora_rank?"),
+        ("--gpus 2", "unknown option --gpus; did you mean --devices?"),
+        ("--lora", "unknown option --lora; did you mean --use_lora?"),
+        ("--fp16", "unknown option --fp16; did you mean --precision?"),
+        ("--weight-decay 0.1", "unknown option --weight-decay; did you mean model.weight_decay=VALUE?"),
+        ("--patience 3", "unknown option --patience; did you mean patience=VALUE?"),
+        ("--mask_template {name}_m", "unknown option --mask_template; did you mean data.mask_template=VALUE?"),
+        ("--logger wandb", "unknown option --logger; did you mean logger=VALUE?"),
+        ("--experiment toy_night", "unknown option --experiment; did you mean experiment=VALUE?"),
+        ("--overwrite", "unknown option --overwrite: see --help"),
+        ("-lr 1e-4", "unknown option -lr; did you mean --lr?"),
+        ("-e 3", "unknown option -e: see --help"),
+        ("--img_size 512 --epochs 3", "--img_size takes 2 values, got 512: write --img_size VALUE VALUE"),
+        ("--classes", "--classes takes 1 value, got none: write --classes VALUE"),
+        ("--use_lora=True8", "--use_lora takes true or false, got True8"),
+    ],
+)
+def test_an_unknown_option_names_what_was_meant_and_nothing_far_from_it(words, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        translate_flags(words.split())
+
+
+def test_hydras_own_short_options_come_first_with_their_values():
+    assert translate_flags(["seed=1", "-cn", "mine", "-c", "job"]) == ["-cn", "mine", "-c", "job", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("photos/", "photos/ is no setting: write key=value, without spaces around the =; --help lists the flags"),
+        ("model.img_size = 512", "model.img_size is no setting: write key=value, without spaces around the ="),
+        ("model.img_size=[512,512", "model.img_size=[512,512 cannot be read: close brackets and quotes, and put"),
+        (
+            "model.lora_rank=4,8",
+            "model.lora_rank=4,8 is several values: --multirun makes a run of each, and model.lora_rank=[4,8] is a",
+        ),
+        ("model.lora_rank=range(1,3)", "model.lora_rank=range(1,3) is several values: --multirun makes a run of each"),
+        ("model=vit_smal", "model=vit_smal is not there; did you mean vit_small? Choose from tiny, vit_7b_dinov3,"),
+        ("experiment=camvid_dsk", "experiment=camvid_dsk is not there; did you mean camvid_dusk? Choose from anom"),
+        ("pretrained=false", "pretrained is not in the configuration; did you mean model.pretrained?"),
+        ("model.learning_rate=3", "model.learning_rate is not in the configuration; did you mean model.lr?"),
+        ("model.batch_size=3", "model.batch_size is not in the configuration; did you mean data.batch_size?"),
+        ("optimizer.lr=3", "optimizer.lr is not in the configuration; did you mean model.lr?"),
+        ("lora_r=8", "lora_r is not in the configuration; did you mean model.lora_rank?"),
+    ],
+)
+def test_an_override_that_cannot_be_names_itself_and_what_was_meant(words, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        compose_run(words.split())
+
+
+def test_a_configuration_that_is_not_there_is_told_with_those_that_are():
+    with pytest.raises(ValueError, match="--config-name cityscape_lora is not there; did you mean cityscapes_lora"):
+        compose_run([], "cityscape_lora")
+
+
+def test_a_sweep_over_a_mistyped_key_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    import train_with_lora
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ([], ["output_dir=ranks"]):
+        words = ["--multirun", "model=tiny", "data.root=x", "model.lora_ranks=4,8", *folder]
+        assert train_with_lora.main(words) == 2
+        assert "model.lora_ranks is not in the configuration; did you mean lora_rank?" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_named_configuration_and_plain_overrides_pass_unchanged():
     words = ["model.lr=1", "--config-name=mine", "--use_lora", "--multirun", "seed=1,2", "--cfg", "job"]
     options = ["--config-name", "mine", "--multirun", "--cfg", "job"]
@@ -167,8 +240,8 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
             "data.root is not .*: these data are named by data.images, data.m",
         ),
         (["model.lora_rnak=4"], 2, r"model.lora_rnak is not in the configuration; did you mean lora_rank\?"),
-        (["data=nowhere"], 2, "Could not find 'data/nowhere' Available options in 'data': .*camvid cityscapes"),
-        (["model.lora_rank=[1"], 2, "input"),
+        (["data=nowhere"], 2, "data=nowhere is not there: choose from camvid, cityscapes, folder, toy_streets$"),
+        (["model.lora_rank=[1"], 2, r"model.lora_rank=\[1 cannot be read: close brackets and quotes"),
         (["model.lora_rank=many"], 1, "model.lora_rank 'many': should be a valid integer"),
         (["+model.lora_rnak=4"], 1, "model.lora_rnak is unknown; did you mean lora_rank"),
         (["+modle.lr=1"], 1, "modle is unknown at the top of the configuration; did you mean model"),

@@ -318,7 +318,7 @@ def test_a_matrix_passes_a_signal_on_and_its_run_holds_its_folder_when_the_matri
             ["variants=[baseline]", "data.cut_paste={_target_: eomt.anomaly.cut_paste.CutPaste}"],
             "makes of variant baseline, which has None",
         ),
-        (["variants=[head]", "hydra/launcher=slurmy"], "Could not find 'hydra/launcher/slurmy'"),
+        (["variants=[head]", "hydra/launcher=slurmy"], "hydra/launcher=slurmy is not there"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_runs(settings, tmp_path, arguments, sentence):

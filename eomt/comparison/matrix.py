@@ -16,6 +16,7 @@ from eomt.files import write_json
 from eomt.places import CONFIGS, as_typed
 from eomt.settings.compose import build_data, compose_run, configurations, matrix_name, open_data
 from eomt.settings.formats import CELL, MATRIX, read_format, stamped
+from eomt.settings.hydra_errors import explain_config
 
 VARIANTS = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml") if path.stem != "base")
 OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
@@ -74,7 +75,7 @@ def launch(folder: Path, cells: Iterable[str], launcher: Sequence[str]) -> None:
             hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
         except HydraException as error:  # of what may be mistyped, only the launcher is left
             hint = "; pip install -e .[launchers] brings joblib and submitit" if "hydra/launcher" in str(error) else ""
-            raise ValueError(one_sentence(error) + hint) from error
+            raise ValueError(explain_config(error) + hint) from error
         except RuntimeError as error:  # a cluster's job that was ended from outside
             fail(error, 1)
 
@@ -89,7 +90,7 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise ValueError(one_sentence(error)) from error
+        raise ValueError(explain_config(error)) from error
     facts = {
         "variants": ["none", "head", "lora_r8", "lora_r16", "full"],
         "seeds": [0],

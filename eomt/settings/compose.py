@@ -16,12 +16,11 @@ from eomt.places import CONFIGS
 from eomt.settings.backbone_choice import choose_backbone
 from eomt.settings.config_check import check_config, targets_in
 from eomt.settings.hub import hub_place, pinned
+from eomt.settings.hydra_errors import CONFIG_ERRORS, explain_config
 from eomt.settings.run import check_data, required
 from eomt.settings.start import taken_over
 
 RESERVED = re.compile(r"_.*_")  # keys that tell `instantiate` how
-# what Hydra lets through from YAML, and of values that it cannot use
-CONFIG_ERRORS = (YAMLError, ValueError, RecursionError)
 Described = tuple[str, Any, str]  # name of a data set, its configuration, where to look if a value is missing
 
 
@@ -55,25 +54,6 @@ def configurations(folder: Path = CONFIGS) -> Iterator[None]:
             yield
     except (HydraException, OmegaConfBaseException, *CONFIG_ERRORS) as error:
         raise ValueError(explain_config(error)) from error
-
-
-def explain_config(error: Exception, words: Sequence[str] = ()) -> str:
-    """Returns the sentence for what keeps Hydra from composing.
-
-    Args:
-        error: one of Hydra's and OmegaConf's own, or of `CONFIG_ERRORS`.
-        words: of the command line, whose `--config-dir` or `--config-path` may hold the file that is to blame.
-    """
-    if isinstance(error, RecursionError):
-        return "a configuration is nested too deeply to be read"
-    if not isinstance(error, UnicodeDecodeError):
-        return one_sentence(error)
-    named = [
-        words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config-dir", "--config-path", "-cd", "-cp")
-    ]
-    files = [path for folder in (*named, CONFIGS) for path in sorted(Path(folder).rglob("*.yaml"))]
-    culprit = next((path for path in files if path.read_bytes().startswith(error.object)), "a configuration")
-    return f"{culprit} is no text in UTF-8 ({error}): save it as that"
 
 
 def compose_run(overrides: Sequence[str], config_name: str = "cityscapes", folder: Path | None = None) -> Any:

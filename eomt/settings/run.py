@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,12 @@ def found_before(words: Sequence[str]) -> Path:
     given = [word.partition("=")[2] for word in words if word.lstrip("+").startswith(keys)]
     place = Path(os.path.abspath(unquoted(given[-1]) if given else "outputs"))
     return next(each for each in (place, *place.parents) if os.path.isdir(each))  # of any text, unlike Path.is_dir
+
+
+def remove_empty(folder: Path, kept: Path) -> None:
+    """Removes a folder and those that it lies in as far as they are empty and below `kept`."""
+    with suppress(OSError):  # another run may have come
+        for empty in (folder, *folder.parents):
+            if kept not in empty.parents:
+                break
+            empty.rmdir()

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,25 @@ def find_sweep(words: Sequence[str]) -> Path | None:
     """Returns the folder of the sweep that `name_sweep` has named; None for a single run."""
     folder = next((word.partition("=")[2] for word in words if word.startswith(f"{SWEEP}=")), None)
     return Path(unquoted(folder)) if folder and {"--multirun", "-m"} & set(words) else None
+
+
+@contextmanager
+def no_empty_sweep(words: Sequence[str]) -> Iterator[None]:
+    """Removes the folder of a sweep behind the block, where Hydra alone wrote there: no run has begun, or none is left.
+
+    Args:
+        words: of the command line, with what `name_sweep` adds.
+    """
+    from eomt.settings.run import found_before, remove_empty
+
+    folder, kept = find_sweep(words), found_before(words)
+    try:
+        yield
+    finally:
+        record = Path(os.path.abspath(folder), "multirun.yaml") if folder else None
+        if record and record.is_file() and list(record.parent.iterdir()) == [record]:
+            record.unlink()
+            remove_empty(record.parent, kept)
 
 
 def name_job(hydra_config: Any, words: Sequence[str]) -> str:

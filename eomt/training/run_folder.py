@@ -6,7 +6,7 @@ Importing this needs no torch.
 import csv
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 from eomt.files import claimed, read_json, read_yaml, replacing
 from eomt.processes import is_first_process
 from eomt.settings.model import check_same_settings
-from eomt.settings.run import LEFT_BY_RUNS, check_output_dir
+from eomt.settings.run import LEFT_BY_RUNS, check_output_dir, remove_empty
 
 DERIVED = ("num_classes", "class_names", "class_colors", "class_weights")  # settings that the data decide
 
@@ -104,11 +104,7 @@ def forgetting(folder: Path, log: str, kept: Path) -> Callable[[], None]:
             return
         for path in written:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # another run may have come
-            for empty in (folder, *folder.parents):
-                if kept not in empty.parents:
-                    break
-                empty.rmdir()
+        remove_empty(folder, kept)
 
     return forget
 
