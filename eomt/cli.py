@@ -19,9 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eomt-lora {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        return fail(f"eomt has no command {words[0]}{did_you_mean(words[0], COMMANDS)} (eomt --help lists them)", 2)
+        return fail(f"eomt has no command {words[0]}{meant(words[0])} (eomt --help lists them)", 2)
     script, prefix, _ = COMMANDS[words[0]]
     return run_script(script, f"eomt {words[0]}", [*prefix, *words[1:]])
+
+
+def meant(word: str) -> str:
+    """The command that was meant, also by the name of its script."""
+    scripts = {script: name for name, (script, prefix, _) in COMMANDS.items() if not prefix}
+    name = scripts.get(word.removesuffix(".py").replace("-", "_"))
+    return f"; did you mean {name}?" if name else did_you_mean(word, COMMANDS)
 
 
 def run_script(script: str, name: str, words: Sequence[str]) -> int:

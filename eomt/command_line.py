@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from types import FrameType
 
 from eomt.places import CONFIGS, as_typed
@@ -314,6 +315,21 @@ def settings_known() -> list[str]:
         for file in sorted((CONFIGS / group).glob("*.yaml")):
             found += [f"{group}.{key}" for key in yaml.safe_load(file.read_text()) if key[0] not in "_+"]
     return list(dict.fromkeys(found))
+
+
+def not_found(path: str | Path, wanted: str = "file or folder") -> str:
+    """Says that a path is not there, or is not what is wanted of it, and what was meant or would make it."""
+    path = Path(path)
+    if os.path.exists(path):  # of any text, unlike Path.exists
+        return f"{path} is a {'folder' if path.is_dir() else 'file'}, a {wanted} is meant"
+    source = path.parent.name
+    if path.name in ("adapter", "model") and (CONFIGS / "experiment" / f"{source}.yaml").is_file():
+        made = f"python train_with_lora.py experiment={source} output_dir={path.parent} makes it"
+        return f"{path}: no such {wanted}; {made}"
+    beside: list[str] = []
+    with suppress(OSError, ValueError):  # a folder that cannot be read
+        beside = os.listdir(path.parent)
+    return f"{path}: no such {wanted}{did_you_mean(path.name, beside)}"
 
 
 def option_meant(word: str, flags: Mapping[str, str], settings: Sequence[str]) -> str:

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch._utils import ExceptionWrapper
 
-from eomt.command_line import one_sentence, quote_path, unquoted
+from eomt.cli import main as eomt
+from eomt.command_line import not_found, one_sentence, quote_path, unquoted
 from eomt.comparison.matrix import parse_matrix, read_source
 from eomt.flags import FLAGS, translate_flags
+from eomt.inference.saved import find_artefact
 from eomt.settings.compose import compose_run, data_of_run
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +208,37 @@ def test_an_override_that_cannot_be_names_itself_and_what_was_meant(words, sente
 def test_a_configuration_that_is_not_there_is_told_with_those_that_are():
     with pytest.raises(ValueError, match="--config-name cityscape_lora is not there; did you mean cityscapes_lora"):
         compose_run([], "cityscape_lora")
+
+
+def test_a_path_that_is_not_there_or_of_the_other_kind_is_told_with_what_was_meant(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "classes.yaml").touch()
+    assert not_found(tmp_path / "fotos", "folder") == f"{tmp_path}/fotos: no such folder; did you mean photos?"
+    assert not_found(tmp_path / "classes.yaml", "folder") == f"{tmp_path}/classes.yaml is a file, a folder is meant"
+    assert not_found("/nowhere/x") == "/nowhere/x: no such file or folder"
+    assert not_found("o/toy_source/model").endswith(
+        "train_with_lora.py experiment=toy_source output_dir=o/toy_source makes it"
+    )
+    with pytest.raises(ValueError, match=r"classes\.yaml is no saved network: give the adapter/ or model/ folder"):
+        find_artefact(tmp_path / "classes.yaml")
+
+
+def test_a_folder_to_resume_from_says_how_a_run_goes_on(tmp_path):
+    import train_with_lora
+
+    with pytest.raises(
+        FileNotFoundError, match="is a folder, a checkpoint is meant: in a run's folder output_dir=FOLD"
+    ):
+        train_with_lora.check_composed(compose_run(["experiment=toy_source", f"resume={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("dataset_report", "data"), ("merge_lora.py", "merge"), ("compare.py", "compare"), ("trian", "train")],
+)
+def test_a_command_is_found_by_the_name_of_its_script(word, name, capsys):
+    assert eomt([word]) == 2
+    assert f"eomt has no command {word}; did you mean {name}?" in capsys.readouterr().err
 
 
 def test_a_sweep_over_a_mistyped_key_leaves_no_folder(tmp_path, monkeypatch, capsys):

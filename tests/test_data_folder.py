@@ -104,8 +104,29 @@ def test_impossible_shares_are_refused(read, share):
         read(BY_ID, [[7]], val_share=share)
 
 
+def test_a_first_image_that_is_wrong_says_what_lists_and_mends_the_others(read, tmp_path):
+    read(BY_ID, [[7, 8]], count=4, split_by="folder")
+    turned = Image.new("RGB", (1, 2))
+    turned.getexif()[0x0112] = 6
+    for path in sorted((tmp_path / "images").rglob("*.jpg")):
+        turned.save(path, exif=turned.getexif())
+    with pytest.raises(
+        ValueError, match=r"--fix-exif \(2 are wrong of 2 pairs looked at, of 4 in all: scripts/dataset_rep"
+    ):
+        read(BY_ID, [[7, 8]], count=4)
+
+
+def test_a_path_of_the_other_kind_is_called_what_it_is(read, tmp_path):
+    read(BY_ID, [[7]])
+    classes, images = str(tmp_path / "classes.yaml"), str(tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match=r"classes\.yaml is a file, a folder is meant \(check data.masks\)"):
+        read(BY_ID, [[7]], masks=classes)
+    with pytest.raises(FileNotFoundError, match=r"images is a folder; .* MASKS > classes\.yaml` writes one"):
+        read(BY_ID, [[7]], classes=images)
+
+
 def test_missing_files_are_named(read):
-    with pytest.raises(FileNotFoundError, match="/nowhere is not there"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere: no such folder \(check data.images\)"):
         read(BY_ID, [[7]], images="/nowhere")
     with pytest.raises(FileNotFoundError, match=r"/nowhere\.yaml is not there"):
         read(BY_ID, [[7]], classes="/nowhere.yaml")

@@ -90,8 +90,8 @@ def test_a_template_must_hold_the_name_once(place, template):
         ({}, r"1 of 2 .* the first is 'sub/b'; put .*\(data\.masks\), or take the image away.* "
              r"\(data\.mask_template='\{name\}_mask' finds masks that are called so\)"),
         ({"mask_template": "{name}_labels.png"}, r"no picture called \{name\}_labels\.png \(data\.mask_template\)"),
-        ({"images": "none"}, r"none is not there; check data\.images"),
-        ({"masks": "none"}, r"none is not there; check data\.masks"),
+        ({"images": "none"}, r"none: no such folder \(check data\.images\)"),
+        ({"masks": "none"}, r"none: no such folder \(check data\.masks\)"),
         ({"masks": "images"}, r"the same files, .*name another folder in data\.masks, or .*data\.mask_template"),
         ({"val_images": "x"}, r"data\.val_images and data\.val_masks go together"),
     ],

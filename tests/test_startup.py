@@ -101,7 +101,7 @@ MISTAKES = [  # script, its arguments, exit code and a part of the sentence
     ("cost.py", "model.lora_rank=many", 1, "model.lora_rank 'many'"),
     ("cost.py", "model.img_size=[60,64]", 1, "try [64, 64]"),
     ("dataset_report.py", "data=camvid data.root=/nowhere", 2, "/nowhere"),
-    ("dataset_report.py", "--init /nowhere {}", 2, "/nowhere is not there; check data.images"),
+    ("dataset_report.py", "--init /nowhere {}", 2, "/nowhere: no such folder (check data.images)"),
     ("demo.py", "--output {}/demo trainer.max_epochs=many", 1, "trainer.max_epochs 'many'"),
     ("doctor.py", "/nowhere", 2, "no such file or folder"),
     ("doctor.py", "{} --ckpt_path /nowhere", 2, "ckpt_path /nowhere: no such file or folder"),

@@ -59,13 +59,16 @@ def folder(
         ValueError: The YAML is wrong, a first mask does not fit it, or the split is impossible.
     """
     from eomt.data.datamodule import feed
+    from eomt.data.survey import raise_first, without_raising
 
     places = {"images": images, "masks": masks, "val_images": val_images, "val_masks": val_masks}
     halves = {"val_share": val_share, "split_seed": split_seed, "split_by": split_by}
     names = {"image_template": image_template, "mask_template": mask_template}
     data = feed(splits(classes, **places, **halves, **names), **loader)
-    for dataset in (data.train_set.with_transform(None), data.val_set):
-        dataset[0]  # a mask of the other kind or size fails here, not in the middle of training
+    firsts = (data.train_set.with_transform(None), data.val_set)
+    errors = [without_raising(lambda dataset: dataset[0], dataset) for dataset in firsts]
+    # a mask of the other kind or size fails here, not in the middle of training
+    raise_first([error for error in errors if isinstance(error, Exception)], 2, sum(map(len, firsts)))
     return data
 
 
@@ -134,9 +137,11 @@ def read_classes(path: Path) -> tuple[LabelSet, LabelDecoder]:
         ValueError: Something in it is missing, unknown, of the wrong type or given twice.
     """
     if not path.is_file():
+        to = "classes.yaml" if path.is_dir() else path
         raise FileNotFoundError(
-            f"data.classes must be a YAML file of classes, {path} is not there; `python "
-            f"scripts/dataset_report.py --init IMAGES MASKS > {path}` writes one from masks, see docs/own_images.md."
+            f"data.classes must be a YAML file of classes, {path} is {'a folder' if path.is_dir() else 'not there'}; "
+            f"`python scripts/dataset_report.py --init IMAGES MASKS > {to}` writes one from masks, see "
+            "docs/own_images.md."
         )
     try:
         content = read_yaml(path)

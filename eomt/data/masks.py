@@ -60,9 +60,10 @@ def check_mask(picture: Image.Image, file: BinaryIO, name: str) -> None:
 def refuse_turned(picture: Image.Image, name: str, partner: str) -> None:
     """Raises ValueError for a picture that is known to be stored turned; `partner` is what belongs to it."""
     if (orientation := picture.info["orientation"]) != 1:
+        remedy = ", or with scripts/dataset_report.py data=folder ... --fix-exif" if partner == "its labels" else ""
         raise Turned(
             f"{name} is stored turned (EXIF orientation {orientation}), and {partner} may belong to either view; save "
-            "it upright, without the tag."
+            f"it upright, without the tag{remedy}."
         )
 
 

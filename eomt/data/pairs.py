@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eomt.command_line import did_you_mean
+from eomt.command_line import did_you_mean, not_found
 from eomt.data.listing import LONELY, OTHER_NAMES, list_pictures
 from eomt.data.sources import Sample, Source
 from eomt.files import PICTURES
@@ -97,7 +97,7 @@ def _pictures(
 ) -> dict[str, str]:
     """Every picture under root that is called by the template, by its name with the path of its subfolder."""
     if not root.is_dir():
-        raise FileNotFoundError(f"The folder {root} is not there; check {key}.")
+        raise FileNotFoundError(f"{not_found(root, 'folder')} (check {key})")
     listing = list_pictures(root)
     left_out.update(listing.left_out)
     found: dict[str, str] = {}

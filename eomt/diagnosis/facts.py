@@ -28,7 +28,7 @@ from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, 
 from eomt.files import read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
 from eomt.inference.artefacts import PLAIN_BASE, read_lightning, set_settings
-from eomt.inference.saved import BASE_FILE, check_ckpt_path, find_weights
+from eomt.inference.saved import BASE_FILE, find_weights
 from eomt.models.checkpoint import (
     CLASS_HEAD,
     NOT_WEIGHTS,
@@ -41,7 +41,7 @@ from eomt.models.checkpoint import (
 from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.eomt_names import bare
 from eomt.settings.formats import EVALUATION, SUMMARY, read_format
-from eomt.settings.hub import local_path
+from eomt.settings.hub import check_ckpt_path, local_path
 from eomt.training.index_check import check_indices, indices_of
 
 if TYPE_CHECKING:

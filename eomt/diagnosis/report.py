@@ -10,8 +10,9 @@ from yaml import YAMLError
 
 from eomt.command_line import one_sentence, quiet_libraries
 from eomt.files import write_json
-from eomt.inference.saved import check_ckpt_path, find_weights, run_of
+from eomt.inference.saved import find_weights, run_of
 from eomt.settings.compose import check_data_for, data_of_run, names_data, open_data
+from eomt.settings.hub import check_ckpt_path
 
 if TYPE_CHECKING:  # mistakes are told before torch is there
     from eomt.data.datamodule import SegmentationDataModule

@@ -4,6 +4,7 @@ import glob
 import re
 from pathlib import Path
 
+from eomt.command_line import not_found
 from eomt.data.listing import Listing, list_pictures, match_pictures
 from eomt.files import PICTURES, check_place
 from eomt.inference.video import VIDEOS, Video
@@ -67,7 +68,7 @@ def _list_files(source: Path) -> Listing:
         return Listing(source.parent, [(source.name,)] if source.suffix.lower() in PICTURES else [])
     if glob.has_magic(str(source)):
         return match_pictures(source)
-    raise FileNotFoundError(f"{source}: no such file or folder")
+    raise FileNotFoundError(not_found(source))
 
 
 def _submission_name(path: Path) -> str:

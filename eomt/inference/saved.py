@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eomt import __version__
-from eomt.command_line import did_you_mean
+from eomt.command_line import did_you_mean, not_found
 from eomt.files import read_json, restored
 from eomt.lora.saved_config import CONFIG_FILE as ADAPTER_CONFIG
 from eomt.settings.backbone_files import places_in
@@ -14,11 +14,13 @@ from eomt.settings.config_check import argument_types, check_type
 from eomt.settings.eomt_files import read_eomt_file
 from eomt.settings.eomt_names import PUBLISHED
 from eomt.settings.formats import ARTEFACT, SUMMARY, read_format, refuse_exported
-from eomt.settings.hub import here, local_path, named_on_hub
+from eomt.settings.hub import here, named_on_hub
 from eomt.settings.model import ModelSettings
 from lora_config import import_peft
 
 ARTEFACTS = ("adapter", "model")  # folders that a run ships one of
+SAVED = "give the adapter/ or model/ folder of a run, the run's folder, or its checkpoints/best.ckpt"
+NO_WEIGHTS = (".yaml", ".yml", ".json", ".csv", ".txt", ".md", ".log", ".png", ".jpg", ".jpeg")
 EXTRACTION_FILE = "extraction.json"  # beside an adapter that was made out of a full fine-tune
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",
@@ -42,12 +44,13 @@ def find_artefact(path: str | Path) -> Path:
             return path
         if (path.parent / CONFIG_FILE).is_file():
             raise ValueError(f"{path} is a part of what was saved: give its folder, {path.parent}")
+        if path.suffix in NO_WEIGHTS:
+            raise ValueError(f"{path} is no saved network: {SAVED}")
         refuse_exported(path)
         refuse_other_program(path)
         raise ValueError(bare_weights(path))
     if not path.exists():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
+        raise FileNotFoundError(not_found(path))
     if (path / CONFIG_FILE).is_file():
         return path
     found = [folder for name in ARTEFACTS if ((folder := restored(path / name)) / CONFIG_FILE).is_file()]
@@ -55,10 +58,7 @@ def find_artefact(path: str | Path) -> Path:
         raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
     if not found:
         refuse_other_program(path)
-        raise FileNotFoundError(
-            f"{path} has no {CONFIG_FILE}, and no adapter/ or model/ with one: give the adapter/ or model/ folder of a "
-            "run, the run's folder, or its checkpoints/best.ckpt"
-        )
+        raise FileNotFoundError(f"{path} has no {CONFIG_FILE}, and no adapter/ or model/ with one: {SAVED}")
     return found[0]
 
 
@@ -224,9 +224,3 @@ def check_shipped(directory: Path) -> None:
             f"{directory} is another network ({found[:12]}) than {file} tells of ({wanted[:12]}): its scores would be "
             "taken for those of that run; put the run's own artefact back, or move this one out of the run's folder"
         )
-
-
-def check_ckpt_path(ckpt_path: str | Path | None) -> None:
-    """Raises FileNotFoundError where weights are named that are not there."""
-    if ckpt_path and not local_path(ckpt_path).exists():
-        raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file or folder")

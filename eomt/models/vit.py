@@ -234,7 +234,8 @@ def create_backbone(
         raise ConnectionError(
             f"pretrained weights of {name!r} could not be loaded ({reason}); "
             "ways out: connect to the hub, give a backbone with backbone_weights=FILE or an EoMT checkpoint with "
-            "ckpt_path=FILE pretrained=false, or train from random weights with pretrained=false"
+            "ckpt_path=FILE pretrained=false, or train from random weights with pretrained=false (on a command line "
+            "model.pretrained=false, and so on)"
         ) from error
     if getattr(backbone, "rope_mixed", False) or not all(hasattr(block, "attn") for block in backbone.blocks):
         raise ValueError(no_plain_vit)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import one_sentence
+from eomt.command_line import not_found, one_sentence
 from eomt.files import read_json, read_pickle, read_tensors
 from eomt.settings.formats import refuse_exported
 from eomt.settings.hub import local_path
@@ -24,7 +24,7 @@ def weight_files(path: str | Path) -> list[Path]:
     """
     path = local_path(path)
     if not path.exists():
-        raise FileNotFoundError(f"backbone_weights {path}: no such file or folder")
+        raise FileNotFoundError(f"backbone_weights {not_found(path)}")
     refuse_exported(path)
     if not path.is_dir():
         return parts_of(path)

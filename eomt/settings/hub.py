@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from eomt.command_line import one_sentence
+from eomt.command_line import not_found, one_sentence
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,12 @@ def local_path(place: str | Path) -> Path:
     """
     found = hub_place(pinned(place))
     return _fetched(found) if found else Path(place).expanduser()
+
+
+def check_ckpt_path(ckpt_path: str | Path | None) -> None:
+    """Raises FileNotFoundError where weights are named that are not there."""
+    if ckpt_path and not (path := local_path(ckpt_path)).exists():
+        raise FileNotFoundError(f"ckpt_path {not_found(path)}")
 
 
 def here(path: str | Path) -> Path:

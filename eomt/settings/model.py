@@ -16,7 +16,7 @@ from eomt.indices import IGNORE
 from eomt.lora.methods import METHODS, check_method_name
 from eomt.settings.backbone_choice import check_backbone_weights, check_no_backbone, choose_backbone
 from eomt.settings.formats import refuse_exported
-from eomt.settings.hub import local_path, pinned
+from eomt.settings.hub import check_ckpt_path, local_path, pinned
 from eomt.settings.start import taken_over
 from lora_config import LoRASettings
 
@@ -311,8 +311,7 @@ class ModelSettings(NetworkSettings, AdapterSettings, OptimizerSettings, LossSet
     def check(self) -> None:
         """See `Checked.check`."""
         check_img_size(self.img_size, self.patch_size)
-        if self.ckpt_path and not local_path(self.ckpt_path).exists():
-            raise FileNotFoundError(f"ckpt_path {self.ckpt_path}: no such file or folder")
+        check_ckpt_path(self.ckpt_path)
         if self.ckpt_path:
             refuse_exported(local_path(self.ckpt_path))
             check_no_backbone(self.ckpt_path)

@@ -72,8 +72,15 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
     if missing:
         raise ValueError(required(missing))
     if config["resume"] not in (None, "auto") and not Path(config["resume"]).is_file():
-        raise FileNotFoundError(f"resume {config['resume']}: no such checkpoint; resume=auto finds the newest one")
+        raise FileNotFoundError(no_checkpoint(Path(config["resume"])))
     check_data(config["data"], any_target)
+
+
+def no_checkpoint(path: Path) -> str:
+    """The sentence for a `resume` that is no file."""
+    if not path.is_dir():
+        return f"resume {path}: no such checkpoint; resume=auto finds the newest one in output_dir"
+    return f"resume {path} is a folder, a checkpoint is meant: in a run's folder output_dir=FOLDER resume=auto goes on"
 
 
 def check_options(config: Mapping[str, Any]) -> None:
