@@ -145,6 +145,7 @@ def quiet_libraries() -> None:
     for name in ("bitsandbytes", "torch.utils._pytree"):  # that faster kernels exist; what torchao registers
         logging.getLogger(name).setLevel(logging.ERROR)
     notes = "LeafSpec|num_workers|logging interval|is not empty|before the epoch ended|use .self.log|WeightAveraging"
+    notes += "|supported for historical reasons"
     warnings.filterwarnings("ignore", message=f".*({notes}).*")
 
 

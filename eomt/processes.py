@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from eomt.command_line import quoted, unquoted
+from eomt.command_line import quote_path, quoted, unquoted
 from eomt.places import INSTALLED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -168,7 +168,7 @@ def _wait_for_parent() -> None:
 
 def command_to_continue(words: Sequence[str], output_dir: Path) -> str:
     """Returns the command that goes on in the folder of a run that was started with these words."""
-    kept = [word for word in words if not word.lstrip("+").startswith(("output_dir=", "resume="))]
+    kept = [word for word in words if not word.lstrip("+").startswith(("output_dir=", "resume=", "hydra.sweep.dir="))]
     program = ["eomt", "train"] if INSTALLED else ["python", sys.argv[0]]
     return shlex.join([*program, *map(_plain, kept), _plain(f"output_dir={quoted(output_dir)}"), "resume=auto"])
 
@@ -176,7 +176,8 @@ def command_to_continue(words: Sequence[str], output_dir: Path) -> str:
 def _plain(word: str) -> str:
     """An override without quotes that it does not need."""
     key, _, value = word.partition("=")
-    return f"{key}={unquoted(value)}" if re.fullmatch(r"[\w./-]+", unquoted(value)) else word
+    plain = f"{key}={unquoted(value)}"
+    return plain if re.fullmatch(r"[\w./-]+", unquoted(value)) or quote_path(plain, sweeps=True) == word else word
 
 
 def report_interruption(stopped: Interrupted) -> int:

@@ -14,6 +14,8 @@ import _checkout  # noqa: F401
 from eomt.command_line import reports_errors
 from eomt.diagnosis.merging import merge_and_check
 from eomt.flags import add_output_dir, output_dir, script_parser, script_words
+from eomt.inference.saved import run_of
+from eomt.places import as_typed
 
 EXAMPLES = """examples:
   python scripts/merge_lora.py outputs/lora/adapter outputs/lora/model_merged
@@ -29,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with one sentence."""
     args = parse(argv)
     merge_and_check(args.adapter, args.out, args.images, args.tolerance, args.ckpt_path, args.backbone_weights)
-    print(
-        f"Next:   python scripts/evaluate.py {args.out} data=NAME\n"
-        f"        python train_with_lora.py variant=none model.ckpt_path={args.out}"
-    )
+    data = "" if (run_of(args.out) / "config.yaml").is_file() else " data=NAME data.key=value"
+    print(as_typed(f"Next:   python scripts/evaluate.py {args.out}{data}"))
+    print(as_typed(f"        python scripts/predict.py {args.out} photos/ predictions/"))
     return 0
 
 

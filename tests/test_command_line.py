@@ -20,6 +20,7 @@ from torch._utils import ExceptionWrapper
 
 from eomt.cli import main as eomt
 from eomt.command_line import not_found, one_sentence, quote_path, unquoted
+from eomt.comparison import matrix
 from eomt.comparison.matrix import parse_matrix, read_source
 from eomt.flags import FLAGS, translate_flags
 from eomt.inference.saved import find_artefact
@@ -290,6 +291,8 @@ def test_a_named_configuration_and_plain_overrides_pass_unchanged():
         (["data.root=/nowhere"], 1, "/nowhere/leftImg8bit_trainvaltest.zip"),
         (["data.root=/x", "resume=gone.ckpt"], 1, "gone.ckpt: no such checkpoint"),
         (["data.root=/x", "--ckpt_path", "gone.bin"], 1, "gone.bin: no such file"),
+        (["--epochs", "ten"], 1, "trainer.max_epochs 'ten': should be a number, at least 1, or -1 with max_steps"),
+        (["model.use_lora=yes"], 1, "model.use_lora 'yes': should be a valid boolean, true or false"),
         (["data.root=/x", "patience=ten"], 1, "patience 'ten': should be a valid integer"),
         (["data.root=/x", "trainer.strategy=fsdp"], 1, "use ddp"),
         (["data.root=/x", "~callbacks.audit"], 1, "callbacks.audit cannot be left out"),
@@ -469,11 +472,37 @@ def test_further_configurations_may_lie_in_a_folder_with_an_odd_name(tmp_path):
         "[experiment=camvid_day, data.root=/d]",
         "experiment=camvid_day,data.root=/d",
         "camvid_day data.root=/d",
+        "'experiment=camvid_day data.root=/d'",
     ],
 )
 def test_the_source_of_a_matrix_may_be_written_in_several_ways(text):
     assert read_source(text) == ["experiment=camvid_day", "data.root=/d"]
     assert parse_matrix([f"source={text}"], "cityscapes")[0]["source"] == ["experiment=camvid_day", "data.root=/d"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["source=experiment=camvid_dey"],
+            'source="experiment=camvid_dey": experiment=camvid_dey is not there; did you',
+        ),
+        (
+            ["source=experiment=camvid_day", "data.root=/d"],
+            'source="experiment=camvid_day": data.root is required: .*; what describes this data stands within',
+        ),
+        (
+            ["source=experiment=camvid_day data.root=/d"],
+            'source="experiment=camvid_day data.root=/d": CamVid needs .*/d',
+        ),
+        (["source.experiment=camvid_day"], "source.experiment=camvid_day: write source="),
+    ],
+)
+def test_a_source_that_cannot_be_had_is_told_before_any_data_is_read(words, sentence, monkeypatch):
+    monkeypatch.setattr(matrix, "build_data", lambda *_: pytest.fail("data was read"))
+    with pytest.raises(ValueError, match=sentence):
+        facts = parse_matrix(["experiment=camvid_day", "variants=[head]", *words], "cityscapes")[0]
+        matrix.check_matrix(facts, lambda config: None)
 
 
 def test_lists_in_a_source_stay_whole_and_what_is_no_data_set_is_refused():

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from eomt.anomaly.benchmarks import BENCHMARKS
+from eomt.comparison import evaluations
 from eomt.comparison.bootstrap import (
     bootstrap_iou,
     image_weights,
@@ -497,11 +498,14 @@ def test_an_untrained_run_stands_beside_every_seed_that_starts_from_its_weights(
         assert compare(load_runs([tmp_path]))["none"].delta_seeds == 2, "that one starts elsewhere, or does not tell"
 
 
-def test_the_same_variant_and_seed_twice_names_both_folders(tmp_path):
+def test_the_same_variant_and_seed_twice_names_both_folders_before_one_is_evaluated(tmp_path, monkeypatch):
     for name in ("first", "second"):
         write_run(tmp_path / name, "full")
     with pytest.raises(ValueError, match=r"full seed 0 occurs twice, in .*first and .*second"):
         compare(load_runs([tmp_path]))
+    monkeypatch.setattr(evaluations, "outdated", lambda *_: pytest.fail("a run was looked at for its evaluation"))
+    with pytest.raises(ValueError, match="full seed 0 occurs twice"):
+        evaluations.report_runs([tmp_path], tmp_path / "report", None, None, allow_different=False)
 
 
 # ---------------------------------------------------------------------------------------------------- comparability

@@ -280,8 +280,19 @@ def test_the_command_that_goes_on_names_the_folder_and_quotes_what_needs_it(monk
     monkeypatch.setattr(sys, "argv", ["train_with_lora.py"])
     words = ["data.root='/a b'", "data.masks='/c'", "+resume=x", "output_dir='old'", "model.img_size=[64,64]"]
     assert command_to_continue(words, Path("runs/1")) == (
-        "python train_with_lora.py 'data.root='\"'\"'/a b'\"'\"'' data.masks=/c 'model.img_size=[64,64]' "
+        "python train_with_lora.py 'data.root=/a b' data.masks=/c 'model.img_size=[64,64]' "
         "output_dir=runs/1 resume=auto"
+    )
+    words = [
+        "--multirun",
+        "model.name='a, b'",
+        "data.mask_template='{name}_m'",
+        "hydra.sweep.dir='old'",
+        "data.root='a,b'",
+    ]
+    assert command_to_continue(words, Path("old")) == (
+        "python train_with_lora.py --multirun 'model.name='\"'\"'a, b'\"'\"'' 'data.mask_template={name}_m' "
+        "'data.root='\"'\"'a,b'\"'\"'' output_dir=old resume=auto"
     )
 
 

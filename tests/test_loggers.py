@@ -25,6 +25,7 @@ from eomt.command_line import LogFile, ScreenLog
 from eomt.files import Tolerated
 from eomt.reporting.loggers import EventFile, MetricsFile
 from eomt.reporting.wandb_logger import wandb_logger
+from eomt.settings.compose import compose_run
 from eomt.settings.sweeps import name_job, report_sweep
 from eomt.training.callbacks import RunProgressBar
 from eomt.training.class_scores import score_words
@@ -213,6 +214,13 @@ def test_tensorboard_has_pictures_and_named_learning_rates_and_no_figure_without
     assert sorted(rates) == [f"lr/{name}" for name in trained]
     first = rows(tmp_path / "run" / "metrics.csv")[0]
     assert all(float(first[name]) > 0 or name == "lr/backbone" for name in rates)
+
+
+def test_tensorboard_calls_the_runs_of_a_sweep_by_what_they_vary(tmp_path):
+    events = EventFile(tmp_path, name="tensorboard", version="", job="1 model.ckpt_path=/a/b")
+    assert Path(events.log_dir) == tmp_path / "tensorboard" / "1 model.ckpt_path=_a_b"
+    assert Path(EventFile(tmp_path, name="tensorboard", version="", job=None).log_dir) == tmp_path / "tensorboard"
+    assert compose_run(["logger=tensorboard", "job=3 x"]).logger.tensorboard.job == "3 x"
 
 
 def test_a_metric_that_is_no_number_is_an_empty_cell(tmp_path):

@@ -85,7 +85,8 @@ def test_the_command_compares_on_the_runs_own_validation_images(adapter, toy_cac
     result = run(adapter.parent, tmp_path / "merged")
     assert result.returncode == 0, result.stderr
     assert "Merged 6 layers" in result.stdout and "on 3 crops" in result.stdout
-    assert f"variant=none model.ckpt_path={tmp_path / 'merged'}" in result.stdout
+    assert f"scripts/evaluate.py {tmp_path / 'merged'} data=NAME data.key=value" in result.stdout
+    assert f"scripts/predict.py {tmp_path / 'merged'} photos/ predictions/" in result.stdout
     expected, merged = outputs(open_(adapter)), outputs(open_(tmp_path / "merged"))
     assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()
 

@@ -83,9 +83,12 @@ def report_runs(
     `costs` is a folder of runs to take seconds and memory from, where each had the machine for itself.
     """
     from eomt.comparison.runs import load_runs, matrix_of
+    from eomt.comparison.statistics import check_unique
 
     check_place(output)
-    for run in load_runs(folders):
+    runs = load_runs(folders)
+    check_unique(runs)
+    for run in runs:
         folder = matrix_of(run.path)
         matrix = {"source": [], "anomaly": []} | (read_format(folder / "matrix.json", MATRIX) if folder else {})
         if run.error is None and outdated(run.path, run.path / "evaluation" / "target.json"):

@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted
+from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted, unquoted
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
 from eomt.comparison.tuning import FOLDER, choose_settings, grid_for, read_grid, read_tuning, setting_words, trial_words
 from eomt.files import write_json
 from eomt.places import CONFIGS, as_typed
-from eomt.settings.compose import build_data, compose_run, configurations, matrix_name, open_data
+from eomt.settings.compose import build_data, check_named_data, compose_run, configurations, matrix_name, open_data
 from eomt.settings.formats import CELL, MATRIX, read_format, stamped
 from eomt.settings.hydra_errors import explain_config
 
 VARIANTS = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml") if path.stem != "base")
+SOURCE = 'source="experiment=NAME data.root=..." or source="data=NAME data.key=value ..."'
 OWN_KEYS = {  # what a matrix sets itself, or what would make its runs unequal
     "variant": "give variants=[...]",
     "seed": "give seeds=[...]",
@@ -117,6 +118,8 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
             facts[key] = path and os.path.abspath(os.path.expanduser(path))
         elif key.startswith("hydra"):
             launcher.append(word)
+        elif key.startswith("source."):
+            raise ValueError(f"{word}: write {SOURCE}")
         elif key in OWN_KEYS:
             raise ValueError(f"{word}: this is not for a matrix to be told: {OWN_KEYS[key]}")
         else:
@@ -132,6 +135,7 @@ def read_source(text: str) -> list[str]:
     Raises:
         ValueError: a word that is none of this.
     """
+    text = unquoted(text.strip())  # of quotes within those that the shell took off
     text = re.sub(
         r",\s*(?=[\w./]+=)", " ", text.strip().removeprefix("[").removesuffix("]") if text[:1] == "[" else text
     )
@@ -140,13 +144,20 @@ def read_source(text: str) -> list[str]:
         if "=" not in word:
             groups = [group for group in ("experiment", "data") if (CONFIGS / group / f"{word}.yaml").is_file()]
             if not groups:
-                raise ValueError(
-                    f'source="{text}": {word} is no data set or experiment; write source="experiment=NAME '
-                    'data.root=..." or source="data=NAME data.key=value ..."'
-                )
+                raise ValueError(f'source="{text}": {word} is no data set or experiment; write {SOURCE}')
             word = f"{groups[0]}={word}"
         words.append(word)
     return words
+
+
+def check_source(words: Sequence[str]) -> None:
+    """Raises ValueError where the data that start weights come from cannot be had, as far as is known without torch."""
+    try:
+        if words:
+            check_named_data(words)
+    except (ValueError, OSError) as error:
+        whole = f'source="{" ".join(words)}"'
+        raise ValueError(f"{whole}: {error}; what describes this data stands within its quotes") from error
 
 
 def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +202,7 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
                 check_variant(cell["variant"], config)
             check(config)
             configs[OmegaConf.to_yaml(config.data)] = config
+        check_source(facts["source"])
         for config in configs.values():
             build_data(config, "see --help").check_files()
         if facts["source"]:

@@ -217,7 +217,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
         ValueError: two runs share variant and seed, no run has a score, the baseline is none of those that have, or no
             run has the anomaly score that was asked for.
     """
-    _check_unique(runs)
+    check_unique(runs)
     names = list(dict.fromkeys(run.variant for run in runs))
     variants = [
         Variant(
@@ -262,7 +262,8 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
     )
 
 
-def _check_unique(runs: Sequence[Run]) -> None:
+def check_unique(runs: Sequence[Run]) -> None:
+    """Raises ValueError where two runs share variant and seed."""
     seen: dict[tuple[str, int | None], Run] = {}
     for run in runs:
         other = seen.setdefault((run.variant, run.seed), run)

@@ -16,6 +16,8 @@ from PIL import Image
 
 from eomt.files import Tolerated, replacing
 
+LONGEST = 200  # letters of a folder that is called by a job; file systems take 255 bytes
+
 
 class MetricsFile(Logger):
     """`metrics.csv`, a row for each set of metrics, over all parts of a run; rows that cannot be written wait.
@@ -61,9 +63,16 @@ class MetricsFile(Logger):
 
 
 class EventFile(TensorBoardLogger):
-    """TensorBoard's events; after an error, of which the first is warned, they go on in a new file."""
+    """TensorBoard's events; after an error, of which the first is warned, they go on in a new file.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    Args:
+        job: what tells the run from others of its group, by which TensorBoard then calls it.
+        args, options: see `TensorBoardLogger`.
+    """
+
+    def __init__(self, *args: Any, job: str | None = None, **options: Any) -> None:
+        if job:
+            options["version"] = job.replace(os.sep, "_")[:LONGEST]
         super().__init__(*args, **options)
         self.tolerated = Tolerated("tensorboard/")
 

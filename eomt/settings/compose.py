@@ -268,10 +268,17 @@ def data_for(run: Path, overrides: Sequence[str], img_size: Sequence[int]) -> tu
     return open_data(overrides, img_size, batch_size=1) if names_data(overrides) else data_of_run(run, overrides)
 
 
+def check_named_data(overrides: Sequence[str]) -> None:
+    """Raises what `open_data` would, as far as it is known without torch."""
+    _check_described(*_compose_data(overrides, [64, 64], 1)[1:])
+
+
 def check_data_for(run: Path, overrides: Sequence[str]) -> None:
     """Raises what `data_for` would, as far as it is known without torch."""
-    described = _compose_data(overrides, [64, 64], 1) if names_data(overrides) else _read_data_of_run(run, overrides)
-    _check_described(*described[1:])
+    if names_data(overrides):
+        check_named_data(overrides)
+    else:
+        _check_described(*_read_data_of_run(run, overrides)[1:])
 
 
 def build_data(config: Any, remedy: str) -> Any:

@@ -154,6 +154,7 @@ def check_type(value: Any, hint: Any, path: str) -> None:
     except ValidationError as error:
         details = error.errors()
         wanted = " or ".join(dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in details))
+        wanted += ", true or false" * any(detail["type"].startswith("bool") for detail in details)
         if any(detail["type"] == "string_type" and isinstance(detail["input"], float) for detail in details):
             wanted += '; put it in quotes, ["0016E5"], because YAML reads 0016E5 as a number'
         raise ValueError(f"{path} {value!r}: should be {wanted}") from error

@@ -55,6 +55,7 @@ NUMBERS = {  # of Lightning's trainer: their rule, and whether a value holds it
     "devices": ("at least 1, or -1 for all", lambda value: value >= 1 or value == -1),
     "num_nodes": AT_LEAST_1,
 }
+OR_TEXT = ("devices", "num_nodes", "val_check_interval")  # auto, 0,1 and times
 TAKEN = {  # arguments of the trainer that a run has no use for, or gives itself: what to do
     "logger": "choose loggers with logger=csv, tensorboard or wandb",
     "callbacks": "they stand in the part callbacks: +callbacks.NAME={_target_: ...}",
@@ -92,6 +93,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
             raise ValueError(f"trainer.{name} {trainer[name]}: a run does without; {remedy}")
     for name, (rule, holds) in NUMBERS.items():
         value = trainer.get(name)
+        if isinstance(value, str) and name not in OR_TEXT:
+            raise ValueError(f"trainer.{name} {value!r}: should be a number, {rule}")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not holds(value):
             raise ValueError(f"trainer.{name} {value}: {rule}")
     if trainer.get("precision") not in PRECISIONS:
