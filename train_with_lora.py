@@ -89,8 +89,11 @@ def fit(cfg, output_dir: Path, interruption: Interruption) -> dict[str, Any]:  #
             validate_last_step(trainer, module, datamodule)
     finally:  # a run that fails leaves its summary, too, and a signal waits for it
         with interruption.waiting():
-            summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
-            finish_loggers(trainer.loggers)
+            ended_well = sys.exc_info()[1] is None
+            try:
+                summary = finish_run(trainer, module, datamodule, callbacks, seed=cfg.seed, start=start)
+            finally:
+                finish_loggers(trainer.loggers, ended_well)
     interruption.check()
     return summary
 
@@ -100,7 +103,24 @@ def prepare(cfg, output_dir: Path) -> Any:  # noqa: ANN001
     cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
     check_composed(cfg, output_dir)
+    check_lora_asked(cfg)
     return cfg
+
+
+def check_lora_asked(cfg) -> None:  # noqa: ANN001
+    """Warns of LoRA settings on the command line of a run without LoRA; raises ValueError where a sweep varies them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from eomt.settings.run import unread_lora
+
+    if cfg.model.get("use_lora") is not False or cfg.get("variant") or not HydraConfig.initialized():
+        return
+    unread = unread_lora(HydraConfig.get().overrides.task)
+    sentence = f"{', '.join(unread)} without LoRA, nothing reads it: add --use_lora, or leave it out"
+    if any(word.lstrip("+") in str(cfg.get("job")) for word in unread):
+        raise ValueError(sentence)
+    if unread:
+        log.warning("%s", sentence)
 
 
 def choose_lora(cfg) -> Any:  # noqa: ANN001

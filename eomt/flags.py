@@ -277,6 +277,7 @@ class ScriptParser(argparse.ArgumentParser):
 
 def script_parser(description: str | None, epilog: str = "", **options: Any) -> argparse.ArgumentParser:
     """Returns the parser of a script, whose `--help` looks as `help_style` says."""
+    options |= {"usage": as_typed(options["usage"])} if "usage" in options else {}
     return ScriptParser(**help_style(description, epilog), **options)
 
 

@@ -113,7 +113,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--fix-exif", nargs="?", choices=views, const="auto", help=help)
     args = parser.parse_intermixed_args(script_words(argv))
     if not args.init and not any(override.startswith(("data=", "experiment=")) for override in args.overrides):
-        parser.error("name a dataset: data=" + ", data=".join(datasets_known()))
+        known = ", data=".join(datasets_known())
+        parser.error(
+            f"name a dataset: data={known}; two folders of your own are data=folder data.images=... "
+            "data.masks=... data.classes=..., or --init IMAGES MASKS for a class file"
+        )
     if args.fix_exif and (args.init or "data=folder" not in args.overrides):
         parser.error("--fix-exif goes with data=folder")
     ending = [word for word in args.overrides if word.startswith("data.image_template=") and "." in word.split("=")[1]]

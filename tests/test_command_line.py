@@ -242,6 +242,27 @@ def test_a_command_is_found_by_the_name_of_its_script(word, name, capsys):
     assert f"eomt has no command {word}; did you mean {name}?" in capsys.readouterr().err
 
 
+def test_settings_of_lora_without_lora_are_warned_of_and_no_sweep(caplog, tmp_path):
+    import train_with_lora
+
+    toys = ["experiment=toy_source", f"output_dir={tmp_path}/run"]
+
+    def prepared(*words, job=None):
+        caplog.clear()
+        config = compose_run([*toys, *words])
+        config.job = job
+        train_with_lora.prepare(config, tmp_path / "run")
+        return caplog.text
+
+    sentence = "model.lora_rank=4 without LoRA, nothing reads it: add --use_lora, or leave it out"
+    assert sentence in prepared("model.lora_rank=4")
+    assert sentence in prepared("model.lora_rank=4", job="1 seed=2")
+    with pytest.raises(ValueError, match=sentence):
+        prepared("model.lora_rank=4", job="0 model.lora_rank=4")
+    for words in (["model.use_lora=true"], ["model.use_lora=false"], ["variant=head"], ["lora=small"]):
+        assert "without LoRA" not in prepared("model.lora_rank=4", *words)
+
+
 def test_a_sweep_over_a_mistyped_key_leaves_no_folder(tmp_path, monkeypatch, capsys):
     import train_with_lora
 

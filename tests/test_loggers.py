@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from eomt.command_line import LogFile, ScreenLog
 from eomt.files import Tolerated
-from eomt.reporting.loggers import EventFile, MetricsFile
+from eomt.reporting.loggers import EventFile, MetricsFile, finish_loggers
 from eomt.reporting.wandb_logger import wandb_logger
 from eomt.settings.compose import compose_run
 from eomt.settings.sweeps import name_job, report_sweep
@@ -228,7 +228,9 @@ def test_a_metric_that_is_no_number_is_an_empty_cell(tmp_path):
     assert rows(tmp_path / "metrics.csv") == [{"loss": "", "step": "3", "val/miou": "0.5"}]
 
 
-def test_a_run_of_wandb_is_named_by_what_it_varies_and_leaves_out_tags_that_are_none(monkeypatch):
+def test_a_run_of_wandb_is_named_by_what_it_varies_without_tags_that_are_none_and_ends_as_the_run_did(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     made = wandb_logger(name="camvid_head", job="1 seed=2", group="sweep", job_type="train", tags=[None, "camvid"])
     init = made._wandb_init
@@ -236,6 +238,11 @@ def test_a_run_of_wandb_is_named_by_what_it_varies_and_leaves_out_tags_that_are_
     assert {key: init[key] for key in wanted} == wanted
     assert "anonymous" not in init, "wandb warns of it, whatever its value"
     made.finish()  # where nothing was begun
+    codes = []
+    for ended_well in (True, False):
+        made._experiment = SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+        finish_loggers([made, MetricsFile(tmp_path)], ended_well)
+    assert codes == [0, 1]
 
 
 @pytest.mark.parametrize(

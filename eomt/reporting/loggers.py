@@ -119,10 +119,10 @@ class EventFile(TensorBoardLogger):
                 super().finalize(status)
 
 
-def finish_loggers(loggers: Sequence[Logger]) -> None:
+def finish_loggers(loggers: Sequence[Logger], ended_well: bool = True) -> None:
     """Ends what a logger keeps open beyond the fit, so that the next run of this process begins one of its own."""
     for logger in loggers:
-        getattr(logger, "finish", lambda: None)()
+        getattr(logger, "finish", lambda ended_well: None)(ended_well)
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -20,10 +20,10 @@ class WandbRun(WandbLogger):
         super().__init__(**options)
         self._wandb_init.pop("anonymous", None)  # which Lightning passes on, and of which wandb warns
 
-    def finish(self) -> None:
-        """Ends the run of wandb, if one was begun."""
+    def finish(self, ended_well: bool = True) -> None:
+        """Ends the run of wandb, if one was begun; wandb shows it as finished or as failed."""
         if self._experiment is not None:
-            self._experiment.finish()
+            self._experiment.finish(exit_code=int(not ended_well))
 
 
 def wandb_logger(

@@ -76,6 +76,14 @@ def check_run(config: Mapping[str, Any], missing: Collection[str] = ()) -> None:
     check_data(config["data"], any_target)
 
 
+def unread_lora(words: Sequence[str]) -> list[str]:
+    """The words `model.lora_...=` of a command line that does not say itself whether there is LoRA."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in words]
+    if "model.use_lora" in keys:
+        return []
+    return [word for word, key in zip(words, keys, strict=True) if key.startswith("model.lora_") and "=" in word]
+
+
 def no_checkpoint(path: Path) -> str:
     """The sentence for a `resume` that is no file."""
     if not path.is_dir():
