@@ -102,18 +102,19 @@ def prepare(cfg, output_dir: Path) -> Any:  # noqa: ANN001
     """Returns the configuration, completed and checked; the run's folder is not touched before."""
     cfg = choose_lora(cfg)
     cfg.output_dir = str(output_dir)  # under --multirun each job has its own
-    check_composed(cfg, output_dir)
     check_lora_asked(cfg)
+    check_composed(cfg, output_dir)
     return cfg
 
 
 def check_lora_asked(cfg) -> None:  # noqa: ANN001
     """Warns of LoRA settings on the command line of a run without LoRA; raises ValueError where a sweep varies them."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from eomt.settings.run import unread_lora
 
-    if cfg.model.get("use_lora") is not False or cfg.get("variant") or not HydraConfig.initialized():
+    if OmegaConf.select(cfg, "model.use_lora") is not False or cfg.get("variant") or not HydraConfig.initialized():
         return
     unread = unread_lora(HydraConfig.get().overrides.task)
     sentence = f"{', '.join(unread)} without LoRA, nothing reads it: add --use_lora, or leave it out"

@@ -111,7 +111,7 @@ def test_a_first_image_that_is_wrong_says_what_lists_and_mends_the_others(read, 
     for path in sorted((tmp_path / "images").rglob("*.jpg")):
         turned.save(path, exif=turned.getexif())
     with pytest.raises(
-        ValueError, match=r"--fix-exif \(2 are wrong of 2 pairs looked at, of 4 in all: scripts/dataset_rep"
+        ValueError, match=r"--fix-exif \(2 of 2 pairs looked at are wrong, of 4 in all: scripts/dataset_rep"
     ):
         read(BY_ID, [[7, 8]], count=4)
 

@@ -218,7 +218,7 @@ def test_an_error_of_the_sample_says_how_many_pairs_are_wrong(sample, said):
         said(train, [sample("v", 0, 1)])
     for name in "13":
         os.truncate(train[int(name)].label.path, 40)
-    with pytest.raises(ValueError, match=r"1_mask\.png cannot be .* \(2 are wrong of 6 pairs looked at, of 6 in all"):
+    with pytest.raises(ValueError, match=r"1_mask\.png cannot be .* \(2 of 6 pairs looked at are wrong, of 6 in all"):
         said(train, [sample("v", 0, 1)])
 
 

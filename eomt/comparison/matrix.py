@@ -194,6 +194,7 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
     if not facts["images"] or not all(n == "all" or (isinstance(n, int) and n > 0) for n in facts["images"]):
         raise ValueError(f"images {facts['images']}: numbers of training images, or all")
     configs: dict[str, Any] = {}  # by what they say of the data
+    check_source(facts["source"])
     try:
         facts["cells"] = plan(facts)
         for cell in (cell for cell in facts["cells"].values() if cell["seed"] == facts["seeds"][0]):
@@ -202,7 +203,6 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
                 check_variant(cell["variant"], config)
             check(config)
             configs[OmegaConf.to_yaml(config.data)] = config
-        check_source(facts["source"])
         for config in configs.values():
             build_data(config, "see --help").check_files()
         if facts["source"]:

@@ -185,10 +185,10 @@ def raise_first(errors: Sequence[Exception], looked: int, total: int) -> None:
         raise errors[0]
     text = str(errors[0]).rstrip(".")
     kind = type(errors[0]) if isinstance(errors[0], OSError) else ValueError
-    wrong = "1 is" if len(errors) == 1 else f"{len(errors):,} are"
+    are = "is" if len(errors) == 1 else "are"
     raise kind(
-        f"{text} ({wrong} wrong of {looked:,} pairs looked at, of {total:,} in all: scripts/dataset_report.py lists "
-        "every fault)"
+        f"{text} ({len(errors):,} of {looked:,} pairs looked at {are} wrong, of {total:,} in all: "
+        "scripts/dataset_report.py lists every fault)"
     ) from errors[0]
 
 
