@@ -363,15 +363,26 @@ def meant(name: str, key: str, parent: Mapping) -> str:
     names = {dotted.replace(".", "_"): dotted for dotted in dotted_names(parent._get_root())}
     leaves: dict[str, str] = {}
     for dotted in names.values():
-        leaves.setdefault(dotted.rpartition(".")[2], dotted)
+        if not dotted.startswith("hydra."):
+            leaves.setdefault(dotted.rpartition(".")[2], dotted)
     word = name.rpartition(".")[2]
     if same := ELSEWHERE.get(word) or leaves.get(word):
         return f"; did you mean {same}?"
+    if choices := choices_with(*name.split(".", 1)):
+        return f": {' or '.join(choices)} has it"
     if name.endswith(key) and (close := did_you_mean(key, parent)):
         return close
     names |= leaves
     close = difflib.get_close_matches(name.replace(".", "_"), names, n=1)
     return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def choices_with(group: str, key: str = "") -> list[str]:
+    """The choices of a group whose configuration has a key: `data=folder`, of `data` and `images`."""
+    import yaml
+
+    files = sorted((CONFIGS / group).glob("*.yaml"))
+    return [f"{group}={file.stem}" for file in files if key in (yaml.safe_load(file.read_text()) or {})]
 
 
 def dotted_names(node: Mapping, prefix: str = "") -> Iterator[str]:

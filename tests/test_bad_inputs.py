@@ -138,7 +138,7 @@ IMAGES = [
         bad.link("data/images/b.png", "gone.png"),
     ),
     Case("no training images", "TRAIN", r"data/images has no picture", bad.folder("data/images")),
-    Case("images are a file", "TRAIN", r"folder .*data/images is not there", bad.write("data/images", "x")),
+    Case("images are a file", "TRAIN", r"data/images is a file, a folder is meant", bad.write("data/images", "x")),
     Case(
         "image to merge on empty",
         "merge_lora.py run out --images photos",
@@ -484,7 +484,7 @@ CONFIGURATIONS = [
         ("logger.csv=3", "logger.csv 3", 1),
         ("callbacks.samples=null", "callbacks.samples None", 1),
         ("model.lora_options={nothing:1} model.use_lora=true", "nothing", 1),
-        ("resume=run", "resume .*run: no such checkpoint", 1),
+        ("resume=run", "resume .*run is a folder, a checkpoint is meant", 1),
         ("resume=run/adapter/adapter_model.safetensors", "resume .*adapter_model", 1),
         ("resume=weights.bin", "resume .*weights.bin: it is no checkpoint of a run", 1),
         ("resume=run/checkpoints/last.ckpt", "resume: the checkpoint was trained with", 1),

@@ -199,6 +199,8 @@ def test_hydras_own_short_options_come_first_with_their_values():
         ("model.batch_size=3", "model.batch_size is not in the configuration; did you mean data.batch_size?"),
         ("optimizer.lr=3", "optimizer.lr is not in the configuration; did you mean model.lr?"),
         ("lora_r=8", "lora_r is not in the configuration; did you mean model.lora_rank?"),
+        ("data.images=x", "data.images is not in the configuration: data=folder has it"),
+        ("trainer.callbacks=3", "trainer.callbacks is not in the configuration; did you mean callbacks?"),
     ],
 )
 def test_an_override_that_cannot_be_names_itself_and_what_was_meant(words, sentence):
