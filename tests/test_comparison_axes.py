@@ -3,27 +3,30 @@
 import csv
 import json
 import shlex
+import shutil
 import statistics
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import yaml
-from test_comparison import confusion, digest, write_run
+from test_comparison import confusion, digest, rewrite, write_failed, write_run
 
+from benchmarks import figures
 from eomt.comparison.axes import by_images
 from eomt.comparison.facts import matrix_command
 from eomt.comparison.matrix import parse_matrix
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
+from eomt.comparison.table import NONE
 from eomt.comparison.tuning import read_tuning
 from eomt.settings.formats import TUNING, stamped
 
 SIZES = {16: 0.2, 64: 0.1, None: 0.0}  # training images, and what they lack in accuracy
 
 
-@pytest.fixture
-def matrix(tmp_path):
+def write_axes(root):
     """Two variants, two seeds, three numbers of images; a choice of the learning rate for each."""
-    root = tmp_path / "matrix"
     (root / "tuning").mkdir(parents=True)
     (root / "matrix.json").write_text(json.dumps({"variants": ["lora_r8", "full"], "seeds": [0, 1]}))
     for variant, quality in (("lora_r8", 0.85), ("full", 0.8)):
@@ -35,7 +38,10 @@ def matrix(tmp_path):
                 config = yaml.safe_load((folder / "config.yaml").read_text()) | {"data": {"train_images": size}}
                 (folder / "config.yaml").write_text(yaml.safe_dump(config))
         scores = {1e-4: 0.5, 1e-3: 0.7, 1e-2: None} if variant == "full" else {1e-4: 0.4, 1e-3: 0.5, 1e-2: 0.6}
-        trials = [{"settings": {"model.lr": lr}, "miou": miou, "steps": 50} for lr, miou in scores.items()]
+        trials = [
+            {"settings": {"model.lr": lr}, "miou": miou, "steps": 50} | {"error": None if miou else "the loss is NaN"}
+            for lr, miou in scores.items()
+        ]
         chosen, edges = (1e-3, {}) if variant == "full" else (1e-2, {"model.lr": "highest"})
         facts = {"variant": variant, "chosen": {"model.lr": chosen}, "edges": edges, "trials": trials, "hold_out": 0.2}
         facts |= {"seed": 0, "data": {"val_images": 73, "train_images": 294}}
@@ -46,9 +52,29 @@ def matrix(tmp_path):
 
 
 @pytest.fixture
-def report(matrix, tmp_path):
-    write_report(load_runs([matrix]), tmp_path / "report", tunings=read_tuning(matrix))
-    return {path.suffix: path.read_text() for path in (tmp_path / "report").iterdir()}
+def matrix(tmp_path):
+    return write_axes(tmp_path / "matrix")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same, which no test changes."""
+    return write_axes(tmp_path_factory.mktemp("whole") / "matrix")
+
+
+@pytest.fixture(scope="module")
+def report(whole, tmp_path_factory):
+    """The texts of its report by their endings, those of Markdown without its escapes; "" is what the console shows."""
+    console = StringIO()
+    with redirect_stdout(console):
+        texts = written(load_runs([whole]), tmp_path_factory.mktemp("report") / "report", tunings=read_tuning(whole))
+    return texts | {"": " ".join(console.getvalue().split())}
+
+
+def written(runs, folder, **options):
+    write_report(runs, folder, **options)
+    texts = {path.suffix: path.read_text() for path in folder.iterdir()}
+    return texts | {".md": texts[".md"].replace("\\", "")}
 
 
 def read_csv(file):
@@ -56,8 +82,8 @@ def read_csv(file):
     return list(csv.DictReader(lines))
 
 
-def test_trials_are_no_runs_and_runs_are_grouped_by_their_images(matrix):
-    assert {size: len(runs) for size, runs in by_images(load_runs([matrix])).items()} == {16: 4, 64: 4, None: 4}
+def test_trials_are_no_runs_and_runs_are_grouped_by_their_images(whole):
+    assert {size: len(runs) for size, runs in by_images(load_runs([whole])).items()} == {16: 4, 64: 4, None: 4}
 
 
 def test_the_headline_is_of_all_images_and_a_table_tells_of_fewer(report):
@@ -79,6 +105,124 @@ def test_the_page_draws_choices_and_scores_by_images(report):
     assert 'alt="mIoU against 16, 64, 367 training images. Means in percent: lora_r8 ' in page
     alt = "mIoU on held-out training images against model.lr. Taken: lora_r8 0.01 (the highest that was tried); full"
     assert f'alt="{alt}' in page
+
+
+def fail(matrix, folder, variant, seed, with_config=True):
+    """Puts a cell that failed in the place of one that finished."""
+    config = (matrix / folder / "config.yaml").read_text()
+    shutil.rmtree(matrix / folder)
+    write_failed(matrix / folder, variant, seed, "NaN in step 3")
+    if with_config:
+        (matrix / folder / "config.yaml").write_text(config)
+    size = folder.split("images_")[1].split("/")[0]
+    rewrite(matrix / folder / "cell.json", command=["python", "train_with_lora.py", f"data.train_images={size}"])
+
+
+@pytest.mark.parametrize("with_config", [True, False], ids=["failed while training", "refused before"])
+def test_where_the_baseline_failed_with_few_images_the_others_are_told_without_a_difference(
+    matrix, tmp_path, with_config
+):
+    for seed in (0, 1):
+        fail(matrix, f"full/images_16/seed_{seed}", "full", seed, with_config)
+    texts = written(load_runs([matrix]), tmp_path / "report")
+    row = next(line for line in texts[".md"].splitlines() if line.startswith("| 16, lora_r8"))
+    assert row.split(" | ")[-2:] == [NONE, f"{NONE} |"] and "±" in row
+    assert not [line for line in texts[".md"].splitlines() if line.startswith("| 16, full")]
+    for kind in (".md", ".tex", ".html"):
+        for seed in (0, 1):
+            text = f"full seed {seed} on 16 images failed and counts in no mean: NaN in step 3"
+            assert text in texts[kind].replace("\\", ""), kind
+        assert "No difference with 16 training images: full has no score there." in texts[kind], kind
+    assert texts[".html"].count("<pre>NaN in step 3</pre>") == 2
+    facts = json.loads(texts[".json"])
+    lora, full = next(part["table"] for part in facts["fewer_images"] if part["training_images"] == 16)
+    assert full["miou_percent"] is None and full["reading"] == NONE
+    assert lora["miou_percent"] and lora.get("difference_points") is None and lora["reading"] == NONE
+    rows = [row.split(" | ") for row in figures.images(facts).splitlines()[2:]]
+    assert rows[0][0] == "| `lora_r8`" and rows[0][1].endswith(f"; {NONE}") and "baseline" not in rows[0][1]
+    assert rows[1][0] == "| `full`" and "±" not in rows[1][1]
+
+
+def test_a_number_of_images_with_which_every_run_failed_is_told(matrix, tmp_path):
+    for variant in ("full", "lora_r8"):
+        for seed in (0, 1):
+            fail(matrix, f"{variant}/images_16/seed_{seed}", variant, seed)
+    texts = written(load_runs([matrix]), tmp_path / "report")
+    assert texts[".md"].count("on 16 images failed and counts in no mean: NaN in step 3") == 4
+    assert "| 64, full" in texts[".md"] and "| 16, " not in texts[".md"]
+
+
+def test_few_images_have_steps_readings_marks_and_warnings_of_their_own(matrix, tmp_path):
+    shutil.rmtree(matrix / "full" / "images_16" / "seed_1")
+    rewrite(matrix / "full" / "images_16" / "seed_0" / "summary.json", steps=50)
+    texts = written(load_runs([matrix]), tmp_path / "report", allow_different=True)
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in texts[".md"].splitlines() if line.startswith("| 16, ")}
+    titles = next(line for line in texts[".md"].splitlines() if line.startswith("| training images, variant"))
+    assert "difference to full (95 % interval), points | reading" in titles
+    assert [row[2] for row in rows.values()] == ["100", "50"], "steps"
+    assert rows["| 16, lora_r8 †"][-1].startswith("above in one seed")
+    for kind in (".md", ".html"):
+        assert "With 16 training images: † Not comparable with the other variants: numbers of steps" in texts[kind]
+        assert "With 16 training images: One seed in the difference of lora_r8" in texts[kind], kind
+        assert "nothing tells how other ones would turn out" in texts[kind], kind
+
+
+def test_every_run_stands_in_the_list_with_its_number_of_images(whole, report):
+    html = report[".html"]
+    for size in (16, 64, None):
+        for seed in (0, 1):
+            folder = whole / "full" / ("" if size is None else f"images_{size}") / f"seed_{seed}"
+            assert html.count(f"<td>{folder}</td>") == 1
+            assert f"<h3>full seed {seed}{'' if size is None else f' on {size} images'}</h3>" in html
+
+
+def test_a_choice_at_the_edge_is_explained_wherever_the_report_is_read(report):
+    words = "Chosen at the edge of what was tried, so that a better value may lie beyond: "
+    words += "lora_r8 model.lr 0.01 (the highest)."
+    for kind in ("", ".md", ".tex", ".html"):
+        assert words in report[kind].replace("\\", ""), kind
+    assert f'<p class="warning">{words}</p>' in report[".html"]
+
+
+def test_variants_that_nothing_was_chosen_for_are_named(matrix, tmp_path):
+    tunings = [tuning for tuning in read_tuning(matrix) if tuning["variant"] == "full"]
+    text = written(load_runs([matrix]), tmp_path / "report", tunings=tunings)[".md"]
+    assert "Settings were chosen for full on training images that were held out; the validation images chose" in text
+    assert "lora_r8 has the experiment's, tuned for no variant in particular." in text
+    assert "chosen for each variant" not in text
+
+
+def test_trials_that_failed_are_told_with_their_reason(report):
+    for kind in ("", ".md", ".tex", ".html"):
+        assert "A trial of full with model.lr 0.01 has no score: the loss is NaN." in report[kind], kind
+
+
+def test_every_value_that_was_tried_stands_in_a_table_and_in_the_json_file(report):
+    assert "| variant | 0.0001 | 0.001 | 0.01 |" in report[".md"]
+    assert "| lora_r8 | 40.00 | 50.00 | 60.00 (taken) |" in report[".md"]
+    assert "| full | 50.00 | 70.00 (taken) | failed |" in report[".md"]
+    tuning = {each["variant"]: each for each in json.loads(report[".json"])["tuning"]}
+    assert [trial["miou"] for trial in tuning["full"]["trials"]] == [0.5, 0.7, None]
+    assert tuning["lora_r8"]["edges"] == {"model.lr": "highest"} and tuning["full"]["hold_out"] == 0.2
+
+
+def test_of_several_settings_each_is_shown_at_the_best_of_the_others_and_that_is_said(matrix, tmp_path):
+    (lora,) = [tuning for tuning in read_tuning(matrix) if tuning["variant"] == "lora_r8"]
+    scores = {(1e-4, 1): 0.3, (1e-4, 2): 0.5, (1e-3, 1): 0.6, (1e-3, 2): None}
+    lora["trials"] = [{"settings": {"a": a, "b": b}, "miou": m, "steps": 5} for (a, b), m in scores.items()]
+    lora |= {"chosen": {"a": 1e-3, "b": 1}, "edges": {}}
+    texts = written(load_runs([matrix]), tmp_path / "report", tunings=[lora])
+    assert (
+        "| lora_r8 | 50.00 | 60.00 (taken) |" in texts[".md"] and "| lora_r8 | 60.00 (taken) | 50.00 |" in texts[".md"]
+    )
+    for kind in (".md", ".html"):
+        assert "the best over the other settings" in texts[kind]
+
+
+def test_the_json_file_says_what_was_compared(report):
+    compared = json.loads(report[".json"])["compared"]
+    assert compared["Experiment"] == [{"value": "test", "runs": ""}]
+    assert {each["runs"] for each in compared["What trains"]} == {"lora_r8 seeds 0, 1", "full seeds 0, 1"}
 
 
 def test_without_them_nothing_of_it_stands_in_a_report(matrix, tmp_path):
@@ -126,7 +270,7 @@ def test_costs_must_hold_every_variant_that_took_steps(matrix, measured, tmp_pat
         write_report(load_runs([matrix]), tmp_path / "report", costs=costs)
 
 
-def test_the_json_file_has_the_values_of_all_numbers_of_images_and_where_they_are_from(matrix, report):
+def test_the_json_file_has_the_values_of_all_numbers_of_images_and_where_they_are_from(report):
     facts = json.loads(report[".json"])
     rows = {(part["training_images"], row["variant"]): row for part in by_size(facts) for row in part["table"]}
     assert list(rows) == [(n, name) for n in (16, 64, 367) for name in ("lora_r8", "full")]
@@ -153,6 +297,13 @@ def test_what_runs_do_not_share_is_told_of_each(matrix, tmp_path):
     write_report(load_runs([matrix]), tmp_path / "report")
     facts = json.loads((tmp_path / "report" / "report.json").read_text())
     assert facts["git_commit"] == ["0123456789abcdef", "another"]
+
+
+def test_settings_to_tune_may_be_given_in_several_words():
+    facts = parse_matrix(["tune=model.lr=[1e-4,1e-3]", "tune=model.lora_lr=[1e-3,2e-3]"], "cityscapes")[0]
+    assert facts["tune"] == {"model.lr": [1e-4, 1e-3], "model.lora_lr": [1e-3, 2e-3]}
+    with pytest.raises(ValueError, match=r"must give model\.lr once"):
+        parse_matrix(["tune=model.lr=[1e-4,1e-3]", "tune=model.lr=[1e-3,2e-3]"], "cityscapes")
 
 
 def test_the_command_of_a_matrix_is_told_from_what_its_file_holds():

@@ -1,14 +1,25 @@
 """What a matrix varies beside variants and seeds: numbers of training images, and settings that it chooses."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from eomt.comparison.formats import records
 from eomt.comparison.plots import Plot, finish, legend_title, log_axis, new_axes, page_style, styles
 from eomt.comparison.runs import Run
-from eomt.comparison.statistics import Comparison, compare
-from eomt.comparison.table import NONE, TUNED, Part, difference_text, percent
+from eomt.comparison.statistics import Comparison, Variant, compare
+from eomt.comparison.table import (
+    NONE,
+    Part,
+    difference_text,
+    not_comparable,
+    percent,
+    reading_of,
+    table,
+    warnings_of,
+)
 
 Tuning = Mapping[str, Any]  # as `eomt.comparison.tuning.read_tuning` returns it, of one variant
 
@@ -20,10 +31,18 @@ def by_images(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
 
 
 def compare_fewer(runs: Sequence[Run], baseline: str, score: str | None) -> dict[int, Comparison]:
-    """A comparison for each number of training images but the largest, where the baseline has a score."""
-    groups = list(by_images(runs).items())[:-1]
-    scored = [(size, group) for size, group in groups if any(r.variant == baseline and not r.error for r in group)]
-    return {size: compare(group, baseline, score) for size, group in scored}
+    """A comparison for each number of training images but the largest with which a run has a score.
+
+    Where the baseline has none, the comparison has another one, and its differences are not shown.
+    """
+    found = {}
+    for size, group in list(by_images(runs).items())[:-1]:
+        scored = [run for run in group if run.error is None]
+        base = baseline if any(run.variant == baseline for run in scored) else None
+        known = any(score in found.auprc for run in scored for found in run.anomalies.values())
+        if scored:
+            found[size] = compare(group, base, score if known else None)
+    return found
 
 
 def images_of(comparison: Comparison) -> int | None:
@@ -38,13 +57,49 @@ def images_table(fewer: Mapping[int, Comparison], largest: Comparison) -> Part |
         return None
     rows = []
     for comparison in (*fewer.values(), largest):
-        base = comparison[comparison.baseline]
+        base, same = comparison[comparison.baseline], comparison.baseline == largest.baseline
         for variant in (v for v in comparison.variants if v.miou):
-            against = difference_text(variant.delta, variant, base) if variant.delta and variant is not base else NONE
+            name = f"{images_of(comparison) or '?'}, {variant.name}" + " †" * variant.marked
             score = f"{percent(variant.miou.mean)} ± {percent(variant.miou.sd)}"
-            rows.append([f"{images_of(comparison) or '?'}, {variant.name}", variant.seeds, score, against])
-    titles = ["training images, variant", "seeds", "mIoU, %", f"difference to {largest.baseline}, points"]
-    return Part("By the number of training images: fewer are a part of more, drawn with one seed.", titles, rows)
+            paired = same and variant.delta and variant is not base
+            against = difference_text(variant.delta, variant, base) if paired else NONE
+            reading = reading_of(variant, comparison) if same else NONE
+            rows.append([name, variant.seeds, steps_words(variant), score, against, reading])
+    difference = f"difference to {largest.baseline} (95 % interval), points"
+    titles = ["training images, variant", "seeds", "steps", "mIoU, %", difference, "reading"]
+    caption = "By the number of training images: fewer are a part of more, drawn with one seed, and nothing tells how "
+    return Part(caption + "other ones would turn out.", titles, rows)
+
+
+def steps_words(variant: Variant) -> str:
+    """`364`, or `90 to 364` where its runs differ."""
+    steps = variant.known(lambda run: run.steps)
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((min(steps), max(steps)))) if steps else NONE
+
+
+def fewer_notes(fewer: Mapping[int, Comparison], largest: Comparison) -> list[str]:
+    """What a reader must know of fewer training images beside what is said of the most."""
+    lines = []
+    for size, comparison in fewer.items():
+        images = f"{images_of(comparison) or size} training images"
+        if comparison.baseline != largest.baseline:
+            lines.append(f"No difference with {images}: {largest.baseline} has no score there.")
+            continue
+        words = [*warnings_of(comparison), *not_comparable(comparison)]
+        lines += [f"With {images}: {text}" for text in words if text not in warnings_of(largest)]
+    return lines
+
+
+def fewer_records(comparison: Comparison, baseline: str) -> list[dict[str, Any]]:
+    """What `records` returns, without differences to another baseline than that of the whole report."""
+    rows = records(comparison, table(comparison))
+    if comparison.baseline == baseline:
+        return rows
+    of_a_difference = re.compile(r"(\w+_)?(difference|low|high|difference_sd)_points")
+    return [
+        {key: None if of_a_difference.fullmatch(key) else value for key, value in row.items()} | {"reading": NONE}
+        for row in rows
+    ]
 
 
 def images_plot(fewer: Mapping[int, Comparison], largest: Comparison) -> Plot | None:
@@ -52,12 +107,12 @@ def images_plot(fewer: Mapping[int, Comparison], largest: Comparison) -> Plot | 
     sizes = [(images_of(c), c) for c in (*fewer.values(), largest)]
     if not fewer or any(size is None for size, _ in sizes):
         return None
-    variants = [v for v in largest.variants if v.miou]
-    look = styles([v.name for v in largest.variants])
+    variants = {v.name: v for _, c in reversed(sizes) for v in c.variants if v.miou}
+    look = styles(list(variants))
     words = []
     with page_style():
-        figure, axes, columns = new_axes([legend_title(v, largest) for v in variants])
-        for variant in variants:
+        figure, axes, columns = new_axes([legend_title(v, largest) for v in variants.values()])
+        for variant in variants.values():
             style = look[variant.name]
             points = [(n, v) for n, c in sizes for v in c.variants if v.name == variant.name and v.miou]
             means = [100 * v.miou.mean for _, v in points]
@@ -87,11 +142,11 @@ def tuning_table(tunings: Sequence[Tuning]) -> Part | None:
         failed = sum(trial["miou"] is None for trial in trials)
         best = max(trial["miou"] for trial in trials if trial["miou"] is not None)
         tried = f"{len(trials)}" + f", {failed} failed" * bool(failed)
-        steps = next((str(trial["steps"]) for trial in trials if trial["steps"]), NONE)
+        steps = next((f"{trial['steps']:,}" for trial in trials if trial["steps"]), NONE)
         held = f"{data.get('val_images', '?')} of {data.get('val_images', 0) + data.get('train_images', 0) or '?'}"
         rows.append([tuning["variant"], chosen, tried, steps, held, percent(best)])
-    titles = ["variant", "chosen", "trials", "steps", "held-out training images", "mIoU on them, %"]
-    return Part(TUNED, titles, rows)
+    titles = ["variant", "chosen", "trials", "steps of a trial", "held-out training images", "mIoU on them, %"]
+    return Part("What was chosen, and on what.", titles, rows)
 
 
 def edge_words(tuning: Tuning, key: str) -> str:
@@ -99,10 +154,79 @@ def edge_words(tuning: Tuning, key: str) -> str:
     return f" (the {edge} that was tried)" if edge else ""
 
 
+def tuning_notes(tunings: Sequence[Tuning], comparison: Comparison) -> list[str]:
+    """Says which variants have settings of their own, chosen on which images, and which trials failed."""
+    if not tunings:
+        return []
+    tuned = [tuning["variant"] for tuning in tunings]
+    others = [v.name for v in comparison.variants if v.name not in tuned and v.runs and not v.untrained]
+    lines = [
+        f"Settings were chosen for {', '.join(tuned)} on training images that were held out; the validation images "
+        "chose nothing."
+    ]
+    if others:
+        lines[0] += f" {', '.join(others)} {'have' if len(others) > 1 else 'has'} the experiment's, tuned for no "
+        lines[0] += "variant in particular."
+    for tuning in tunings:
+        for trial in (trial for trial in tuning["trials"] if trial["miou"] is None):
+            settings = ", ".join(f"{key} {value:g}" for key, value in trial["settings"].items())
+            reason = str(trial.get("error") or "unknown why").rstrip(".")
+            lines.append(f"A trial of {tuning['variant']} with {settings} has no score: {reason}.")
+    return lines
+
+
+def edge_notes(tunings: Sequence[Tuning]) -> list[str]:
+    """Says which choices are the lowest or the highest value that was tried."""
+    edges = [
+        f"{tuning['variant']} {key} {tuning['chosen'][key]:g} (the {edge})"
+        for tuning in tunings
+        for key, edge in tuning.get("edges", {}).items()
+    ]
+    words = "Chosen at the edge of what was tried, so that a better value may lie beyond: "
+    return [f"{words}{', '.join(edges)}."] if edges else []
+
+
+def tuned_keys(tunings: Sequence[Tuning]) -> dict[str, list[Tuning]]:
+    """The settings that were chosen, each with the variants that it was chosen for."""
+    keys = dict.fromkeys(key for tuning in tunings for key in tuning["chosen"])
+    return {key: [tuning for tuning in tunings if key in tuning["chosen"]] for key in keys}
+
+
+def best_by_value(tuning: Tuning, key: str) -> dict[float, float | None]:
+    """For each value of a setting mIoU in percent, the best over the other settings; None where all trials failed."""
+    found: dict[float, list[float]] = {}
+    for trial in tuning["trials"]:
+        found.setdefault(trial["settings"][key], []).extend([] if trial["miou"] is None else [100 * trial["miou"]])
+    return {value: max(found[value], default=None) for value in sorted(found)}
+
+
+def over_the_others(tunings: Sequence[Tuning]) -> str:
+    return ", the best over the other settings" * any(len(tuning["chosen"]) > 1 for tuning in tunings)
+
+
+def values_tables(tunings: Sequence[Tuning]) -> list[Part]:
+    """For each setting, mIoU on the held-out images by its value, a row for each variant: what the plots show."""
+    parts = []
+    for key, group in tuned_keys(tunings).items():
+        curves = {tuning["variant"]: best_by_value(tuning, key) for tuning in group}
+        values = sorted({value for curve in curves.values() for value in curve})
+        taken = {tuning["variant"]: tuning["chosen"][key] for tuning in group}
+        rows = []
+        for name, curve in curves.items():
+            rows.append([name, *(_value_cell(curve, value) + " (taken)" * (value == taken[name]) for value in values)])
+        caption = f"mIoU on held-out training images, %, by {key}{over_the_others(group)}."
+        parts.append(Part(caption, ["variant", *(f"{value:g}" for value in values)], rows))
+    return parts
+
+
+def _value_cell(curve: Mapping[float, float | None], value: float) -> str:
+    score = curve.get(value)
+    return f"{score:.2f}" if score is not None else "failed" if value in curve else NONE
+
+
 def tuning_plots(tunings: Sequence[Tuning], names: Sequence[str]) -> list[Plot]:
     """For each setting, mIoU on the held-out images against its value: the best over the other settings."""
-    keys = dict.fromkeys(key for tuning in tunings for key in tuning["chosen"])
-    return [tuning_plot([t for t in tunings if key in t["chosen"]], key, names) for key in keys]
+    return [tuning_plot(group, key, names) for key, group in tuned_keys(tunings).items()]
 
 
 def tuning_plot(tunings: Sequence[Tuning], key: str, names: Sequence[str]) -> Plot:
@@ -113,14 +237,9 @@ def tuning_plot(tunings: Sequence[Tuning], key: str, names: Sequence[str]) -> Pl
         figure, axes, columns = new_axes([tuning["variant"] for tuning in tunings])
         for tuning in tunings:
             style = look.get(tuning["variant"]) or styles([tuning["variant"]])[tuning["variant"]]
-            best: dict[float, float] = {}
-            for trial in tuning["trials"]:
-                if trial["miou"] is not None:
-                    value = trial["settings"][key]
-                    best[value] = max(best.get(value, 0), 100 * trial["miou"])
-            values = sorted(best)
-            line = [best[value] for value in values]
-            axes.plot(values, line, style.line, color=style.color, marker=style.marker, label=tuning["variant"])
+            best = {value: score for value, score in best_by_value(tuning, key).items() if score is not None}
+            line = {"color": style.color, "marker": style.marker, "label": tuning["variant"]}
+            axes.plot(list(best), list(best.values()), style.line, **line)
             taken = tuning["chosen"][key]
             axes.plot(taken, best[taken], style.marker, color=style.color, markersize=12, alpha=0.5)
             words.append(f"{tuning['variant']} {taken:g}{edge_words(tuning, key)}")
@@ -130,4 +249,5 @@ def tuning_plot(tunings: Sequence[Tuning], key: str, names: Sequence[str]) -> Pl
         axes.set_ylabel("mIoU on held-out training images, %")
         figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
     alt = f"mIoU on held-out training images against {key}. Taken: {'; '.join(words)}."
-    return finish(figure, alt, f"Choice of {key}: large is what was taken, {', '.join(words)}.")
+    caption = f"Choice of {key}{over_the_others(tunings)}: large is what was taken, {', '.join(words)}."
+    return finish(figure, alt, caption)

@@ -14,7 +14,7 @@ from eomt.comparison.formats import latex, markdown, print_table, records, write
 from eomt.comparison.galleries import Predictions, galleries, heat_maps
 from eomt.comparison.runs import Run
 from eomt.comparison.statistics import Comparison, Variant, compare
-from eomt.comparison.table import NONE, Table, drawn_words, percent, table, warnings_of
+from eomt.comparison.table import NONE, Part, Table, drawn_words, failure, percent, table, warnings_of
 from eomt.comparison.verdicts import headline
 from eomt.files import replacing_files, write_json
 from eomt.settings.formats import REPORT, stamped
@@ -58,42 +58,45 @@ def write_report(
             + "; ".join(map(str, found))
             + ". Leave runs out, or allow differences to have them marked."
         )
-    comparison.tuned = bool(tunings)
+    edges = axes.edge_notes(tunings)
+    comparison.tuning_notes = axes.tuning_notes(tunings, comparison) + edges
     comparison.notes += [measured] if measured else []
+    failed = [run for run in runs if run.error is not None]
     content = table(comparison)
-    content.footnotes.extend(
-        f"{run} on {size} images failed and counts in no mean: {run.error}"
-        for size, each in fewer.items()
-        for run in each.failed
-    )
-    content.beside.extend(p for p in (axes.images_table(fewer, comparison), axes.tuning_table(tunings)) if p)
+    content.footnotes.extend(failure(run) for run in failed if run.subset != comparison.runs[0].subset)
+    content.footnotes.extend(axes.fewer_notes(fewer, comparison))
+    parts = [axes.images_table(fewer, comparison), axes.tuning_table(tunings), *axes.values_tables(tunings)]
+    content.beside.extend(part for part in parts if part)
     names = [variant.name for variant in comparison.variants]
     beside = [axes.images_plot(fewer, comparison), *axes.tuning_plots(tunings, names)]
     with replacing_files(out_dir) as draft:
-        page = html(comparison, content, predictions, [plot for plot in beside if plot])
+        page = html(comparison, content, runs, predictions, [plot for plot in beside if plot], edges)
         (draft / "report.html").write_text(page, encoding="utf-8")
         (draft / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
         (draft / "report.tex").write_text(latex(comparison, content), encoding="utf-8")
-        rows = records(comparison, content)
-        write_csv(draft / "report.csv", rows)
-        write_json(draft / "report.json", stamped(REPORT, report_facts(comparison, rows, fewer, tunings)))
+        write_csv(draft / "report.csv", records(comparison, content))
+        write_json(draft / "report.json", stamped(REPORT, report_facts(comparison, runs, fewer, tunings)))
     print_table(content)
     return comparison
 
 
 def report_facts(
     comparison: Comparison,
-    rows: Sequence[dict[str, Any]],
+    runs: Sequence[Run],
     fewer: Mapping[int, Comparison],
     tunings: Sequence[axes.Tuning],
 ) -> dict[str, Any]:
     """Returns what report.json holds: where the runs are from, and all values, also with fewer training images."""
-    runs = [run for each in (comparison, *fewer.values()) for run in each.runs]
     facts = provenance(runs) | {"baseline": comparison.baseline, "chosen": {t["variant"]: t["chosen"] for t in tunings}}
+    facts["tuning"] = list(tunings)
+    facts["compared"] = {
+        label: [{"value": value, "runs": of} for value, of in values] for label, values in shared_facts(comparison)
+    }
     facts["chance"] = {name: chance(found) for name, found in comparison.benchmarks.items()}
-    facts |= {"training_images": axes.images_of(comparison), "table": rows}
+    facts |= {"training_images": axes.images_of(comparison), "table": records(comparison, table(comparison))}
     facts["fewer_images"] = [
-        {"training_images": axes.images_of(each), "table": records(each, table(each))} for each in fewer.values()
+        {"training_images": axes.images_of(each), "table": axes.fewer_records(each, comparison.baseline)}
+        for each in fewer.values()
     ]
     facts["runs"] = [
         {"variant": run.variant, "seed": run.seed, "train_images": run.subset, "error": run.error}
@@ -106,24 +109,21 @@ def report_facts(
 def html(
     comparison: Comparison,
     content: Table,
+    runs: Sequence[Run],
     predictions: Predictions | None = None,
     beside: Sequence[plots.Plot] = (),
+    edges: Sequence[str] = (),
 ) -> str:
-    """The page, with everything in it; `beside` are drawings of what varies beside variants and seeds."""
+    """The page, with everything in it.
+
+    Args:
+        comparison, content: of the runs with most training images. runs: all of them.
+        predictions: see `write_report`.
+        beside: drawings of what varies beside variants and seeds.
+        edges: warnings about settings that were chosen.
+    """
     lead, *sentences = headline(comparison)
     same = comparison.same_machinery
-    trained = "" if same else "; times of different machines or versions, not comparable"
-    scale, unit = (3600, "hours") if _longest(comparison) > 3 * 3600 else (60, "minutes")
-    drawings = [
-        plots.score_plot(comparison, lambda run: run.trainable, "trainable parameters", log=True),
-        plots.score_plot(
-            comparison,
-            lambda run: run.training_seconds and run.training_seconds / scale,
-            f"training time, {unit}",
-            about=f" (steps times seconds per step{trained})",
-        ),
-        plots.curve_plot(comparison),
-    ]
     evaluation = comparison.evaluation
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -131,11 +131,12 @@ def html(
     return environment.get_template("page.html").render(
         lead=lead,
         sentences=sentences,
-        warnings=warnings_of(comparison) + ([] if same else [note for note in comparison.notes if "Times" in note]),
+        warnings=[*warnings_of(comparison), *edges]
+        + ([] if same else [note for note in comparison.notes if "Times" in note]),
         table=content,
         tables=content.parts(("scores",), ("anomalies",), ("differences",), ("costs",)),
-        failed=comparison.failed,
-        drawings=[plot for plot in drawings if plot],
+        failed=[run for run in runs if run.error is not None],
+        drawings=cost_plots(comparison),
         beside=beside,
         opened=next(
             (v.name for v in comparison.others if v.uses_lora), comparison.others[0].name if comparison.others else ""
@@ -151,14 +152,31 @@ def html(
             for name, rgb in zip(evaluation.classes, evaluation.colors, strict=False)
         ],
         facts=shared_facts(comparison),
-        runs=comparison.runs,
-        run_rows=[_run_row(run) for run in comparison.runs],
+        runs=runs,
+        run_table=run_table(runs),
         command=command,
         baseline=comparison.baseline,
         colors={name: style.color for name, style in plots.styles([v.name for v in comparison.variants]).items()},
         chosen=any(kept_network(run).startswith("best") for run in comparison.runs if run.error is None),
         tests=sum(v.delta is not None and v.delta.low is not None for v in comparison.others),
     )
+
+
+def cost_plots(comparison: Comparison) -> list[plots.Plot]:
+    """mIoU against parameters, training time and steps, as far as the runs tell them."""
+    trained = "" if comparison.same_machinery else "; times of different machines or versions, not comparable"
+    scale, unit = (3600, "hours") if _longest(comparison) > 3 * 3600 else (60, "minutes")
+    drawings = [
+        plots.score_plot(comparison, lambda run: run.trainable, "trainable parameters", log=True),
+        plots.score_plot(
+            comparison,
+            lambda run: run.training_seconds and run.training_seconds / scale,
+            f"training time, {unit}",
+            about=f" (steps times seconds per step{trained})",
+        ),
+        plots.curve_plot(comparison),
+    ]
+    return [plot for plot in drawings if plot]
 
 
 def _longest(comparison: Comparison) -> float:
@@ -180,7 +198,14 @@ def score_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list
     return tables
 
 
-def _run_row(run: Run) -> list[str]:
-    steps = NONE if run.steps is None else f"{run.steps:,}"
-    score = percent(run.target.miou) if run.error is None else "failed"
-    return [run.variant, str(run.seed), score, steps, audit_words(run), str(run.path)]
+def run_table(runs: Sequence[Run]) -> Part:
+    """A row for each run, with its number of training images where not all have all."""
+    some = any(run.subset is not None for run in runs)
+    titles = ["variant", "seed", *["training images"] * some, "mIoU, %", "steps", "LoRA audit", "folder"]
+    rows = []
+    for run in runs:
+        images = [str(run.subset or "all")] * some
+        steps = NONE if run.steps is None else f"{run.steps:,}"
+        score = percent(run.target.miou) if run.error is None else "failed"
+        rows.append([run.variant, str(run.seed), *images, score, steps, audit_words(run), str(run.path)])
+    return Part("Every run", titles, rows)

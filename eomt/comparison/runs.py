@@ -17,6 +17,8 @@ from eomt.files import read_yaml
 from eomt.fingerprints import Identity
 from eomt.settings.formats import CELL, EVALUATION, MATRIX, read_format
 
+SUBSET = re.compile(r"data\.train_images=\d+")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -78,7 +80,7 @@ class Run:
     parts: int  # more than one means resumed
 
     def __str__(self) -> str:
-        return f"{self.variant} seed {self.seed}"
+        return f"{self.variant} seed {self.seed}" + ("" if self.subset is None else f" on {self.subset} images")
 
     @property
     def target(self) -> Evaluation | None:
@@ -105,8 +107,10 @@ class Run:
 
     @property
     def subset(self) -> int | None:
-        """How many of the training images it was given; None: all."""
-        return (self.config.get("data") or {}).get("train_images")
+        """How many of the training images it was given; None: all. Of a refused run only its command tells."""
+        words = [word for word in self.cell.get("command") or () if SUBSET.fullmatch(word)]
+        told = int(words[-1].partition("=")[2]) if words else None
+        return (self.config.get("data") or {}).get("train_images", told)
 
     @property
     def kept(self) -> str:

@@ -146,7 +146,7 @@ class Comparison:
     notes: list[str]
     same_machinery: bool  # machines, libraries and code are equal: times and memory can be compared
     score: str | None = None  # by which anomalies are ranked, in the whole table
-    tuned: bool = False  # settings were chosen for each variant
+    tuning_notes: list[str] = field(default_factory=list)  # what was chosen for which variants; none: nothing
 
     def __getitem__(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)

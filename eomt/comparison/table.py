@@ -14,9 +14,7 @@ from eomt.comparison.statistics import FEW_SEEDS, Comparison, Delta, Spread, Var
 
 NONE = "\N{EN DASH}"  # what a table shows where there is nothing to show
 MIOU = "mIoU, %"
-TUNED = (
-    "Settings were chosen for each variant on training images that were held out; the validation images chose nothing."
-)
+UNTUNED = "Learning rates are the experiment's, tuned for no variant in particular."
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,7 @@ def _number(key: str, value: float | None, form: str, scale: float = 1) -> Cell:
 
 def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
     base = comparison[comparison.baseline]
-    delta = None if variant is base else variant.delta
-    reading = "baseline" if variant is base else delta.reading if delta else NONE
-    if delta and reading in ("above", "below"):
-        few_images = comparison.units.count < FEW_UNITS
-        reading += f" in {delta.few_seeds}" * bool(delta.few_seeds) + " on few images" * few_images
+    delta, reading = None if variant is base else variant.delta, reading_of(variant, comparison)
     anomaly_score = {"anomaly_score": comparison.score} if comparison.score else {}
     return {
         "variant": Cell(variant.name + " †" * variant.marked, {"variant": variant.name} | anomaly_score),
@@ -134,6 +128,17 @@ def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
             percent(variant.source_change, signed=True), {"source_change_points": _times(variant.source_change, 100)}
         ),
     }
+
+
+def reading_of(variant: Variant, comparison: Comparison) -> str:
+    """`above`, or `below in 2 seeds on few images`: no more than the runs show."""
+    if variant.name == comparison.baseline:
+        return "baseline"
+    reading = variant.delta.reading if variant.delta else NONE
+    if reading in ("above", "below"):
+        few_images = comparison.units.count < FEW_UNITS
+        reading += f" in {variant.delta.few_seeds}" * bool(variant.delta.few_seeds) + " on few images" * few_images
+    return reading
 
 
 def _difference_cell(prefix: str, delta: Delta | None, variant: Variant, base: Variant) -> Cell:
@@ -266,7 +271,7 @@ def footnotes(comparison: Comparison) -> list[str]:
         f"seeds and images are both drawn again with replacement ({RESAMPLES:,} resamples, percentiles). Where the "
         "interval holds 0, no difference was measurable.",
         drawn_words(comparison),
-        TUNED if comparison.tuned else "Learning rates are the experiment's, tuned for no variant in particular.",
+        *(comparison.tuning_notes or [UNTUNED]),
     ]
     lines += warnings_of(comparison)
     if comparison.seedless:
@@ -282,12 +287,19 @@ def footnotes(comparison: Comparison) -> list[str]:
         f"resume from; peak memory, the most over seeds{_measured(comparison)}; seconds per step, medians, waiting for "
         f"data apart{'; mean wall time of the whole run' * timed}."
     )
-    lines += [f"{run} failed and counts in no mean: {run.error}" for run in comparison.failed]
+    lines += map(failure, comparison.failed)
     lines += anomaly_notes(comparison)
-    if comparison.differences:
-        marks = "; ".join(map(str, comparison.differences))
-        lines.append(f"† Not comparable with the other variants: {marks}.")
-    return lines + comparison.notes
+    return lines + not_comparable(comparison) + comparison.notes
+
+
+def failure(run: Run) -> str:
+    return f"{run} failed and counts in no mean: {run.error}"
+
+
+def not_comparable(comparison: Comparison) -> list[str]:
+    """Says what the mark † means here; nothing where all runs are comparable."""
+    marks = "; ".join(map(str, comparison.differences))
+    return [f"† Not comparable with the other variants: {marks}."] if marks else []
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
