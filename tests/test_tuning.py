@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from conftest import TOY_DATA
 from omegaconf import OmegaConf
 
+from eomt.comparison import matrix as matrices
 from eomt.comparison.tuning import (
     choose_settings,
     chosen_settings,
@@ -132,3 +134,43 @@ def test_where_all_trials_failed_the_reason_is_told(matrix):
     folder, trials = matrix(None, None)
     with pytest.raises(ValueError, match="no trial has a score; the first says: NaN"):
         choose_settings(folder, "head", trials)
+
+
+def end_trial(folder, number, miou=None):
+    """Leaves what a trial of `head` leaves: this score, or none where it failed."""
+    trial = folder / "tuning" / "head" / f"trial_{number}"
+    trial.mkdir(parents=True, exist_ok=True)
+    facts = {"status": "failed: NaN" if miou is None else "finished", "miou": miou, "steps": 4}
+    (trial / "summary.json").write_text(json.dumps(stamped(SUMMARY, facts)))
+    (trial / "cell.json").write_text(json.dumps({"status": facts["status"].partition(":")[0], "error": "NaN"}))
+
+
+def test_a_choice_is_told_before_the_runs_that_stand_on_it_and_an_edge_is_explained(
+    tmp_path, toy_cache, monkeypatch, capsys
+):
+    def launch(folder, cells, launcher):
+        for number, score in enumerate((0.2, 0.4)) if "tuning/head/trial_0" in cells else ():
+            end_trial(folder, number, score)
+        print("launched", *cells)
+
+    monkeypatch.setattr(matrices, "launch", launch)
+    words = ["variants=[head]", "tune=model.lr=[1e-4,1e-3]", f"output_dir={tmp_path}"]
+    matrices.run_matrix(
+        [*TOY_DATA, f"data.root={toy_cache}", "data.batch_size=2", *words], "cityscapes", lambda config: None
+    )
+    printed = capsys.readouterr().out
+    trials, runs = printed.index("launched tuning/head/trial_0"), printed.index("launched head/seed_0")
+    told = printed.index("chosen for head, on held-out training images: model.lr=0.001 (the highest that was tried)")
+    assert trials < told < runs
+    assert "a better value may lie beyond: tune= with further values in another output_dir= would tell" in printed
+
+
+def test_a_trial_that_failed_is_not_tried_again_once_the_choice_is_made(matrix, capsys):
+    folder, trials = matrix(0.2, None)
+    choose_settings(folder, "head", trials)
+    cell = {"variant": "head", "seed": 0, "images": "all", "words": ["no_such_key=1"]}
+    facts = {"variants": ["head"], "devices": [], "source": [], "anomaly": [], "config_name": "cityscapes"}
+    cells = {name: cell | {"trial": settings} for name, settings in trials.items()}
+    (folder / "matrix.json").write_text(json.dumps(facts | {"cells": cells}))
+    matrices.launch(folder, ["tuning/head/trial_1"], [])
+    assert "trial of model.lr=0.1: failed before, and the choice is made" in capsys.readouterr().out

@@ -45,6 +45,8 @@ def run_cell(cell: Cell) -> None:
         with FileLock(matrix / f".{cell.cell.replace('/', '_')}.lock", timeout=0):
             if finished(folder, facts, trial="trial" in asked):
                 print(f"== {words}: finished before, kept", flush=True)
+            elif "trial" in asked and chosen_settings(matrix, asked["variant"]):
+                print(f"== {words}: failed before, and the choice is made", flush=True)
             elif folder.is_dir() and in_use(folder):  # by a run whose matrix was killed
                 print(f"== {words}: another process runs it, left alone", flush=True)
             else:

@@ -57,6 +57,7 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
             )
         except ValueError as error:
             unsettled[variant] = str(error)
+    tell_choices(folder)
     runs = {name: cell for name, cell in facts["cells"].items() if name not in trials}
     if ready := [name for name, cell in runs.items() if cell["variant"] not in unsettled]:
         launch(folder, ready, launcher)
@@ -330,12 +331,21 @@ def summarise(folder: Path, facts: dict[str, Any], unsettled: Mapping[str, str])
         error = unsettled.get(cells[name]["variant"]) or cell.get("error")
         error = error or next(iter(cell.get("anomaly_errors", {}).values()), "did not end")
         print(f"failed: {title(cells[name])}: {error}")
-    for tuning in read_tuning(folder):
+    tell_choices(folder)
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells finished in {folder}")
+    print(as_typed(f"next: python scripts/compare.py report {folder}"))
+    return 1 if failed else 0
+
+
+def tell_choices(folder: Path) -> None:
+    """Says what was chosen for each variant, and that a better value may lie beyond the edge of what was tried."""
+    tunings = read_tuning(folder)
+    for tuning in tunings:
         chosen = ", ".join(
             word + f" (the {tuning['edges'][key]} that was tried)" * (key in tuning["edges"])
             for key, word in zip(tuning["chosen"], setting_words(tuning["chosen"]), strict=True)
         )
-        print(f"chosen for {tuning['variant']}, on held-out training images: {chosen}")
-    print(f"{len(cells) - len(failed)} of {len(cells)} cells finished in {folder}")
-    print(as_typed(f"next: python scripts/compare.py report {folder}"))
-    return 1 if failed else 0
+        print(f"chosen for {tuning['variant']}, on held-out training images: {chosen}", flush=True)
+    if any(tuning["edges"] for tuning in tunings):
+        words = "a better value may lie beyond: tune= with further values in another output_dir= would tell"
+        print(f"where a value is at the edge of what was tried, {words}", flush=True)
