@@ -192,6 +192,14 @@ def test_variants_that_nothing_was_chosen_for_are_named(matrix, tmp_path):
     assert "chosen for each variant" not in text
 
 
+def test_what_was_chosen_with_more_images_than_a_run_had_is_said(report):
+    words = (
+        "Runs with fewer training images have the same settings, chosen with 294 images to train on and 73 held out."
+    )
+    for kind in ("", ".md", ".tex", ".html"):
+        assert words in report[kind], kind
+
+
 def test_trials_that_failed_are_told_with_their_reason(report):
     for kind in ("", ".md", ".tex", ".html"):
         assert "A trial of full with model.lr 0.01 has no score: the loss is NaN." in report[kind], kind

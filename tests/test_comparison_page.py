@@ -14,14 +14,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_comparison import confusion, set_up, write_anomalies, write_evaluation, write_failed, write_matrix, write_run
+from test_comparison import (
+    confusion,
+    rewrite,
+    set_up,
+    write_anomalies,
+    write_evaluation,
+    write_failed,
+    write_matrix,
+    write_run,
+)
 
 from eomt.comparison import plots
-from eomt.comparison.facts import audit_words, kept_network, weights, what_trains
+from eomt.comparison.facts import audit_words, data_path, kept_network, weights, what_trains
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
 from eomt.comparison.statistics import compare
-from eomt.comparison.table import NONE, table
+from eomt.comparison.table import NONE, table, warnings_of
 from eomt.comparison.verdicts import headline
 from eomt.data.labels import LabelSet
 from eomt.reporting.markup import markdown_escape, tex_escape
@@ -143,6 +152,23 @@ def test_few_images_or_blocks_measure_nothing_beyond_themselves_however_many_see
     assert "Only 8 blocks of up to 8 neighbouring frames were evaluated" in " ".join(table(comparison).footnotes)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [(["0016E5"] * 101, "this one sequence"), (["0016E5"] * 50 + ["0001TP"] * 51, "these 2 sequences")],
+)
+def test_frames_of_few_sequences_measure_nothing_of_another(tmp_path, names, words):
+    two(tmp_path, 0.7, 0.7, 0.7, images=101)
+    for run in (tmp_path / "two").iterdir():
+        rewrite(run / "evaluation" / "target.json", sequences=names)
+    comparison = compare(load_runs([tmp_path / "two"]))
+    assert headline(comparison)[0].startswith(f"LoRA against full is measurably worse on {words} with lora_r8 (")
+    (row,) = (row for row in table(comparison).rows if row[0].text == "lora_r8")
+    assert f"below on {words.split(' ', 1)[1]}" in [cell.text for cell in row]
+    (warning,) = (text for text in warnings_of(comparison) if "sequence" in text)
+    assert warning == f"All images come from {words.split(' ', 1)[1]}: nothing here says how another would turn out."
+    assert warning in table(comparison).footnotes
+
+
 def test_two_seeds_of_which_one_is_above_and_one_below_measure_no_difference(tmp_path):
     first, _, sentence = headline(two(tmp_path, 0.6, 0.85, images=200))
     assert first.startswith("LoRA against full is not measurably different with lora_r8 (")
@@ -234,6 +260,20 @@ def test_what_trains_is_named_for_variants_without_lora(tmp_path):
         ("full", {}, "everything"),
     ):
         assert what_trains(*load_runs([write_run(tmp_path / name, name, model=model)])) == words
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"_target_": "eomt.data.camvid.camvid", "root": "/data/camvid"}, "camvid in /data/camvid"),
+        ({"_target_": "eomt.data.folder.folder", "images": "/photos", "masks": "/m"}, "folder in /photos, masks in /m"),
+        ({"_target_": "eomt.data.toy_streets.toy_streets", "root": None}, "toy_streets"),
+        ({}, NONE),
+    ],
+)
+def test_the_data_and_their_folders_are_named(tmp_path, data, words):
+    set_up(write_run(tmp_path / "run", "full"), "data", **data)
+    assert data_path(*load_runs([tmp_path / "run"])) == words
 
 
 def test_every_format_holds_the_iou_of_every_class(report, matrix):

@@ -154,8 +154,11 @@ def edge_words(tuning: Tuning, key: str) -> str:
     return f" (the {edge} that was tried)" if edge else ""
 
 
-def tuning_notes(tunings: Sequence[Tuning], comparison: Comparison) -> list[str]:
-    """Says which variants have settings of their own, chosen on which images, and which trials failed."""
+def tuning_notes(tunings: Sequence[Tuning], comparison: Comparison, fewer: bool) -> list[str]:
+    """Says which variants have settings of their own, chosen on which images, and which trials failed.
+
+    `fewer`: whether other runs had fewer training images.
+    """
     if not tunings:
         return []
     tuned = [tuning["variant"] for tuning in tunings]
@@ -167,6 +170,10 @@ def tuning_notes(tunings: Sequence[Tuning], comparison: Comparison) -> list[str]
     if others:
         lines[0] += f" {', '.join(others)} {'have' if len(others) > 1 else 'has'} the experiment's, tuned for no "
         lines[0] += "variant in particular."
+    data = tunings[0].get("data") or {}
+    if fewer and {"train_images", "val_images"} <= data.keys():
+        images = f"{data['train_images']} images to train on and {data['val_images']} held out"
+        lines.append(f"Runs with fewer training images have the same settings, chosen with {images}.")
     for tuning in tunings:
         for trial in (trial for trial in tuning["trials"] if trial["miou"] is None):
             settings = ", ".join(f"{key} {value:g}" for key, value in trial["settings"].items())

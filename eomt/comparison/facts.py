@@ -158,10 +158,12 @@ def lora_words(model: dict[str, Any]) -> str:
 
 
 def data_path(run: Run) -> str:
-    """The data set and its folder."""
+    """The data set and its folder, or those of its images and masks."""
     data = run.config.get("data") or {}
-    name = (data.get("_target_") or "").rpartition(".")[2]
-    return f"{name or NONE} in {data['root']}" if data.get("root") else name or NONE
+    name = (data.get("_target_") or "").rpartition(".")[2] or NONE
+    places = [data.get("root") or data.get("images")]
+    places += [f"masks in {data['masks']}"] if places[0] and data.get("masks") else []
+    return f"{name} in {', '.join(places)}" if places[0] else name
 
 
 def learning_rates(run: Run) -> str:

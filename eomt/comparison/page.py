@@ -59,7 +59,7 @@ def write_report(
             + ". Leave runs out, or allow differences to have them marked."
         )
     edges = axes.edge_notes(tunings)
-    comparison.tuning_notes = axes.tuning_notes(tunings, comparison) + edges
+    comparison.tuning_notes = axes.tuning_notes(tunings, comparison, bool(fewer)) + edges
     comparison.notes += [measured] if measured else []
     failed = [run for run in runs if run.error is not None]
     content = table(comparison)

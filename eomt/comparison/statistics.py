@@ -176,6 +176,13 @@ class Comparison:
         base = self[self.baseline]
         return drawn_together(base).get(self.evaluation.images) or units(len(self.evaluation.images))
 
+    @property
+    def few_sequences(self) -> str:
+        """`one sequence` or `3 sequences` where all images are frames of so few that blocks are drawn; else nothing."""
+        runs = self[self.baseline].runs if self.units.kind == "blocks" else []
+        count = len({name for run in runs for name in run.target.sequences if name is not None})
+        return "" if not count else "one sequence" if count == 1 else f"{count} sequences"
+
     @cached_property
     def benchmarks(self) -> dict[str, AnomalyEvaluation]:
         """The anomaly benchmarks that were run, in the order of tables, each as its first run found it."""

@@ -131,13 +131,13 @@ def _scores(variant: Variant, comparison: Comparison) -> dict[str, Cell]:
 
 
 def reading_of(variant: Variant, comparison: Comparison) -> str:
-    """`above`, or `below in 2 seeds on few images`: no more than the runs show."""
+    """`above`, or `below in 2 seeds on one sequence`: no more than the runs show."""
     if variant.name == comparison.baseline:
         return "baseline"
     reading = variant.delta.reading if variant.delta else NONE
     if reading in ("above", "below"):
-        few_images = comparison.units.count < FEW_UNITS
-        reading += f" in {variant.delta.few_seeds}" * bool(variant.delta.few_seeds) + " on few images" * few_images
+        few = "few images" if comparison.units.count < FEW_UNITS else comparison.few_sequences
+        reading += f" in {variant.delta.few_seeds}" * bool(variant.delta.few_seeds) + f" on {few}" * bool(few)
     return reading
 
 
@@ -307,6 +307,8 @@ def warnings_of(comparison: Comparison) -> list[str]:
     lines = []
     if 0 < comparison.units.count < FEW_UNITS:
         lines.append(f"Only {comparison.units.words} were evaluated: the intervals mean little.")
+    if few := comparison.few_sequences:
+        lines.append(f"All images come from {few}: nothing here says how another would turn out.")
     for v in comparison.others:
         theirs, ours = (classes_scored(comparison[name].runs[0]) for name in (comparison.baseline, v.name))
         if theirs != ours:
@@ -337,8 +339,8 @@ def seed_warnings(comparison: Comparison) -> list[str]:
         lines.append(f"One seed in the difference of {', '.join(once)}: its interval is over images alone.")
     if few := [v.name for v in paired if 1 < len(v.delta.seeds) <= FEW_SEEDS]:
         lines.append(
-            f"Few seeds in the difference of {', '.join(few)}: two or three tell little of how seeds vary, and the "
-            "interval is too narrow."
+            f"Few seeds in the difference of {', '.join(few)}: two or three tell little of how seeds vary, and "
+            "where they vary much the interval is too narrow."
         )
     return lines
 
@@ -353,10 +355,7 @@ def drawn_words(comparison: Comparison) -> str:
         return f"{named}: no sequences are known here. For neighbouring frames of a video that is too narrow."
     if together.kind == "sequences":
         return f"Images of one sequence are drawn together: {together.words}."
-    return (
-        f"Images are drawn in {together.words} of one sequence, which are more alike than others. They all come from "
-        f"{len(set(comparison.evaluation.sequences))} sequence(s): nothing here says how another would turn out."
-    )
+    return f"Images are drawn in {together.words} of one sequence, which are more alike than others."
 
 
 def classes_scored(run: Run) -> set[str]:

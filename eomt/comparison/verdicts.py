@@ -48,7 +48,10 @@ def _verdict(delta: Delta | None, comparison: Comparison) -> str:
         word = {"above": "better", "below": "worse"}[reading]
         if delta.few_seeds:
             return f"{word} on these images, in {_those_run(delta)},"
-        return f"{word} on these few images" if comparison.units.count < FEW_UNITS else f"measurably {word}"
+        if comparison.units.count < FEW_UNITS:
+            return f"{word} on these few images"
+        few = comparison.few_sequences
+        return f"measurably {word}" + f" on {'this' if few.startswith('one') else 'these'} {few}" * bool(few)
     return {
         "no measurable difference": "not measurably different",
         "seeds disagree": "undecided, since seeds disagree,",
