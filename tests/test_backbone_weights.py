@@ -21,6 +21,7 @@ TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 DINOV2, REGISTERS, GIANT = "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"
 DINOV3, GATED = "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3_qkvb"
 MAE, PLAIN, DEIT = "vit_base_patch16_224.mae", "vit_base_patch16_224", "deit_tiny_distilled_patch16_224"
+ONE_BLOCK = {"patch_embed.proj.weight": torch.ones(8, 3, 2, 2), "blocks.0.attn.qkv.weight": torch.ones(24, 8)}
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
 
 
@@ -331,6 +332,12 @@ def test_another_backbone_than_the_files_is_refused_and_both_are_described(name,
     refused(tmp_path, timm_vit(DINOV2).backbone.state_dict(), message, name, kwargs=kwargs)
 
 
+def test_positions_that_leave_no_grid_beside_the_models_tokens_are_refused_by_file_and_model(tmp_path):
+    state = timm_vit("deit3_small_patch16_224", (64, 64), 16).backbone.state_dict()  # none for the class token
+    message = r"model.safetensors holds a ViT .* whose 16 position embeddings are .* vit_small_patch14_dinov2 has 1"
+    refused(tmp_path, state, message)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     state = dict(timm_vit(DINOV2).backbone.state_dict())
@@ -362,6 +369,10 @@ def test_one_of_q_k_and_v_missing_is_named(tmp_path):
         ({"blocks.0.attn.qkv.lora_A.weight": torch.ones(2)}, "an adapter"),
         ({"layer1.0.conv1.weight": torch.ones(2)}, r"no plain ViT.*layer1.0.conv1.weight"),
         ({"patch_embed.proj.weight": torch.ones(8, 4, 2, 2)}, r"no plain ViT.*\[8, 4, 2, 2\]"),
+        (ONE_BLOCK | {"blocks.0.attn.relative_position_bias_table": torch.ones(2)}, "no plain ViT.*BEiT"),
+        (ONE_BLOCK | {"encoder.layer.0.attention.attention.relative_position_bias.a": torch.ones(2)}, "BEiT"),
+        (ONE_BLOCK | {"blocks.0.attn.rel_pos_h": torch.ones(2)}, r"no plain ViT.*blocks\.0\.attn\.rel_pos_h.*SAM"),
+        (ONE_BLOCK | {"blocks_token_only.0.norm1.weight": torch.ones(2)}, "no plain ViT.*CaiT"),
     ],
 )
 def test_what_is_no_plain_backbone_is_refused_by_what_it_is(state, message, tmp_path):
@@ -446,13 +457,21 @@ def shapes_of(name):
         ("vit_7b_patch16_dinov3", "a DINOv3 ViT-7B/16 of 40 blocks with 4 registers"),
         ("deit_small_distilled_patch16_224", "a DeiT ViT-S/16 of 12 blocks"),
         ("vit_base_patch16_224", "a ViT-B/16 of 12 blocks"),
+        (
+            "vit_betwixt_patch16_rope_reg4_gap_256",
+            "a ViT 640 wide, patch/16 of 12 blocks with 4 registers and rotary positions",
+        ),
+        (
+            "vit_base_patch16_rope_reg1_gap_256",
+            "a ViT-B/16 of 12 blocks with 1 register and rotary positions",
+        ),
     ],
 )
 def test_names_and_shapes_tell_which_timm_model_it_is(name, described):
     shapes = shapes_of(name)
     backbone = recognise(name_tensors(shapes), shapes)
     assert str(backbone) == described
-    assert backbone.timm_name == (None if name == "vit_base_patch16_224" else name)
+    assert backbone.timm_name == (None if described.startswith("a ViT") else name)
 
 
 def test_an_mae_is_told_by_its_decoder_and_a_vit_that_nothing_tells_asks_for_a_name(tmp_path):

@@ -89,7 +89,7 @@ def load_backbone(
     add_class_position(tensors, backbone, report)
     check_rotary(stored, backbone, file)
 
-    grid = stored_grid(tensors, backbone)
+    grid = stored_grid(tensors, backbone, file, name)
     old_size = file.backbone.patch_size
     set_sizes(backbone, grid or tuple(length // patch_size for length in img_size), old_size)
     check_tensors(tensors, backbone.state_dict(), file, name)
@@ -200,14 +200,27 @@ def check_rotary(stored: Mapping[str, Tensor], backbone: nn.Module, file: Backbo
             raise ValueError(f"backbone_weights {file.path}: {key} are other periods than those of this backbone_name")
 
 
-def stored_grid(tensors: Mapping[str, Tensor], backbone: nn.Module) -> tuple[int, int] | None:
-    """The grid of patches that position embeddings [1, prefix + N, C] are for; None without embeddings."""
+def stored_grid(
+    tensors: Mapping[str, Tensor], backbone: nn.Module, file: BackboneFile, name: str
+) -> tuple[int, int] | None:
+    """The grid of patches that position embeddings [1, prefix + N, C] are for; None without embeddings.
+
+    Raises:
+        ValueError: those beside the tokens that the model has before its patches are no grid.
+    """
     positions = tensors.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return None
     prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
     patches = positions[0, prefix:]
-    return find_grid(patches) or square_grid(len(patches))
+    try:
+        return find_grid(patches) or square_grid(len(patches))
+    except ValueError as error:
+        raise ValueError(
+            f"backbone_weights {file.path} holds {file.backbone}, whose {positions.shape[1]} position embeddings are "
+            f"no square grid of patches if {prefix} of them are for other tokens, as {name} has {prefix}: choose the "
+            "backbone_name that the file was made with"
+        ) from error
 
 
 def set_sizes(backbone: nn.Module, grid: tuple[int, int], patch_size: int) -> None:

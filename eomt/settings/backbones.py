@@ -41,6 +41,11 @@ BLOCK = re.compile(r"^blocks\.(\d+)\.")
 ROPE_THETA = 100.0  # of DINOv3, in timm, too
 ATTENTION, QKV = re.compile(r"blocks\.\d+\.attn\."), re.compile(r"blocks\.\d+\.attn\.qkv\.weight")
 PATCHES = "patch_embed.proj.weight"
+OTHER_KINDS = {  # what no plain ViT has, and which kinds have it
+    re.compile(r"(^|\.)(relative_position|rel_pos_bias)"): "BEiT",
+    re.compile(r"\.rel_pos_[hw]$|^neck\."): "SAM",
+    re.compile(r"^blocks_token_only\."): "CaiT",
+}
 Shape = Sequence[int]
 
 
@@ -77,9 +82,11 @@ class Backbone:
     def __str__(self) -> str:
         plus = "+" if self.rotary and self.gated and self.letter in ("S", "H") else ""
         size = f"-{self.letter}{plus}" if self.letter else f" {self.width} wide, patch"
-        registers = f" with {self.registers} registers" if self.registers else ""
+        parts = [f"{self.registers} register{'s' * (self.registers > 1)}"] if self.registers else []
+        parts += ["rotary positions"] if self.rotary and self.family == VIT else []
+        parts = f" with {' and '.join(parts)}" if parts else ""
         article = "an" if self.family == MAE else "a"
-        return f"{article} {f'{self.family} ViT'.strip()}{size}/{self.patch_size} of {self.depth} blocks{registers}"
+        return f"{article} {f'{self.family} ViT'.strip()}{size}/{self.patch_size} of {self.depth} blocks{parts}"
 
     @property
     def timm_name(self) -> str | None:
@@ -119,6 +126,9 @@ def recognise(names: Names, shapes: Mapping[str, Shape]) -> Backbone:
         raise ValueError(f"no plain ViT for images in three channels: {what}")
     if not any(ATTENTION.match(name) for name in made):
         raise ValueError(f"no plain ViT: no attention in blocks among {', '.join(sorted(shapes)[:3])}, ...")
+    for mark, kind in OTHER_KINDS.items():
+        if found := next((parts[0].key for name, parts in made.items() if mark.search(name)), None):
+            raise ValueError(f"no plain ViT: {found} belongs to another kind, {kind}")
     widths = {first[name][-1] for name in made if QKV.fullmatch(name)} | {patches[0]}
     if len(widths) > 1:
         raise ValueError(f"no plain ViT: its blocks are {', '.join(map(str, sorted(widths)))} wide")
@@ -162,8 +172,8 @@ def _family(
         return MAE
     if distilled:
         return DEIT
-    if rotary:
-        return DINOV3 if scaled else VIT
+    if rotary:  # timm's own have no class token
+        return DINOV3 if scaled and "cls_token" in first else VIT
     tokens = first["pos_embed"][-2] if len(first["pos_embed"]) > 1 else 0
     class_too = math.isqrt(max(tokens - 1, 0)) ** 2 == tokens - 1  # DeiT III has layer scale, too, but none for it
     return DINOV2 if scaled and (class_too or registers) else VIT
