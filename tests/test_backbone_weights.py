@@ -244,6 +244,24 @@ def test_of_teacher_and_student_the_teacher_is_taken_and_the_student_named(tmp_p
     assert_loads(encoder, tmp_path / "checkpoint.pth", [*left, "teacher.dino_head.mlp.0.weight"])
 
 
+@pytest.mark.parametrize("names", [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_an_averaged_copy_beside_the_weights_is_another_backbone_and_alone_it_is_loaded(names, tmp_path):
+    encoder = made(DINOV2, 14)
+    state = dict(encoder.backbone.state_dict())
+    torch.save(dict.fromkeys(names, state), tmp_path / "both.pth")
+    with pytest.raises(ValueError, match=rf"{names[1]}\.\S+ and {names[0]}\.\S+ are both .*keep one backbone"):
+        read_backbone_file(tmp_path / "both.pth")
+    torch.save({names[1]: state}, tmp_path / "averaged.pth")
+    assert_loads(encoder, tmp_path / "averaged.pth")
+
+
+def test_another_decoder_than_maes_tells_nothing_of_the_family(tmp_path):
+    encoder = made(DEIT, 16)
+    state = {f"deit.{key}": tensor for key, tensor in encoder.backbone.state_dict().items()}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deit"}))
+    assert_loads(encoder, save(tmp_path, state | {"decoder.0.weight": torch.ones(2)}).parent, ["decoder.0.weight"])
+
+
 def test_maes_decoder_is_left_out_by_name(tmp_path):
     encoder = made(MAE, 16)
     decoder = {"mask_token": torch.ones(1, 1, 8), "decoder_pos_embed": torch.ones(1, 17, 8)}

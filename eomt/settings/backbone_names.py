@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 # what wrappers, training programs and transformers' larger models put before a name
 WRAPPER = re.compile(
-    r"(_orig_mod|module|model|state_dict|backbone|teacher|student|vit|deit|dinov2|dinov2_with_registers|dinov3_vit)\."
+    r"(_orig_mod|module|model(_ema)?|state_dict(_ema)?|backbone|teacher|student|vit|deit|dinov2|"
+    r"dinov2_with_registers|dinov3_vit)\."
 )
 STUDENT = re.compile(r"((_orig_mod|module|model|state_dict)\.)*student\.")
 Rules = tuple[tuple[re.Pattern, str], ...]

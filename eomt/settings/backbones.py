@@ -168,7 +168,7 @@ def plain_vit(shapes: Mapping[str, Shape]) -> Backbone | None:
 def _family(
     names: Names, first: Mapping[str, Shape], scaled: bool, rotary: bool, registers: int, distilled: bool
 ) -> str:
-    if any(re.match(r"(\w+\.)*decoder[._]", key) for key in names.left_out):
+    if any(re.match(r"(\w+\.)*decoder_", key) for key in names.left_out):
         return MAE
     if distilled:
         return DEIT
