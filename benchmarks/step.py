@@ -123,9 +123,9 @@ def step_of(module: MaskClassificationSemantic, batch: tuple[Tensor, Tensor], de
     return Step(lambda: module.training_step(batch, 0), optimizer, device)
 
 
-def cached_step(task: Task, device: str) -> Step:
+def cached_step(task: Task, device: str, **settings: Any) -> Step:
     """LoRA in the last blocks, from tokens that came out of the frozen ones in bf16."""
-    module = module_of(task, **LAST, masked_attn_enabled=False).to(device)
+    module = module_of(task, **LAST, masked_attn_enabled=False, **settings).to(device)
     images, labels = batch_of(task, device)
     depth = len(module.network.encoder.blocks) - module.network.num_blocks
     with torch.no_grad(), autocast(device):

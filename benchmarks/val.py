@@ -3,6 +3,8 @@
 Both run the same network with the same weights; its attention masks have faded out, as at the end of a training.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,12 +22,12 @@ CLASSES, WINDOW = 19, 1024
 
 
 def prepared(
-    device: str, size: str | None = None, side: int = WINDOW
+    device: str, size: str | None = None, side: int = WINDOW, **settings: Any
 ) -> tuple[MaskClassificationSemantic, Tensor, Tensor]:
     """The network, an image uint8 [3, side, 2 side] and its label map uint8 [side, 2 side]."""
     torch.manual_seed(0)
     name = SIZES[size or ("small" if device == "cpu" else "large")][3]
-    module = MaskClassificationSemantic((side, side), CLASSES, backbone_name=name, pretrained=False)
+    module = MaskClassificationSemantic((side, side), CLASSES, backbone_name=name, pretrained=False, **settings)
     unscale_layers(module)
     module.network.attn_mask_probs.zero_()
     module.network.class_head.weight.data *= 20  # untrained, it would like all classes alike
@@ -68,9 +70,9 @@ def merged(scores: Tensor, origins: list[tuple[int, int]]) -> Tensor:
     return F.interpolate((total / count)[None], total.shape[1:], mode="bilinear")[0]
 
 
-def ours(device: str, size: str | None = None, side: int = WINDOW) -> Work:
+def ours(device: str, size: str | None = None, side: int = WINDOW, **settings: Any) -> Work:
     """What the LightningModule does with a batch of one image."""
-    module, image, labels = prepared(device, size, side)
+    module, image, labels = prepared(device, size, side, **settings)
 
     @torch.no_grad()
     def validate() -> Tensor:

@@ -130,6 +130,11 @@ class EoMT(nn.Module):
             if hasattr(getattr(block, "attn", None), "num_prefix_tokens"):
                 block.attn.num_prefix_tokens = encoder.num_prefix_tokens + num_q
 
+    def compile_parts(self) -> None:
+        """Compiles the blocks and the upscaling in place, which take most of the time; outputs stay what they are."""
+        for part in (*self.encoder.blocks, self.upscale):
+            part.compile()
+
     @property
     def num_classes(self) -> int:
         """K, "no object" not counted."""

@@ -104,8 +104,7 @@ class MaskClassificationSemantic(lightning.LightningModule):
         self.counted: set[str] | None = None  # classes that the last mIoU is the mean of
         self.confusion = MulticlassConfusionMatrix(chosen.num_classes, ignore_index=IGNORE, validate_args=False)
         if chosen.compile:
-            for part in (*self.network.encoder.blocks, self.network.upscale):
-                part.compile()
+            self.network.compile_parts()
 
     @classmethod
     def setting_names(cls) -> set[str]:

@@ -1,0 +1,54 @@
+"""The benchmark for a GPU, as far as it can be looked at without one."""
+
+import argparse
+
+from benchmarks import gpu
+from benchmarks.step import Task
+
+SMALL = Task("small", 64)
+
+
+def test_steps_validation_and_inference_are_measured_eager_and_compiled():
+    names = [line.name for line in gpu.lines(SMALL, "cpu")]
+    eager = [name for name in names if not name.endswith(gpu.COMPILED)]
+    assert len(set(names)) == len(names)
+    for name in (
+        "transformers' full step",
+        "full step",
+        "lora step",
+        "lora, last 4 step",
+        "lora, last 4 step, trunk cache",
+        "transformers' inference",
+        "inference",
+        "inference, adapters unmerged",
+        "inference, adapters merged",
+        "validation of a 128x64 image",
+    ):
+        assert name in eager and name + gpu.COMPILED in names
+
+
+def test_what_is_eager_is_measured_for_all_sizes_before_compilers_take_the_time():
+    work = gpu.work_of(argparse.Namespace(sizes="small,large", side=64, batch=2, rounds=1, device="cpu"))
+    names = [getattr(row.args[0], "name", "16-mixed") for _, row in work]
+    first = next(k for k, name in enumerate(names) if name.endswith(gpu.COMPILED))
+    assert {size for size, _ in work[:first]} == {size for size, _ in work[first:]} == {"small", "large"}
+    assert all(name.endswith(gpu.COMPILED) for name in names[first:]) and names[:first].count("16-mixed") == 2
+
+
+def test_a_compiled_line_has_the_rate_of_the_operations_that_were_counted_eagerly(monkeypatch):
+    monkeypatch.setattr(gpu, "matrix_rate", lambda device: 1000)
+    eager = gpu.with_rate({"what": "full step", "seconds": 2, "flops": 800}, [], "cpu")
+    assert eager["flops_per_second"] == 400 and eager["share_of_matrix_rate"] == 0.4
+    row = {"what": "full step, compiled", "seconds": 1, "flops": None}
+    assert gpu.with_rate(row, [eager], "cpu")["share_of_matrix_rate"] == 0.8
+    assert "flops_per_second" not in gpu.with_rate(row, [], "cpu")
+    failed = {"what": "full step, compiled", "error": "no compiler"}
+    assert gpu.with_rate(failed, [eager], "cpu") == failed
+
+
+def test_a_line_that_fails_leaves_its_error():
+    def fail():
+        raise RuntimeError("out of memory")
+
+    row = gpu.tried(gpu.partial(gpu.measure, gpu.Line("full step", fail), SMALL, "cpu", 1))
+    assert row == {"what": "full step", "error": "RuntimeError: out of memory"}
