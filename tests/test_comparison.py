@@ -31,7 +31,7 @@ from eomt.comparison.counts import hits_and_unions, iou, mean_iou
 from eomt.comparison.differences import differences
 from eomt.comparison.runs import load_runs
 from eomt.comparison.statistics import compare, image_gains
-from eomt.comparison.table import NONE, table
+from eomt.comparison.table import NONE, table, warnings_of
 from eomt.comparison.verdicts import headline
 from eomt.training.class_scores import iou_per_class
 
@@ -474,6 +474,17 @@ def test_the_baseline_is_full_or_else_the_largest_or_the_one_named(matrix):
         compare(runs, "ful")
     with pytest.raises(ValueError, match="No run has a score to compare: lora_r8 seed 2: CUDA out of memory"):
         compare([run for run in runs if run.error])
+
+
+def test_another_baseline_than_the_usual_one_is_pointed_out_where_that_has_no_score(matrix):
+    for seed in (0, 1):
+        shutil.rmtree(matrix / "full" / f"seed_{seed}")
+    write_failed(matrix / "full" / "seed_0", "full", 0)
+    comparison = compare(load_runs([matrix]))
+    words = "full, the usual baseline, has no score: differences are to lora_r8."
+    assert comparison.baseline == "lora_r8" and words in warnings_of(comparison)
+    shutil.rmtree(matrix / "full")
+    assert words not in warnings_of(compare(load_runs([matrix])))
 
 
 def test_an_untrained_run_stands_beside_every_seed_that_starts_from_its_weights(tmp_path):

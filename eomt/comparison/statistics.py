@@ -14,6 +14,7 @@ from eomt.comparison.counts import mean_iou, nanmean
 from eomt.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
 from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run
 
+USUAL = ("full", "baseline")  # what others are compared to, unless told otherwise
 FEW_SEEDS = 3  # with fewer, nothing is measured but these seeds
 
 
@@ -286,7 +287,7 @@ def _baseline(variants: Sequence[Variant], name: str | None) -> Variant:
     if name is not None and name not in scored:
         raise ValueError(f"baseline {name!r} is no variant with a score; choose from {', '.join(scored)}")
     if name is None:
-        usual = [known for known in ("full", "baseline") if known in scored]
+        usual = [known for known in USUAL if known in scored]
         name = usual[0] if usual else max(scored, key=lambda key: scored[key].trainable or 0)
     return scored[name]
 

@@ -10,7 +10,7 @@ from eomt.comparison.anomalies import METRICS, anomaly_notes, chance, difference
 from eomt.comparison.bootstrap import FEW_UNITS, RESAMPLES
 from eomt.comparison.differences import by_value, run_names
 from eomt.comparison.runs import Run
-from eomt.comparison.statistics import FEW_SEEDS, Comparison, Delta, Spread, Variant
+from eomt.comparison.statistics import FEW_SEEDS, USUAL, Comparison, Delta, Spread, Variant
 
 NONE = "\N{EN DASH}"  # what a table shows where there is nothing to show
 MIOU = "mIoU, %"
@@ -303,8 +303,11 @@ def not_comparable(comparison: Comparison) -> list[str]:
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
-    """Says why intervals are missing, or mean little."""
+    """Says why intervals are missing, or mean little, and where another baseline had to be taken."""
     lines = []
+    missing = [v.name for v in comparison.variants if v.name in USUAL and not v.runs]
+    if missing and comparison.baseline not in USUAL:
+        lines.append(f"{missing[0]}, the usual baseline, has no score: differences are to {comparison.baseline}.")
     if 0 < comparison.units.count < FEW_UNITS:
         lines.append(f"Only {comparison.units.words} were evaluated: the intervals mean little.")
     if few := comparison.few_sequences:
