@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from eomt import __version__
-from eomt.command_line import did_you_mean, fail
+from eomt.command_line import fail
 from eomt.places import COMMANDS, SCRIPTS, script_path
+from eomt.suggestions import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,16 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from eomt.command_line import (
-    PATH_KEYS,
-    did_you_mean,
-    expand_home,
-    open_mapping,
-    option_meant,
-    quote_path,
-    settings_known,
-)
+from eomt.command_line import PATH_KEYS, expand_home, open_mapping, quote_path
 from eomt.places import as_typed
+from eomt.suggestions import did_you_mean, option_meant, settings_known
 
 
 @dataclass(frozen=True)

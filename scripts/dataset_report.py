@@ -7,10 +7,11 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 
-from eomt.command_line import did_you_mean, path_in, reports_errors
+from eomt.command_line import path_in, reports_errors
 from eomt.files import check_place
 from eomt.flags import add_output_dir, script_parser, script_words
 from eomt.settings.compose import datasets_known, open_data_with_faults
+from eomt.suggestions import did_you_mean
 
 EXAMPLES = """examples:
   python scripts/dataset_report.py data=toy_streets --split val

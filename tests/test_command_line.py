@@ -19,12 +19,13 @@ from omegaconf import OmegaConf
 from torch._utils import ExceptionWrapper
 
 from eomt.cli import main as eomt
-from eomt.command_line import not_found, one_sentence, quote_path, unquoted
+from eomt.command_line import one_sentence, quote_path, unquoted
 from eomt.comparison import matrix
 from eomt.comparison.matrix import parse_matrix, read_source
 from eomt.flags import FLAGS, translate_flags
 from eomt.inference.saved import find_artefact
 from eomt.settings.compose import compose_run, data_of_run
+from eomt.suggestions import not_found
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,6 +14,7 @@ FILES = [ROOT / "train_with_lora.py", ROOT / "lora_config.py", *sorted((ROOT / "
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 ORDER = (  # a room may import those that stand before it; README shows the same tree
     "eomt.places",
+    "eomt.suggestions",
     "eomt.command_line",
     "eomt.flags",
     "eomt.files",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eomt.anomaly.components import ANOMALY_TRACK, OBSTACLE_TRACK, Track
 from eomt.anomaly.metrics import ANOMALY, IGNORED, NORMAL
-from eomt.command_line import did_you_mean
+from eomt.suggestions import did_you_mean
 
 STANDARD = {0: NORMAL, 1: ANOMALY, 255: IGNORED}
 WITHOUT_VOID = {0: NORMAL, 2: ANOMALY}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from eomt.command_line import did_you_mean
+from eomt.suggestions import did_you_mean
 
 if TYPE_CHECKING:  # names and temperatures are checked without torch
     from torch import Tensor

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eomt.command_line import did_you_mean, not_found
 from eomt.data.listing import LONELY, OTHER_NAMES, list_pictures
 from eomt.data.sources import Sample, Source
 from eomt.files import PICTURES
+from eomt.suggestions import did_you_mean, not_found
 
 NAME = "{name}"
 LONELY_IMAGES, TWINS = "images without a mask", "two files of one name"  # faults of a folder

@@ -4,10 +4,10 @@ import glob
 import re
 from pathlib import Path
 
-from eomt.command_line import not_found
 from eomt.data.listing import Listing, list_pictures, match_pictures
 from eomt.files import PICTURES, check_place
 from eomt.inference.video import VIDEOS, Video
+from eomt.suggestions import not_found
 
 OVERLAY_VIDEO = "overlay.mp4"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from eomt import __version__
-from eomt.command_line import did_you_mean, not_found
 from eomt.files import read_json, restored
 from eomt.lora.saved_config import CONFIG_FILE as ADAPTER_CONFIG
 from eomt.settings.backbone_files import places_in
@@ -16,6 +15,7 @@ from eomt.settings.eomt_names import PUBLISHED
 from eomt.settings.formats import ARTEFACT, SUMMARY, read_format, refuse_exported
 from eomt.settings.hub import here, named_on_hub
 from eomt.settings.model import ModelSettings
+from eomt.suggestions import did_you_mean, not_found
 from lora_config import import_peft
 
 ARTEFACTS = ("adapter", "model")  # folders that a run ships one of

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eomt.command_line import RunError, did_you_mean
+from eomt.command_line import RunError
 from eomt.places import ROOT
+from eomt.suggestions import did_you_mean
 
 HOME = PurePosixPath("/teamspace/studios/this_studio")  # of every Studio, and of every job started from one
 JOBS = PurePosixPath("/teamspace/jobs")  # JOBS/NAME mirrors what job NAME wrote below HOME, read-only

@@ -10,7 +10,7 @@ import inspect
 import sys
 from typing import TYPE_CHECKING, Protocol
 
-from eomt.command_line import did_you_mean
+from eomt.suggestions import did_you_mean
 from lora_config import LoRASettings, adapted_layers, peft_config
 
 if TYPE_CHECKING:

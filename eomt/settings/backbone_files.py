@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import not_found, one_sentence
+from eomt.command_line import one_sentence
 from eomt.files import read_json, read_pickle, read_tensors
 from eomt.settings.formats import refuse_exported
 from eomt.settings.hub import local_path
+from eomt.suggestions import not_found
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 USUAL = ("model.safetensors", "pytorch_model.bin")

@@ -10,7 +10,7 @@ from typing import Any
 
 from yaml import YAMLError
 
-from eomt.command_line import PATH_KEYS, TEXT_KEYS, did_you_mean, one_sentence, path_in, quote_path, quoted
+from eomt.command_line import PATH_KEYS, TEXT_KEYS, one_sentence, path_in, quote_path, quoted
 from eomt.files import read_yaml
 from eomt.places import CONFIGS
 from eomt.settings.backbone_choice import choose_backbone
@@ -19,6 +19,7 @@ from eomt.settings.hub import hub_place, pinned
 from eomt.settings.hydra_errors import CONFIG_ERRORS, explain_config
 from eomt.settings.run import check_data, required
 from eomt.settings.start import taken_over
+from eomt.suggestions import did_you_mean
 
 RESERVED = re.compile(r"_.*_")  # keys that tell `instantiate` how
 Described = tuple[str, Any, str]  # name of a data set, its configuration, where to look if a value is missing

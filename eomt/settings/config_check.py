@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from eomt.command_line import did_you_mean
+from eomt.suggestions import did_you_mean
 
 PROJECT = ("eomt", "lora_config")
 LIBRARIES = ("lightning", "torch", "torchmetrics", "hydra")  # whose public classes a configuration may name

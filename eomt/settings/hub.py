@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from eomt.command_line import not_found, one_sentence
+from eomt.command_line import one_sentence
+from eomt.suggestions import not_found
 
 log = logging.getLogger(__name__)
 

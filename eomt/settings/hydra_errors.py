@@ -6,8 +6,9 @@ from pathlib import Path
 
 from yaml import YAMLError
 
-from eomt.command_line import did_you_mean, one_sentence
+from eomt.command_line import one_sentence
 from eomt.places import CONFIGS
+from eomt.suggestions import did_you_mean
 
 # what Hydra lets through from YAML, and of values that it cannot use
 CONFIG_ERRORS = (YAMLError, ValueError, RecursionError)

@@ -12,12 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import did_you_mean, unquoted
+from eomt.command_line import unquoted
 from eomt.lora.methods import METHODS, check_method_name
 from eomt.processes import is_first_process
 from eomt.settings.config_check import argument_types, check_call, check_name, check_type, find_target
 from eomt.settings.model import ModelSettings
 from eomt.settings.trainer import check_callbacks, check_plugins, check_trainer
+from eomt.suggestions import did_you_mean
 
 MODEL = "eomt.training.mask_classification_semantic.MaskClassificationSemantic"
 PARTS = {

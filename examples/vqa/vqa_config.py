@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from eomt.command_line import did_you_mean
 from eomt.files import read_yaml
+from eomt.suggestions import did_you_mean
 
 FOLDER = Path(__file__).parent
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from vqa_config import VQAConfig
 
-from eomt.command_line import did_you_mean, one_sentence
+from eomt.command_line import one_sentence
 from eomt.files import read_tensors
+from eomt.suggestions import did_you_mean
 from lora_config import NOT_FOR_USERS
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from eomt.command_line import did_you_mean
 from eomt.files import read_yaml
 from eomt.settings.backbone_choice import check_backbone_weights
 from eomt.settings.model import check_img_size
+from eomt.suggestions import did_you_mean
 from lora_config import PRESETS, LoRASettings, Preset, preset_for
 
 DRAWN = "drawn"  # in place of a folder, or of a file of weights
