@@ -293,6 +293,7 @@ def test_the_json_file_has_the_values_of_all_numbers_of_images_and_where_they_ar
     ]
     assert statistics.fmean(of_all) == pytest.approx(rows[367, "full"]["miou_percent"], abs=1e-5) and len(of_all) == 2
     assert facts["chosen"]["full"] == {"model.lr": 1e-3} and facts["steps"] == 100
+    assert {run["variant"]: run["lora_audit"] for run in facts["runs"]} == {"lora_r8": "1 of 1 passed", "full": NONE}
 
 
 def by_size(facts):

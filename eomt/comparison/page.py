@@ -100,6 +100,7 @@ def report_facts(
     ]
     facts["runs"] = [
         {"variant": run.variant, "seed": run.seed, "train_images": run.subset, "error": run.error}
+        | {"lora_audit": audit_words(run)}
         | {f"{domain}_miou_percent": 100 * scores.miou for domain, scores in run.evaluations.items()}
         for run in runs
     ]
