@@ -165,6 +165,17 @@ def test_a_choice_is_told_before_the_runs_that_stand_on_it_and_an_edge_is_explai
     assert "a better value may lie beyond: tune= with further values in another output_dir= would tell" in printed
 
 
+def test_a_choice_between_the_edges_is_told_without_a_word_about_them(matrix, capsys):
+    folder, trials = matrix(0.2, 0.4, 0.3)
+    choose_settings(folder, "head", trials)
+    matrices.tell_choices(folder)
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .endswith("chosen for head, on held-out training images: model.lr=0.1")
+    )
+
+
 def test_a_trial_that_failed_is_not_tried_again_once_the_choice_is_made(matrix, capsys):
     folder, trials = matrix(0.2, None)
     choose_settings(folder, "head", trials)

@@ -20,6 +20,7 @@ from eomt.comparison.table import (
     table,
     warnings_of,
 )
+from eomt.comparison.tuning import edge_words
 
 Tuning = Mapping[str, Any]  # as `eomt.comparison.tuning.read_tuning` returns it, of one variant
 
@@ -147,11 +148,6 @@ def tuning_table(tunings: Sequence[Tuning]) -> Part | None:
         rows.append([tuning["variant"], chosen, tried, steps, held, percent(best)])
     titles = ["variant", "chosen", "trials", "steps of a trial", "held-out training images", "mIoU on them, %"]
     return Part("What was chosen, and on what.", titles, rows)
-
-
-def edge_words(tuning: Tuning, key: str) -> str:
-    edge = tuning.get("edges", {}).get(key)
-    return f" (the {edge} that was tried)" if edge else ""
 
 
 def tuning_notes(tunings: Sequence[Tuning], comparison: Comparison, fewer: bool) -> list[str]:

@@ -11,7 +11,16 @@ from typing import Any
 
 from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted, unquoted
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
-from eomt.comparison.tuning import FOLDER, choose_settings, grid_for, read_grid, read_tuning, setting_words, trial_words
+from eomt.comparison.tuning import (
+    FOLDER,
+    choose_settings,
+    edge_words,
+    grid_for,
+    read_grid,
+    read_tuning,
+    setting_words,
+    trial_words,
+)
 from eomt.files import write_json
 from eomt.places import CONFIGS, as_typed
 from eomt.settings.compose import build_data, check_named_data, compose_run, configurations, matrix_name, open_data
@@ -76,7 +85,11 @@ def launch(folder: Path, cells: Iterable[str], launcher: Sequence[str]) -> None:
         try:
             hydra.main(config_path=None, config_name="cell", version_base="1.3")(run_cell)()
         except HydraException as error:  # of what may be mistyped, only the launcher is left
-            hint = "; pip install -e .[launchers] brings joblib and submitit" if "hydra/launcher" in str(error) else ""
+            hint = (
+                "; pip install 'eomt-lora[launchers]' brings joblib and submitit"
+                if "hydra/launcher" in str(error)
+                else ""
+            )
             raise ValueError(explain_config(error) + hint) from error
         except RuntimeError as error:  # a cluster's job that was ended from outside
             fail(error, 1)
@@ -342,7 +355,7 @@ def tell_choices(folder: Path) -> None:
     tunings = read_tuning(folder)
     for tuning in tunings:
         chosen = ", ".join(
-            word + f" (the {tuning['edges'][key]} that was tried)" * (key in tuning["edges"])
+            word + edge_words(tuning, key)
             for key, word in zip(tuning["chosen"], setting_words(tuning["chosen"]), strict=True)
         )
         print(f"chosen for {tuning['variant']}, on held-out training images: {chosen}", flush=True)

@@ -130,6 +130,12 @@ def edges(chosen: Settings, tried: Sequence[Settings]) -> dict[str, str]:
     return found
 
 
+def edge_words(tuning: Mapping[str, Any], key: str) -> str:
+    """The end of a choice of this setting in a sentence: ` (the highest that was tried)`, or nothing."""
+    edge = tuning.get("edges", {}).get(key)
+    return f" (the {edge} that was tried)" if edge else ""
+
+
 def read_tuning(matrix: Path) -> list[dict[str, Any]]:
     """What was chosen in a matrix, by variant in the order of its trials; nothing where nothing was tuned."""
     order = list(read_json(matrix / "matrix.json", {}).get("variants", []))
