@@ -136,6 +136,13 @@ def unquoted(value: str) -> str:
     return re.sub(r"(\\*)" + f"({value[0]}|$)", lambda found: found[1][: len(found[1]) // 2] + found[2], value[1:-1])
 
 
+def plain_word(word: str) -> str:
+    """An override without quotes that it does not need."""
+    key, equals, value = word.partition("=")
+    plain = key + equals + unquoted(value)
+    return plain if re.fullmatch(r"[\w./-]+", unquoted(value)) or quote_path(plain, sweeps=True) == word else word
+
+
 def quiet_libraries() -> None:
     """Keeps advertising and notes to developers out of the log; warnings about the run stay."""
     import lightning  # noqa: F401  it sets its logger's level when imported

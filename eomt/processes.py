@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from eomt.command_line import quote_path, quoted, unquoted
+from eomt.command_line import plain_word, quoted
 from eomt.places import INSTALLED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -170,14 +170,7 @@ def command_to_continue(words: Sequence[str], output_dir: Path) -> str:
     """Returns the command that goes on in the folder of a run that was started with these words."""
     kept = [word for word in words if not word.lstrip("+").startswith(("output_dir=", "resume=", "hydra.sweep.dir="))]
     program = ["eomt", "train"] if INSTALLED else ["python", sys.argv[0]]
-    return shlex.join([*program, *map(_plain, kept), _plain(f"output_dir={quoted(output_dir)}"), "resume=auto"])
-
-
-def _plain(word: str) -> str:
-    """An override without quotes that it does not need."""
-    key, _, value = word.partition("=")
-    plain = f"{key}={unquoted(value)}"
-    return plain if re.fullmatch(r"[\w./-]+", unquoted(value)) or quote_path(plain, sweeps=True) == word else word
+    return shlex.join([*program, *map(plain_word, kept), plain_word(f"output_dir={quoted(output_dir)}"), "resume=auto"])
 
 
 def report_interruption(stopped: Interrupted) -> int:

@@ -170,9 +170,7 @@ def test_a_choice_between_the_edges_is_told_without_a_word_about_them(matrix, ca
     choose_settings(folder, "head", trials)
     matrices.tell_choices(folder)
     assert (
-        capsys.readouterr()
-        .out.splitlines()[-1]
-        .endswith("chosen for head, on held-out training images: model.lr=0.1")
+        capsys.readouterr().out.splitlines()[-1].endswith("chosen for head, on held-out training images: model.lr=0.1")
     )
 
 

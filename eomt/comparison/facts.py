@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from eomt.command_line import plain_word
 from eomt.comparison.differences import by_value, machine_name, run_names, short_hash, versions_name
 from eomt.comparison.runs import Run, matrix_of
 from eomt.comparison.statistics import Comparison
@@ -93,15 +94,16 @@ def matrix_command(matrix: Mapping[str, Any]) -> str:
         return f"[{','.join(map(str, values))}]"
 
     words = ["python", "scripts/compare.py", "run"]
-    words += ["--config-name", matrix["config_name"]] if matrix.get("config_name") else []
-    words += matrix.get("overrides", [])
+    named = matrix.get("config_name", "cityscapes")  # which is the default
+    words += ["--config-name", named] if named != "cityscapes" else []
+    words += map(plain_word, matrix.get("overrides", []))
     lists = ("variants", "seeds", "images", "anomaly")
     words += [f"{key}={listed(matrix[key])}" for key in lists if matrix.get(key) and matrix[key] != ["all"]]
     words += [f"anomaly_root={matrix['anomaly_root']}"] if matrix.get("anomaly_root") else []
     if matrix.get("tune"):
         words.append("tune=" + " ".join(f"{key}={listed(values)}" for key, values in matrix["tune"].items()))
     if matrix.get("source"):
-        words.append("source=" + shlex.join(matrix["source"]))
+        words.append("source=" + shlex.join(map(plain_word, matrix["source"])))
     return shlex.join(words)
 
 

@@ -94,6 +94,7 @@ def report_facts(
     }
     facts["chance"] = {name: chance(found) for name, found in comparison.benchmarks.items()}
     facts |= {"training_images": axes.images_of(comparison), "table": records(comparison, table(comparison))}
+    facts["notes"] = list(comparison.notes)
     facts["fewer_images"] = [
         {"training_images": axes.images_of(each), "table": axes.fewer_records(each, comparison.baseline)}
         for each in fewer.values()
