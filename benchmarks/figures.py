@@ -85,34 +85,6 @@ def points(value: float | None) -> str:
     return percent(None if value is None else value / 100, signed=True)
 
 
-def camvid_run(facts: Facts) -> str:
-    train, val = (facts["data"][f"{split}_images"] for split in ("train", "val"))
-    return f"""
-        CamVid, real streets: a network learns the day sequences from random weights (2,432 steps), then adapts to dusk
-        (sequence 0001TP: the first {train} frames to train, the last {val} to evaluate),
-        {max(cell["steps"] for cell in facts["cells"])} steps in every variant. {len(facts["seeds"])} seeds,
-        {facts["machine"]["threads"]} threads of an {facts["machine"]["processor"]}, {facts["minutes_in_all"]} minutes
-        for the {len(facts["cells"])} cells ([benchmarks/camvid_dusk.json](benchmarks/camvid_dusk.json)):
-    """
-
-
-def camvid_findings(facts: Facts) -> str:
-    rows = by_variant(facts)
-    full, lora = rows["full"], rows["lora_r16"]
-    smaller = [full["artefact_bytes"] / rows[name]["artefact_bytes"] for name in ("lora_r8", "lora_r16")]
-    saved = 1 - lora["flops_per_step"] / full["flops_per_step"]
-    forgotten = [-row["source_change_points"] for row in rows.values() if row["variant"] != "none"]
-    return f"""
-        What it says: after equally many steps LoRA is measurably below the full fine-tune here, by
-        {-lora["difference_points"]:.1f} points at rank 16, and well above training heads or the last blocks alone. Its
-        artefact is {span(smaller)} times smaller. It saves {percentage(saved)} of the counted FLOPs, and on this CPU
-        neither time nor memory. Everything that adapts forgets {span(forgotten)} points of the day; LoRA a little less
-        than full. Read with care: 25 neighbouring frames of one video are no 25 independent images, so the intervals
-        are only roughly right; one learning rate for each kind of parameter, tuned for none; and tiny networks, whose
-        queries and heads weigh three times as much as the adapters.
-    """
-
-
 # anomalies
 
 

@@ -1,8 +1,8 @@
 """Writes the tables and sentences of README and docs that show figures, from the JSON files of benchmarks/.
 
 A table stands between `<!-- table NAME: benchmarks/FILE.json -->` and `<!-- end of table -->`, a paragraph with figures
-between `<!-- figures NAME: benchmarks/FILE.json -->` and `<!-- end of figures -->`. NAME is a function of
-figures.py, speed_figures.py or exchange_figures.py, which makes Markdown of what the JSON file holds.
+between `<!-- figures NAME: benchmarks/FILE.json -->` and `<!-- end of figures -->`. NAME is a function in one of
+benchmarks/*figures.py, which makes Markdown of what the JSON file holds.
 
     python benchmarks/tables.py
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import exchange_figures, figures, speed_figures  # noqa: E402
+from benchmarks import camvid_figures, exchange_figures, figures, speed_figures  # noqa: E402
 from eomt.command_line import reports_errors  # noqa: E402
 from eomt.files import read_json, write_text  # noqa: E402
 
@@ -29,7 +29,7 @@ BLOCK = re.compile(
 
 RENDERERS = {
     name: function
-    for module in (figures, speed_figures, exchange_figures)
+    for module in (figures, speed_figures, exchange_figures, camvid_figures)
     for name, function in vars(module).items()
     if getattr(function, "__module__", None) == module.__name__
 }
@@ -55,8 +55,7 @@ def rendered(block: re.Match[str]) -> str:
     """
     render = RENDERERS.get(block["name"])
     if render is None:
-        modules = "benchmarks/figures.py, speed_figures.py or exchange_figures.py"
-        raise ValueError(f"{block['start'].strip()} names no function of {modules}")
+        raise ValueError(f"{block['start'].strip()} names no function of benchmarks/*figures.py")
     text = render(read_json(ROOT / block["file"]))
     return (text if block["kind"] == "table" else "\n".join(map(broken, paragraphs(text)))) + "\n"
 

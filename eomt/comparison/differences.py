@@ -188,7 +188,8 @@ def machine_name(machine: dict[str, Any] | None) -> str:
     if not machine:
         return UNKNOWN
     processor = machine.get("processor") or "CPU"
-    processors = ", ".join(machine.get("gpus") or []) or f"{processor}, {machine.get('threads')} threads"
+    threads = machine.get("threads")
+    processors = ", ".join(machine.get("gpus") or []) or f"{processor}, {threads} thread{'s' * (threads != 1)}"
     return f"{processors} ({machine.get('platform')})"
 
 
