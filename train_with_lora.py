@@ -31,7 +31,7 @@ from eomt.processes import (
     is_first_process,
     report_interruption,
 )
-from eomt.settings.sweeps import find_sweep, name_job, name_sweep, no_empty_sweep, report_sweep
+from eomt.settings.sweeps import find_sweep, given_overrides, name_job, name_sweep, no_empty_sweep, report_sweep
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def check_lora_asked(cfg) -> None:  # noqa: ANN001
 
     if OmegaConf.select(cfg, "model.use_lora") is not False or cfg.get("variant") or not HydraConfig.initialized():
         return
-    unread = unread_lora(HydraConfig.get().overrides.task)
+    unread = unread_lora(given_overrides(HydraConfig.get()))
     sentence = f"{', '.join(unread)} without LoRA, nothing reads it: add --use_lora, or leave it out"
     if any(word.lstrip("+") in str(cfg.get("job")) for word in unread):
         raise ValueError(sentence)
@@ -138,7 +138,7 @@ def choose_lora(cfg) -> Any:  # noqa: ANN001
     images = len(build_data(cfg, "see --help").train_set)
     preset = preset_for(images).name
     log.info("lora=auto: %d training images, so lora=%s", images, preset)
-    overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("lora=")]
+    overrides = [word for word in given_overrides(HydraConfig.get()) if not word.startswith("lora=")]
     return compose(HydraConfig.get().job.config_name, [*overrides, f"lora={preset}"])
 
 

@@ -264,6 +264,7 @@ def test_settings_of_lora_without_lora_are_warned_of_and_no_sweep(caplog, tmp_pa
         prepared("model.lora_rank=4", job="0 model.lora_rank=4")
     for words in (["model.use_lora=true"], ["model.use_lora=false"], ["variant=head"], ["lora=small"]):
         assert "without LoRA" not in prepared("model.lora_rank=4", *words)
+    assert "model.lora_alpha=${model.lora_rank} without LoRA" in prepared("model.lora_alpha=${model.lora_rank}")
 
 
 def test_a_sweep_over_a_mistyped_key_leaves_no_folder(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eomt import __version__
-from eomt.files import read_json, restored
+from eomt.files import PICTURES, read_json, restored
 from eomt.lora.saved_config import CONFIG_FILE as ADAPTER_CONFIG
 from eomt.settings.backbone_files import places_in
 from eomt.settings.config_check import argument_types, check_type
@@ -20,7 +20,7 @@ from lora_config import import_peft
 
 ARTEFACTS = ("adapter", "model")  # folders that a run ships one of
 SAVED = "give the adapter/ or model/ folder of a run, the run's folder, or its checkpoints/best.ckpt"
-NO_WEIGHTS = (".yaml", ".yml", ".json", ".csv", ".txt", ".md", ".log", ".png", ".jpg", ".jpeg")
+NO_WEIGHTS = (*PICTURES, ".yaml", ".yml", ".json", ".csv", ".txt", ".md", ".log")
 EXTRACTION_FILE = "extraction.json"  # beside an adapter that was made out of a full fine-tune
 CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE, BASE_FILE = (
     "eomt_config.json",

@@ -24,6 +24,9 @@ def explain_config(error: Exception, words: Sequence[str] = ()) -> str:
     """
     if isinstance(error, RecursionError):
         return "a configuration is nested too deeply to be read"
+    if "Recursive interpolation" in str(error):
+        blamed = " and ".join(word for word in words if "${" in word) or "a configuration"
+        return f"{blamed}: a value that is made of itself has no end; write it out"
     if not isinstance(error, UnicodeDecodeError):
         return about_override(error) or one_sentence(error)
     named = [

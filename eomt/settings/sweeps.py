@@ -55,6 +55,13 @@ def no_empty_sweep(words: Sequence[str]) -> Iterator[None]:
             remove_empty(record.parent, kept)
 
 
+def given_overrides(hydra_config: Any) -> list[str]:
+    """The overrides of a run as they were written, with the interpolations that some hold."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+
+
 def name_job(hydra_config: Any, words: Sequence[str]) -> str:
     """Names one run of a sweep by its number and what it varies: `1 model.lora_rank=8`.
 
@@ -72,7 +79,7 @@ def name_job(hydra_config: Any, words: Sequence[str]) -> str:
     }
     for name in ("params", "search_space"):  # of sweepers that optimise
         varied |= set(hydra_config.sweeper.get(name) or ())
-    chosen = [word for word in hydra_config.overrides.task if word.partition("=")[0].lstrip("+") in varied]
+    chosen = [word for word in given_overrides(hydra_config) if word.partition("=")[0].lstrip("+") in varied]
     return " ".join([str(hydra_config.job.num), *chosen])
 
 
