@@ -41,6 +41,11 @@ def test_the_zips_have_the_layout_of_cityscapes(tmp_path):
     assert len(members) == 10
 
 
+def test_scenes_are_drawn_one_by_one_and_are_no_frames_of_a_drive(tmp_path):
+    data = draw(tmp_path)
+    assert {sample.sequence for dataset in (data.train_set, data.val_set) for sample in dataset.samples} == {None}
+
+
 def test_the_same_settings_write_the_same_bytes(tmp_path):
     draw(tmp_path / "a")
     draw(tmp_path / "b")

@@ -7,6 +7,7 @@ reader.
 import io
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
@@ -16,8 +17,8 @@ from PIL import Image
 from rich.progress import track
 from typing_extensions import Unpack
 
-from eomt.data.cityscapes import cityscapes
-from eomt.data.sources import LoaderOptions, open_archive
+from eomt.data.cityscapes import splits
+from eomt.data.sources import LoaderOptions, Sample, open_archive
 from eomt.files import cache_folder, new_folder
 from eomt.toys.scene import draw_scene
 
@@ -52,9 +53,17 @@ def toy_streets(
     Raises:
         ValueError: An unknown domain, fewer than one image a split, or a size under 32 pixels.
     """
+    from eomt.data.datamodule import feed
+
     place = Path(root) if root else cache_folder("toy_streets")
     folder = write_toy_streets(place, domain, num_train=num_train, num_val=num_val, size=size, data_seed=data_seed)
-    return cityscapes(str(folder), **loader)
+    found = splits(str(folder))
+    return feed(found._replace(train=_alone(found.train), val=_alone(found.val)), **loader)
+
+
+def _alone(samples: Sequence[Sample]) -> list[Sample]:
+    """Scenes that are no frames of a drive, though their names have a city as Cityscapes' have."""
+    return [replace(sample, sequence=None) for sample in samples]
 
 
 def write_toy_streets(
