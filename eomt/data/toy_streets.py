@@ -17,7 +17,7 @@ from PIL import Image
 from rich.progress import track
 from typing_extensions import Unpack
 
-from eomt.data.cityscapes import splits
+from eomt.data import cityscapes
 from eomt.data.sources import LoaderOptions, Sample, open_archive
 from eomt.files import cache_folder, new_folder
 from eomt.toys.scene import draw_scene
@@ -57,7 +57,7 @@ def toy_streets(
 
     place = Path(root) if root else cache_folder("toy_streets")
     folder = write_toy_streets(place, domain, num_train=num_train, num_val=num_val, size=size, data_seed=data_seed)
-    found = splits(str(folder))
+    found = cityscapes.splits(str(folder))
     return feed(found._replace(train=_alone(found.train), val=_alone(found.val)), **loader)
 
 
