@@ -69,7 +69,7 @@ def test_every_cell_is_a_whole_run_in_one_folder_with_its_evaluation(matrix):
         counts = np.load(run / "evaluation" / "target.npz")["confusion"]
         assert counts.shape == (3, 19, 19) and counts.sum() > 0
         sequences = read(run / "evaluation" / "target.json")["sequences"]
-        assert len(sequences) == 3 and all(isinstance(city, str) for city in sequences)
+        assert sequences == [None] * 3, "a place for each image; drawn scenes are of no drive"
         assert read(run / "evaluation" / "source.json")["domain"] == "source"
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from eomt.data import cityscapes
 from eomt.data.cityscapes import CITYSCAPES, TRAIN_ID_OF_ID
 from eomt.data.statistics import count_classes
 from eomt.data.toy_streets import toy_streets
@@ -44,6 +45,8 @@ def test_the_zips_have_the_layout_of_cityscapes(tmp_path):
 def test_scenes_are_drawn_one_by_one_and_are_no_frames_of_a_drive(tmp_path):
     data = draw(tmp_path)
     assert {sample.sequence for dataset in (data.train_set, data.val_set) for sample in dataset.samples} == {None}
+    read_as_cityscapes = cityscapes.splits(str(zips(tmp_path)[0].parent))
+    assert {sample.sequence for sample in read_as_cityscapes.val} == {"toyburg"}
 
 
 def test_the_same_settings_write_the_same_bytes(tmp_path):
