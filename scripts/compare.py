@@ -36,7 +36,8 @@ RUN_HELP = """variants=[...]   what trains (default: none, head, lora_r8, lora_r
 seeds=[...]      default: 0
 images=[...]     numbers of training images, as in images=[16,64,all]: fewer are a part of more (default: all)
 tune="..."       settings to choose for each variant, as in tune="model.lr=[1e-4,3e-4,1e-3] model.lora_lr=[1e-3,3e-3]",
-                 by trials of half the steps on a fifth of the training images, held out; then all seeds run with them
+                 by trials of half the steps on a fifth of the training images, held out; then all seeds run with them;
+                 the same command with some of its variants and further values tries those, too
 source="..."     the data that the start weights come from, to measure what is forgotten:
                  "experiment=NAME data.root=..." or "data=NAME data.key=value ..."
 anomaly=[...]    anomaly benchmarks to score every network on: toy_anomalies, road_anomaly_21, ...

@@ -310,7 +310,7 @@ def test_what_runs_do_not_share_is_told_of_each(matrix, tmp_path):
 
 def test_settings_to_tune_may_be_given_in_several_words():
     facts = parse_matrix(["tune=model.lr=[1e-4,1e-3]", "tune=model.lora_lr=[1e-3,2e-3]"], "cityscapes")[0]
-    assert facts["tune"] == {"model.lr": [1e-4, 1e-3], "model.lora_lr": [1e-3, 2e-3]}
+    assert facts["tune"]["full"] == {"model.lr": [1e-4, 1e-3], "model.lora_lr": [1e-3, 2e-3]}
     with pytest.raises(ValueError, match=r"must give model\.lr once"):
         parse_matrix(["tune=model.lr=[1e-4,1e-3]", "tune=model.lr=[1e-3,2e-3]"], "cityscapes")
 

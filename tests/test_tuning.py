@@ -1,6 +1,8 @@
 """What a matrix tries for each variant, and what it takes."""
 
 import json
+import re
+import shutil
 
 import pytest
 from conftest import TOY_DATA
@@ -15,6 +17,7 @@ from eomt.comparison.tuning import (
     read_grid,
     read_tuning,
     trial_words,
+    widened,
 )
 from eomt.settings.formats import SUMMARY, TUNING, read_format, stamped
 
@@ -116,10 +119,33 @@ def test_the_best_trial_is_taken_and_written_down_with_the_others(matrix):
     assert read_tuning(folder) == [facts]
 
 
-def test_a_choice_stays_since_runs_stand_on_it(matrix):
+def test_further_trials_change_a_choice_that_no_run_stands_on_and_its_edges(matrix):
+    folder, trials = matrix(0.2, 0.4)
+    choose_settings(folder, "head", trials)
+    choose_settings(folder, "head", matrix(0.2, 0.4, 0.3)[1])
+    facts = read_format(folder / "tuning" / "head.json", TUNING)
+    assert facts["chosen"] == {"model.lr": 0.1} and facts["edges"] == {} and len(facts["trials"]) == 3
+    choose_settings(folder, "head", matrix(0.2, 0.4, 0.3, 0.9)[1])
+    assert chosen_settings(folder, "head") == {"model.lr": 1e-3}
+
+
+def test_a_choice_that_runs_stand_on_is_not_changed_by_further_trials(matrix):
+    folder, trials = matrix(0.2, 0.4)
+    choose_settings(folder, "head", trials)
+    run = folder / "head" / "images_4" / "seed_0"
+    run.mkdir(parents=True)
+    (run / "cell.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"model\.lr=0\.01 is better than model\.lr=0\.1, on which the runs in .* stand"
+    ):
+        choose_settings(folder, "head", matrix(0.2, 0.4, 0.9)[1])
+    assert chosen_settings(folder, "head") == {"model.lr": 0.1}
+
+
+def test_a_choice_among_the_same_trials_stays_though_a_score_came_later(matrix):
     folder, trials = matrix(0.2, 0.4, None)
     choose_settings(folder, "head", trials)
-    choose_settings(*(folder, "head", matrix(0.2, 0.4, 0.9)[1]))
+    choose_settings(folder, "head", matrix(0.2, 0.4, 0.9)[1])
     assert chosen_settings(folder, "head") == {"model.lr": 0.1}
 
 
@@ -136,9 +162,9 @@ def test_where_all_trials_failed_the_reason_is_told(matrix):
         choose_settings(folder, "head", trials)
 
 
-def end_trial(folder, number, miou=None):
-    """Leaves what a trial of `head` leaves: this score, or none where it failed."""
-    trial = folder / "tuning" / "head" / f"trial_{number}"
+def end_trial(folder, number, miou=None, variant="head"):
+    """Leaves what a trial leaves: this score, or none where it failed."""
+    trial = folder / "tuning" / variant / f"trial_{number}"
     trial.mkdir(parents=True, exist_ok=True)
     facts = {"status": "failed: NaN" if miou is None else "finished", "miou": miou, "steps": 4}
     (trial / "summary.json").write_text(json.dumps(stamped(SUMMARY, facts)))
@@ -162,7 +188,83 @@ def test_a_choice_is_told_before_the_runs_that_stand_on_it_and_an_edge_is_explai
     trials, runs = printed.index("launched tuning/head/trial_0"), printed.index("launched head/seed_0")
     told = printed.index("chosen for head, on held-out training images: model.lr=0.001 (the highest that was tried)")
     assert trials < told < runs
-    assert "a better value may lie beyond: tune= with further values in another output_dir= would tell" in printed
+    assert 'with "variants=[head]" and further values in tune= tries them' in printed
+
+
+def test_values_are_added_for_the_variants_named_and_tried_alone(tmp_path, toy_cache, monkeypatch, capsys):
+    launched = []
+
+    def launch(folder, cells, launcher):
+        launched.append(sorted(cells))
+        for name in cells:
+            variant, number = name.split("/")[1], int(name[-1])
+            if name.startswith("tuning") and not (folder / name).is_dir():
+                end_trial(folder, number, 0.2 + 0.1 * number, variant)
+
+    def run(*words):
+        words = [*TOY_DATA, f"data.root={toy_cache}", "data.batch_size=2", f"output_dir={tmp_path}", *words]
+        code = matrices.run_matrix(words, "cityscapes", lambda config: None)
+        return code, capsys.readouterr().out
+
+    monkeypatch.setattr(matrices, "launch", launch)
+    run("variants=[head,full]", "tune=model.lr=[1e-4,1e-3]")
+    facts = json.loads((tmp_path / "matrix.json").read_text())
+    facts["tune"] = facts["tune"]["head"]  # one grid for all, as earlier versions wrote it
+    (tmp_path / "matrix.json").write_text(json.dumps(facts))
+    run("variants=[full]", "tune=model.lr=[1e-3,1e-5]")
+    facts = json.loads((tmp_path / "matrix.json").read_text())
+    trials = {name: cell["trial"]["model.lr"] for name, cell in facts["cells"].items() if "trial" in cell}
+    known = {f"tuning/{name}/trial_{k}": lr for name in ("head", "full") for k, lr in enumerate((1e-4, 1e-3))}
+    assert trials == known | {"tuning/full/trial_2": 1e-5}
+    assert facts["tune"] == {"head": {"model.lr": [1e-4, 1e-3]}, "full": {"model.lr": [1e-5, 1e-4, 1e-3]}}
+    assert chosen_settings(tmp_path, "full") == {"model.lr": 1e-5}
+    assert chosen_settings(tmp_path, "head") == {"model.lr": 1e-3}
+    (tmp_path / "head" / "seed_0").mkdir(parents=True)
+    (tmp_path / "head" / "seed_0" / "cell.json").write_text("{}")
+    code, printed = run("variants=[head]", "tune=model.lr=[1e-2,1e-1]")
+    assert code == 1 and "model.lr=0.1 is better than model.lr=0.001, on which the runs in" in printed
+    assert "move this folder to another place" in printed
+    assert launched[-1] == ["full/seed_0"], "what stands on another choice is left alone"
+    shutil.move(tmp_path / "head", tmp_path.parent / "head_before")
+    run("variants=[head]", "tune=model.lr=[1e-2,1e-1]")
+    assert chosen_settings(tmp_path, "head") == {"model.lr": 1e-1} and "head/seed_0" in launched[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["variants=[head]"], "that chooses model.lora_lr, model.lr: give tune= again, or another output_dir="),
+        (["variants=[head]", "tune=model.weight_decay=[0,1]"], "gives head model.weight_decay: give the same"),
+        (["variants=[head,full]", "tune=model.lr=[1,2]"], "gives full model.lr: give the same"),
+    ],
+)
+def test_which_settings_are_chosen_stays_where_a_matrix_goes_on(tmp_path, toy_cache, monkeypatch, words, remedy):
+    monkeypatch.setattr(matrices, "launch", lambda folder, cells, launcher: None)
+    data = [*TOY_DATA, f"data.root={toy_cache}", "data.batch_size=2", f"output_dir={tmp_path}"]
+    tune = "tune=model.lr=[1e-4,1e-3] model.lora_lr=[1e-3,2e-3]"
+    matrices.run_matrix([*data, "variants=[head]", tune], "cityscapes", lambda config: None)
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        matrices.run_matrix([*data, *words], "cityscapes", lambda config: None)
+
+
+def test_one_of_several_settings_may_be_tried_further():
+    before = {"full": {"model.lr": [1, 2], "model.lora_lr": [1, 2]}, "head": {"model.lr": [1, 2]}}
+    assert widened(before, {"full": {"model.lr": [0, 2]}})["full"] == {"model.lr": [0, 1, 2], "model.lora_lr": [1, 2]}
+    assert widened(before, {"full": {"model.lr": [0, 2]}})["head"] == before["head"]
+    with pytest.raises(ValueError, match="without tune=: leave it out"):
+        widened({}, {"full": {"model.lr": [0, 2]}})
+
+
+def test_a_matrix_goes_on_whatever_the_order_of_its_words(tmp_path, toy_cache, monkeypatch):
+    monkeypatch.setattr(matrices, "launch", lambda folder, cells, launcher: None)
+    own = ["variants=[head]", f"output_dir={tmp_path}"]
+    words = [*TOY_DATA, f"data.root={toy_cache}", "data.batch_size=2"]
+    matrices.run_matrix([*words, *own], "cityscapes", lambda config: None)
+    before = json.loads((tmp_path / "matrix.json").read_text())
+    matrices.run_matrix([*own, *reversed(words)], "cityscapes", lambda config: None)
+    assert json.loads((tmp_path / "matrix.json").read_text()) == before
+    with pytest.raises(ValueError, match="holds a matrix with overrides"):
+        matrices.run_matrix([*words, "data.batch_size=3", *own], "cityscapes", lambda config: None)
 
 
 def test_a_choice_between_the_edges_is_told_without_a_word_about_them(matrix, capsys):

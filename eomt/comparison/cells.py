@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from eomt.command_line import quoted
-from eomt.comparison.tuning import chosen_settings, setting_words
+from eomt.comparison.tuning import chosen_settings, setting_words, settled
 from eomt.files import in_use, read_json, write_json
 from eomt.inference.saved import shipped
 from eomt.places import SCRIPTS, TRAIN
@@ -45,7 +45,7 @@ def run_cell(cell: Cell) -> None:
         with FileLock(matrix / f".{cell.cell.replace('/', '_')}.lock", timeout=0):
             if finished(folder, facts, trial="trial" in asked):
                 print(f"== {words}: finished before, kept", flush=True)
-            elif "trial" in asked and chosen_settings(matrix, asked["variant"]):
+            elif "trial" in asked and settled(matrix, asked["variant"], asked["trial"]):
                 print(f"== {words}: failed before, and the choice is made", flush=True)
             elif folder.is_dir() and in_use(folder):  # by a run whose matrix was killed
                 print(f"== {words}: another process runs it, left alone", flush=True)

@@ -106,8 +106,9 @@ def report_runs(
     from eomt.comparison.page import write_report
 
     runs = load_runs(folders)
-    matrices = dict.fromkeys(folder for run in runs if (folder := matrix_of(run.path)))
-    tunings = [tuning for matrix in matrices for tuning in read_tuning(matrix)]
+    variants = dict.fromkeys((folder, run.variant) for run in runs if (folder := matrix_of(run.path)))
+    matrices = dict.fromkeys(folder for folder, _ in variants)
+    tunings = [t for matrix in matrices for t in read_tuning(matrix) if (matrix, t["variant"]) in variants]
     measured = load_runs([costs]) if costs else ()
     write_report(runs, output, baseline, allow_different, predictions, score, tunings, measured)
     print(f"{output}/report.html, report.md, report.csv, report.json, report.tex")

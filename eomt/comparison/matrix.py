@@ -12,14 +12,17 @@ from typing import Any
 from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted, unquoted
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
 from eomt.comparison.tuning import (
-    FOLDER,
+    Grid,
+    Settings,
     choose_settings,
     edge_words,
     grid_for,
+    name_trials,
     read_grid,
     read_tuning,
     setting_words,
     trial_words,
+    widened,
 )
 from eomt.files import write_json
 from eomt.places import CONFIGS, as_typed
@@ -61,9 +64,7 @@ def run_matrix(overrides: Sequence[str], config_name: str, check: Callable[[Any]
         launch(folder, trials, launcher)
     for variant in dict.fromkeys(cell["variant"] for cell in trials.values()):
         try:
-            choose_settings(
-                folder, variant, {name: cell["trial"] for name, cell in trials.items() if cell["variant"] == variant}
-            )
+            choose_settings(folder, variant, trials_of(variant, trials))
         except ValueError as error:
             unsettled[variant] = str(error)
     tell_choices(folder)
@@ -138,6 +139,7 @@ def parse_matrix(overrides: Sequence[str], config_name: str) -> tuple[dict[str, 
             raise ValueError(f"{word}: this is not for a matrix to be told: {OWN_KEYS[key]}")
         else:
             facts["overrides"].append(word)
+    facts["tune"] = dict.fromkeys(facts["variants"], facts["tune"]) if facts["tune"] else {}
     folder = folder or Path("outputs", "compare", matrix_name(facts["overrides"], config_name))
     facts["folder"] = os.path.expanduser(folder)
     return facts, launcher
@@ -175,12 +177,19 @@ def check_source(words: Sequence[str]) -> None:
 
 
 def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """A matrix goes on in its folder, with further variants, seeds and benchmarks, but with nothing else changed."""
+    """A matrix goes on in its folder, with further variants, seeds, benchmarks, and values to try for those named.
+
+    Raises:
+        ValueError: anything else is changed.
+    """
     if not (folder / "matrix.json").is_file():
         return facts
     before = read_format(folder / "matrix.json", MATRIX)
-    before = {"anomaly": [], "anomaly_root": None, "images": ["all"], "tune": {}} | before
-    for key in ("config_name", "overrides", "source", "tune"):
+    before = {"anomaly": [], "anomaly_root": None, "images": ["all"], "tune": {}, "cells": {}} | before
+    keys = [word.partition("=")[0] for word in facts["overrides"]]
+    if sorted(before["overrides"]) == sorted(facts["overrides"]) and len(set(keys)) == len(keys):
+        facts["overrides"] = before["overrides"]  # in which order they stand means nothing
+    for key in ("config_name", "overrides", "source"):
         added = key == "source" and not before[key]  # the finished cells are evaluated there, too
         if before[key] != facts[key] and not added:
             raise ValueError(
@@ -190,7 +199,18 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     for key in ("variants", "seeds", "images", "anomaly"):
         facts[key] = [*before[key], *(value for value in facts[key] if value not in before[key])]
     facts["anomaly_root"] = facts["anomaly_root"] or before["anomaly_root"]  # which may have moved
-    return facts
+    try:
+        facts["tune"] = widened(grids(before), facts["tune"])
+    except ValueError as error:
+        raise ValueError(f"{folder} holds a matrix {error}, or another output_dir=") from error
+    return facts | {"cells": before["cells"]}
+
+
+def grids(matrix: Mapping[str, Any]) -> dict[str, Grid]:
+    """The values to try for each variant of a `matrix.json`, which were one grid for all in earlier versions."""
+    tune = matrix["tune"]
+    of_all = any(isinstance(values, list) for values in tune.values())
+    return dict.fromkeys(matrix["variants"], tune) if of_all else tune
 
 
 def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
@@ -230,6 +250,7 @@ def plan(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The cells of a matrix by their folders in it, in the order in which they run: first the trials of `tune=`.
 
     Seeds come outside, so that a matrix that stops early has whole comparisons. What depends on no seed runs once.
+    Where a matrix goes on, trials keep their folders.
     """
     words = {variant: overrides_for(variant, facts) for variant in facts["variants"]}
     cells: dict[str, dict[str, Any]] = {}
@@ -240,9 +261,9 @@ def plan(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if config.trainer.max_steps == 0:
             other = compose_run([*words[variant], *fixed(last, "run")], facts["config_name"])
             once |= {variant} if runs_once(config, other) else set()
-        for number, settings in enumerate(grid_for(facts["tune"], config, alone(variant))):
-            trial = {"words": [*words[variant], *trial_words(settings, config)], "trial": settings}
-            cells[f"{FOLDER}/{variant}/trial_{number}"] = first | trial
+        grid, before = facts["tune"].get(variant, {}), trials_of(variant, facts.get("cells", {}))
+        for name, settings in name_trials(variant, grid_for(grid, config, alone(variant)), before).items():
+            cells[name] = first | {"words": [*words[variant], *trial_words(settings, config)], "trial": settings}
     for seed, images, variant in itertools.product(facts["seeds"], facts["images"], facts["variants"]):
         if variant in once and seed != facts["seeds"][0]:
             continue
@@ -251,6 +272,11 @@ def plan(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         cell = {"variant": variant, "seed": seed, "images": images, "words": [*words[variant], *subset]}
         cells["/".join([variant, *part, f"seed_{seed}"])] = cell
     return cells
+
+
+def trials_of(variant: str, cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Settings]:
+    """The settings of a variant's trials among a matrix's cells, by their folders."""
+    return {name: cell["trial"] for name, cell in cells.items() if cell.get("variant") == variant and "trial" in cell}
 
 
 def tell_once(facts: dict[str, Any]) -> None:
@@ -338,7 +364,7 @@ def sweep(folder: Path, cells: Iterable[str]) -> list[str]:
 def summarise(folder: Path, facts: dict[str, Any], unsettled: Mapping[str, str]) -> int:
     """Says what became of the cells, those without chosen settings too, and what to do next."""
     cells = {name: cell for name, cell in facts["cells"].items() if "trial" not in cell}
-    failed = [name for name in cells if not finished(folder / name, facts)]
+    failed = [name for name in cells if cells[name]["variant"] in unsettled or not finished(folder / name, facts)]
     for name in failed:
         cell = read_format(folder / name / "cell.json", CELL, {})
         error = unsettled.get(cells[name]["variant"]) or cell.get("error")
@@ -359,6 +385,6 @@ def tell_choices(folder: Path) -> None:
             for key, word in zip(tuning["chosen"], setting_words(tuning["chosen"]), strict=True)
         )
         print(f"chosen for {tuning['variant']}, on held-out training images: {chosen}", flush=True)
-    if any(tuning["edges"] for tuning in tunings):
-        words = "a better value may lie beyond: tune= with further values in another output_dir= would tell"
-        print(f"where a value is at the edge of what was tried, {words}", flush=True)
+    if at_edges := ",".join(tuning["variant"] for tuning in tunings if tuning["edges"]):
+        words = f'the same command with "variants=[{at_edges}]" and further values in tune= tries them'
+        print(f"a better value may lie beyond the edge of what was tried: {words}", flush=True)

@@ -15,9 +15,10 @@ HOLD_OUT = 0.2  # of the training images
 FOLDER = "tuning"  # in a matrix's folder
 
 Settings = dict[str, int | float]
+Grid = dict[str, list[int | float]]
 
 
-def read_grid(text: str) -> dict[str, list[int | float]]:
+def read_grid(text: str) -> Grid:
     """Reads `model.lr=[1e-4,3e-4] model.lora_lr=[...]`, values in ascending order.
 
     Raises:
@@ -26,7 +27,7 @@ def read_grid(text: str) -> dict[str, list[int | float]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
-    grid: dict[str, list[int | float]] = {}
+    grid: Grid = {}
     try:
         parsed = OverridesParser.create().parse_overrides(shlex.split(text))
     except (OverrideParseException, ValueError) as error:
@@ -39,6 +40,30 @@ def read_grid(text: str) -> dict[str, list[int | float]]:
             raise ValueError(f"tune: {override.input_line} must give {key} once, with two numbers or more in brackets")
         grid[key] = sorted(set(values))
     return grid
+
+
+def widened(before: Mapping[str, Grid], now: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The values to try for each variant of a matrix that goes on: what was tried before, and further ones.
+
+    A variant of before may get values for some of its settings, another one gets the same settings as the others.
+
+    Raises:
+        ValueError: other settings are given than before, or none.
+    """
+    keys = {key for grid in before.values() for key in grid}
+    for name, grid in now.items() if keys else ():
+        if not (keys >= set(grid) if name in before else keys == set(grid)):
+            raise ValueError(
+                f"that chooses {', '.join(sorted(keys))}, and tune= gives {name} {', '.join(grid)}: give the same"
+            )
+    if bool(keys) != bool(now):
+        words = f"that chooses {', '.join(sorted(keys))}: give tune= again" if keys else "without tune=: leave it out"
+        raise ValueError(words)
+    wider = {
+        name: {key: sorted({*before.get(name, {}).get(key, ()), *values}) for key, values in grid.items()}
+        for name, grid in now.items()
+    }
+    return {**before, **{name: {**before.get(name, {}), **grid} for name, grid in wider.items()}}
 
 
 def grid_for(grid: Mapping[str, Sequence[int | float]], config: Any, own: Any) -> list[Settings]:
@@ -61,6 +86,12 @@ def grid_for(grid: Mapping[str, Sequence[int | float]], config: Any, own: Any) -
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(grid[key] for key in keys))]
 
 
+def name_trials(variant: str, trials: Sequence[Settings], before: Mapping[str, Settings]) -> dict[str, Settings]:
+    """Folders of a variant's trials in a matrix, those of before with further ones after them."""
+    new = [settings for settings in trials if settings not in before.values()]
+    return {**before, **{f"{FOLDER}/{variant}/trial_{len(before) + k}": settings for k, settings in enumerate(new)}}
+
+
 def trial_words(settings: Settings, config: Any) -> list[str]:
     """Overrides of one trial: the settings, the images held out, and half the steps of a run of the matrix."""
     trainer = plain(config)["trainer"]
@@ -78,8 +109,14 @@ def chosen_settings(matrix: Path, variant: str) -> Settings:
     return read_format(matrix / FOLDER / f"{variant}.json", TUNING, {}).get("chosen", {})
 
 
+def settled(matrix: Path, variant: str, settings: Settings) -> bool:
+    """Whether a variant's choice in this matrix was made with a trial of these settings, failed or not."""
+    trials = read_format(matrix / FOLDER / f"{variant}.json", TUNING, {}).get("trials", [])
+    return any(trial["settings"] == settings for trial in trials)
+
+
 def choose_settings(matrix: Path, variant: str, trials: Mapping[str, Settings]) -> None:
-    """Writes down the settings of a variant's best trial, unless they are chosen already: runs stand on them.
+    """Writes down the settings of a variant's best trial, unless they are chosen already among the same trials.
 
     Args:
         matrix: its folder.
@@ -87,9 +124,9 @@ def choose_settings(matrix: Path, variant: str, trials: Mapping[str, Settings]) 
         trials: settings by the trial's folder in the matrix.
 
     Raises:
-        ValueError: a trial has not ended, or none has a score.
+        ValueError: a trial has not ended, none has a score, or runs stand on what was the best of fewer trials.
     """
-    if chosen_settings(matrix, variant):
+    if all(settled(matrix, variant, settings) for settings in trials.values()):
         return
     results = [trial_result(matrix / folder, settings) for folder, settings in trials.items()]
     if any(result["miou"] is None and result["error"] is None for result in results):
@@ -98,6 +135,13 @@ def choose_settings(matrix: Path, variant: str, trials: Mapping[str, Settings]) 
     if not scored:
         raise ValueError(f"no trial has a score; the first says: {results[0]['error']}")
     best = max(scored, key=lambda result: result["miou"])["settings"]
+    before = chosen_settings(matrix, variant)
+    if before not in ({}, best) and any((matrix / variant).rglob("cell.json")):
+        then, now = (", ".join(setting_words(settings)) for settings in (before, best))
+        raise ValueError(
+            f"{now} is better than {then}, on which the runs in {matrix / variant} stand: move this folder to another "
+            "place, and the same command trains them with what is better"
+        )
     folder = next(folder for folder, settings in trials.items() if settings == best)
     summary = read_format(matrix / folder / "summary.json", SUMMARY)
     facts = {
