@@ -1,6 +1,8 @@
 """Tables and sentences about CamVid and about what guides say of LoRA, from the `report.json` of its matrices."""
 
-from benchmarks.figures import by_variant
+from collections.abc import Sequence
+
+from benchmarks.figures import by_variant, points
 from benchmarks.words import Facts, markdown
 from eomt.comparison.table import NONE, mebibytes, percentage
 
@@ -35,10 +37,64 @@ def split_findings(facts: Facts) -> str:
         What it says: LoRA at rank 16 ends {lead(lora)}, the last three blocks alone {lead(last)}; at rank 4 no
         difference is measurable, and heads alone stay {-rows["head"]["difference_points"]:.1f} points behind. LoRA's
         artefact is {smaller[0]:.0f} times smaller, its checkpoints {smaller[1]:.0f} times. A step takes {time} less
-        time and {operations} fewer FLOPs; the process keeps {memory} less memory. Read with care: the full fine-tune's
-        rate is the lowest that was tried, so a lower one may close the gap; its seeds vary by {full["miou_sd"]:.1f}
-        points (standard deviation); the validation images are one sequence; and {facts["steps"]} steps are few.
+        time and {operations} fewer FLOPs; the process keeps {memory} less memory. Read with care: {beyond(facts)}; the
+        full fine-tune's seeds vary by {full["miou_sd"]:.1f} points (standard deviation); the validation images are one
+        sequence; and {facts["steps"]} steps are few.
     """
+
+
+def beyond(facts: Facts) -> str:
+    """`better rates may lie beyond those tried for head and lora_r16, not for full`."""
+    inside, at_edge = (
+        [f"`{t['variant']}`" for t in facts["tuning"] if bool(t["edges"]) is edge] for edge in (False, True)
+    )
+    return f"better rates may lie beyond those that were tried for {listed(at_edge)}, not for {listed(inside)}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+
+
+def dusk_run(facts: Facts) -> str:
+    source, data = facts["source_network"], facts["data"]
+    return f"""
+        A network for the day, a full fine-tune from the same DINOv2 on the {source["train_images"]} images of the day
+        sequences ({source["steps"]} steps), is adapted to dusk: {data["train_images"]} images to train on, the
+        {data["val_images"]} that follow them in time to validate, {facts["steps"]} steps of two 256x256 crops, at rates
+        chosen for each variant on held-out training images. {len(facts["seeds"])} seeds. What was forgotten is the
+        change on the {source["val_images"]} validation images of the day:
+    """
+
+
+def dusk_findings(facts: Facts) -> str:
+    rows = by_variant(facts)
+    gained = rows["lora_r16"]["miou_percent"] - rows["none"]["miou_percent"]
+    kept = ", ".join(
+        f"{words} {points(rows[name]['source_change_points'])}"
+        for name, words in (("full", "the full fine-tune"), ("lora_r16", "LoRA"), ("head", "heads alone"))
+    )
+    return f"""
+        What it says: LoRA at rank 16 gains {gained:.1f} points at dusk and ends {lead(rows["lora_r16"])}, heads alone
+        end {lead(rows["head"])}. On the day the networks change, in points: {kept}.
+    """
+
+
+def few_run(facts: Facts) -> str:
+    counts = [part["training_images"] for part in facts["fewer_images"]]
+    return f"""
+        The same {facts["steps"]} steps with {listed([str(count) for count in counts])} of the
+        {facts["training_images"]} images, the fewer among the more, at the rates that were chosen with all of them:
+    """
+
+
+def few_findings(facts: Facts) -> str:
+    parts = [*facts["fewer_images"], {"training_images": facts["training_images"], "table": facts["table"]}]
+    return " ".join(
+        f"With {part['training_images']} training images LoRA at rank 16 ends {lead(by_variant(part)['lora_r16'])}, "
+        f"heads alone end {lead(by_variant(part)['head'])}."
+        for part in parts
+    )
 
 
 def saved(rows: dict[str, Facts], name: str, variant: str = "lora_r16") -> float:

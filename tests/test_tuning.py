@@ -43,8 +43,6 @@ def test_a_grid_is_read_in_ascending_order():
     [
         "model.lr",
         "model.lr=1e-4",
-        "model.lr=[1e-4]",
-        "model.lr=[1e-4,1e-4]",
         "model.lr=[a,b]",
         "model.lr=[true,false]",
         "model.lr=[1,2] model.lr=[3,4]",
@@ -211,7 +209,7 @@ def test_values_are_added_for_the_variants_named_and_tried_alone(tmp_path, toy_c
     facts = json.loads((tmp_path / "matrix.json").read_text())
     facts["tune"] = facts["tune"]["head"]  # one grid for all, as earlier versions wrote it
     (tmp_path / "matrix.json").write_text(json.dumps(facts))
-    run("variants=[full]", "tune=model.lr=[1e-3,1e-5]")
+    run("variants=[full]", "tune=model.lr=[1e-5]")
     facts = json.loads((tmp_path / "matrix.json").read_text())
     trials = {name: cell["trial"]["model.lr"] for name, cell in facts["cells"].items() if "trial" in cell}
     known = {f"tuning/{name}/trial_{k}": lr for name in ("head", "full") for k, lr in enumerate((1e-4, 1e-3))}
@@ -245,6 +243,23 @@ def test_which_settings_are_chosen_stays_where_a_matrix_goes_on(tmp_path, toy_ca
     matrices.run_matrix([*data, "variants=[head]", tune], "cityscapes", lambda config: None)
     with pytest.raises(ValueError, match=re.escape(remedy)):
         matrices.run_matrix([*data, *words], "cityscapes", lambda config: None)
+
+
+@pytest.mark.parametrize("values", ["[1e-4]", "[1e-4,1e-4]", "[]"])
+def test_one_value_leaves_no_choice_and_is_refused(values, tmp_path):
+    words = ["experiment=toy_night", "variants=[head]", f"tune=model.lr={values}", f"output_dir={tmp_path}"]
+    with pytest.raises(ValueError, match=r"tune: model\.lr=.* of head leaves no choice: give two numbers or more"):
+        matrices.run_matrix(words, "cityscapes", lambda config: None)
+
+
+def test_how_long_a_run_is_means_nothing_to_a_variant_that_trains_nothing(tmp_path, toy_cache, monkeypatch):
+    monkeypatch.setattr(matrices, "launch", lambda folder, cells, launcher: None)
+    words = [*TOY_DATA, f"data.root={toy_cache}", "data.batch_size=2", "trainer.max_steps=5"]
+    own = ["variants=[none,head]", f"output_dir={tmp_path}"]
+    matrices.run_matrix([*words, *own], "cityscapes", lambda config: None)
+    cells = json.loads((tmp_path / "matrix.json").read_text())["cells"]
+    assert "trainer.max_steps=5" in cells["head/seed_0"]["words"]
+    assert "trainer.max_steps=5" not in cells["none/seed_0"]["words"]
 
 
 def test_one_of_several_settings_may_be_tried_further():

@@ -14,6 +14,7 @@ from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
 from eomt.comparison.tuning import (
     Grid,
     Settings,
+    check_grids,
     choose_settings,
     edge_words,
     grid_for,
@@ -227,6 +228,7 @@ def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:
         raise ValueError(f"variants {facts['variants']}, seeds {facts['seeds']}: at least one each, seeds are integers")
     if not facts["images"] or not all(n == "all" or (isinstance(n, int) and n > 0) for n in facts["images"]):
         raise ValueError(f"images {facts['images']}: numbers of training images, or all")
+    check_grids(facts["tune"])
     configs: dict[str, Any] = {}  # by what they say of the data
     check_source(facts["source"])
     try:
@@ -343,9 +345,12 @@ def alone(variant: str) -> Any:
 
 
 def overrides_for(variant: str, facts: dict[str, Any]) -> list[str]:
-    """The matrix's overrides; how objects are pasted is nothing to a variant that pastes none."""
-    pastes_none = alone(variant).get("data", {}).get("cut_paste", "the experiment's") is None
-    return [word for word in facts["overrides"] if not (pastes_none and word.startswith("data.cut_paste."))]
+    """The matrix's overrides without those that are nothing to a variant: how it pastes, how long it trains."""
+    own = alone(variant)
+    pastes_none = own.get("data", {}).get("cut_paste", "the experiment's") is None
+    trains_nothing = own.get("trainer", {}).get("max_steps") == 0
+    nothing = ("data.cut_paste.",) * pastes_none + ("trainer.max_steps=",) * trains_nothing
+    return [word for word in facts["overrides"] if not word.startswith(nothing)]
 
 
 def sweep(folder: Path, cells: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ def read_grid(text: str) -> Grid:
     """Reads `model.lr=[1e-4,3e-4] model.lora_lr=[...]`, values in ascending order.
 
     Raises:
-        ValueError: it is written otherwise, or has a key twice, one value alone, or one that is no number.
+        ValueError: it is written otherwise, or has a key twice, or what is no number.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
@@ -36,10 +36,18 @@ def read_grid(text: str) -> Grid:
         key, values = override.key_or_group, override.value()
         values = getattr(values, "list", values)  # 1,2 is a sweep to Hydra
         numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-        if key in grid or not numbers or len(set(values)) < 2:
-            raise ValueError(f"tune: {override.input_line} must give {key} once, with two numbers or more in brackets")
+        if key in grid or not numbers:
+            raise ValueError(f"tune: {override.input_line} must give {key} once, with numbers in brackets")
         grid[key] = sorted(set(values))
     return grid
+
+
+def check_grids(tune: Mapping[str, Grid]) -> None:
+    """Raises ValueError where there is nothing to choose among for a variant."""
+    for variant, grid in tune.items():
+        for key, values in grid.items():
+            if len(values) < 2:
+                raise ValueError(f"tune: {key}={values} of {variant} leaves no choice: give two numbers or more")
 
 
 def widened(before: Mapping[str, Grid], now: Mapping[str, Grid]) -> dict[str, Grid]:
