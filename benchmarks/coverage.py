@@ -10,7 +10,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from eomt.comparison.bootstrap import Units, bootstrap_iou, image_weights, over_drawn_seeds, units
+from eomt.comparison.bootstrap import Units, bootstrap_iou, image_weights, mean_over_seeds, units
 from eomt.files import write_json
 from eomt.reporting.run_summary import provenance
 
@@ -27,7 +27,7 @@ def differences(rng: np.random.Generator, seeds: int, seed_sd: float, correlatio
     return TRUE + seed_sd * rng.normal(size=(seeds, 1)) + IMAGE_SD * images + rng.normal(size=(seeds, IMAGES))
 
 
-def holds(points: np.ndarray, weights: np.ndarray) -> dict[str, bool]:
+def holds(points: np.ndarray, weights: np.ndarray, of: Units) -> dict[str, bool]:
     """Whether the intervals hold the true difference."""
 
     def score(hits: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ def holds(points: np.ndarray, weights: np.ndarray) -> dict[str, bool]:
     values = np.stack([score(0.6 * PIXELS + PIXELS * row / 100) for row in points]) - baseline
     ends = {
         name: np.percentile(drawn, [2.5, 97.5])
-        for name, drawn in ((IMAGES_ALONE, values.mean(0)), (BOTH, over_drawn_seeds(values)))
+        for name, drawn in ((IMAGES_ALONE, values[:, 1:].mean(0)), (BOTH, mean_over_seeds(values, of)))
     }
     return {name: bool(low <= TRUE / 100 <= high) for name, (low, high) in ends.items()}
 
@@ -47,9 +47,10 @@ def coverage(seeds: int, ratio: float, correlation: float = 0, of: Units | None 
 
     `ratio` is the deviation of the seeds' differences in standard errors of the mean over independent images.
     """
-    rng, weights = np.random.default_rng(SEED), image_weights(of or units(IMAGES))
+    rng, of = np.random.default_rng(SEED), of or units(IMAGES)
+    weights = image_weights(of)
     seed_sd = ratio * IMAGE_SD / np.sqrt(IMAGES)
-    found = [holds(differences(rng, seeds, seed_sd, correlation), weights) for _ in range(TRIALS)]
+    found = [holds(differences(rng, seeds, seed_sd, correlation), weights, of) for _ in range(TRIALS)]
     return {name: float(np.mean([trial[name] for trial in found])) for name in (IMAGES_ALONE, BOTH)}
 
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -14,6 +15,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import ttest_rel
 
 from eomt.anomaly.benchmarks import BENCHMARKS
@@ -21,10 +23,11 @@ from eomt.comparison import evaluations
 from eomt.comparison.bootstrap import (
     bootstrap_iou,
     image_weights,
-    over_drawn_seeds,
+    mean_over_seeds,
     resample,
     times_drawn,
     units,
+    widening,
 )
 from eomt.comparison.cells import finished, outdated
 from eomt.comparison.counts import hits_and_unions, iou, mean_iou
@@ -277,20 +280,35 @@ def test_iou_of_many_counts_is_that_of_training_and_classes_in_neither_map_do_no
     assert mean_iou(hits_and_unions(counts)[0]) == pytest.approx(np.nanmean(found[0]))
 
 
-def test_the_bootstrap_is_that_of_a_plain_loop_over_the_same_seeds_and_images(tmp_path):
+def widened(count):
+    """By SciPy's own distributions."""
+    return math.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975)
+
+
+def test_few_things_widen_an_interval_to_student_s_and_many_do_not():
+    assert widening(np.array([1, 2, 3, 10])) == pytest.approx([1, *map(widened, (2, 3, 10))])
+    assert widening(10_000) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_bootstrap_is_that_of_a_plain_loop_over_the_same_seeds_and_images_widened(tmp_path):
     ours, theirs = ([confusion(accuracy, seed, images=8, pixels=60) for seed in (0, 1)] for accuracy in (0.70, 0.72))
     for seed in (0, 1):
         write_run(tmp_path / f"a{seed}", "lora_r8", seed, ours[seed])
         write_run(tmp_path / f"b{seed}", "full", seed, theirs[seed])
     indices = resample(8)
-    changes = [
-        statistics.fmean(
+
+    def change(images, seeds):
+        return statistics.fmean(
             (
-                iou_per_class(torch.from_numpy(ours[seed][row].sum(0))).nanmean()
-                - iou_per_class(torch.from_numpy(theirs[seed][row].sum(0))).nanmean()
+                iou_per_class(torch.from_numpy(ours[seed][images].sum(0))).nanmean()
+                - iou_per_class(torch.from_numpy(theirs[seed][images].sum(0))).nanmean()
             ).item()
             for seed in seeds
         )
+
+    whole = change(range(8), (0, 1))
+    changes = [
+        whole + widened(8) * (change(row, (0, 1)) - whole) + widened(2) * (change(row, seeds) - change(row, (0, 1)))
         for row, seeds in zip(indices, resample(2, seed=1), strict=True)
     ]
     delta = compare(load_runs([tmp_path]))["lora_r8"].delta
@@ -307,9 +325,9 @@ def test_class_intervals_are_those_of_the_class(tmp_path):
     deltas = compare(load_runs([tmp_path]))["lora_r8"].class_delta
     assert list(deltas) == ["sky", "road"], "a class that does not occur has no difference"
     weights = image_weights(units(12))
-    change = bootstrap_iou(hits_and_unions(ours), weights) - bootstrap_iou(hits_and_unions(theirs), weights)
+    whole, *change = bootstrap_iou(hits_and_unions(ours), weights) - bootstrap_iou(hits_and_unions(theirs), weights)
     for k, name in enumerate(deltas):
-        low, high = np.percentile(change[:, k], [2.5, 97.5])
+        low, high = whole[k] + widened(12) * (np.percentile(np.array(change)[:, k], [2.5, 97.5]) - whole[k])
         assert (deltas[name].low, deltas[name].high) == pytest.approx((low, high))
 
 
@@ -333,7 +351,8 @@ def test_seeds_that_vary_widen_the_interval_however_many_images_there_are(tmp_pa
     comparison = compare(load_runs([tmp_path]))
     delta = comparison["lora_r8"].delta
     assert delta.low < 0 < delta.high and delta.reading == "no measurable difference"
-    assert min(delta.seeds) < delta.low and delta.high < max(delta.seeds)
+    error = stats.t.ppf(0.975, 3) * delta.seed_sd / 2  # of the mean of four, when images say nothing
+    assert (delta.low, delta.high) == pytest.approx((delta.value - error, delta.value + error), abs=0.15 * error)
     assert comparison["lora_r8"].class_delta["sky"].low < 0 < comparison["lora_r8"].class_delta["sky"].high
 
 
@@ -345,7 +364,7 @@ def test_about_19_of_20_intervals_hold_the_true_difference_with_several_seeds():
         hits = np.stack([6000 + 100 * points, np.full_like(points, 6000)])
         counts = np.stack([hits, np.full_like(hits, 10_000)], -1)[..., None]
         ours, theirs = ([bootstrap_iou(seed, weights)[:, 0] for seed in variant] for variant in counts)
-        low, high = np.percentile(over_drawn_seeds(np.stack(ours) - np.stack(theirs)), [2.5, 97.5])
+        low, high = np.percentile(mean_over_seeds(np.stack(ours) - np.stack(theirs), units(40)), [2.5, 97.5])
         held.append(low <= 0.05 <= high)
     assert 0.88 <= np.mean(held) <= 0.99
 

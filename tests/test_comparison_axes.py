@@ -14,7 +14,7 @@ from test_comparison import confusion, digest, rewrite, write_failed, write_run
 
 from benchmarks import figures
 from eomt.comparison.axes import by_images
-from eomt.comparison.facts import matrix_command
+from eomt.comparison.facts import matrix_commands
 from eomt.comparison.matrix import parse_matrix
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
@@ -319,6 +319,18 @@ def test_the_command_of_a_matrix_is_told_from_what_its_file_holds():
     overrides = ["experiment=camvid_dusk", "data.root='/a b'", "images=[16,all]", "tune=model.lr=[1e-4,1e-3]"]
     overrides += ["source=experiment=camvid_day data.root=x", "seeds=[0,1]", "anomaly=[toy_anomalies]"]
     facts = parse_matrix(overrides, "cityscapes_lora")[0]
-    words = shlex.split(matrix_command(facts))
+    (told,) = matrix_commands(facts)
+    words = shlex.split(told)
     assert words[:5] == ["python", "scripts/compare.py", "run", "--config-name", "cityscapes_lora"]
     assert parse_matrix(words[5:], "cityscapes_lora")[0] == facts
+
+
+def test_variants_that_tried_other_values_have_a_command_of_their_own():
+    grid, wider = {"model.lr": [1e-4, 1e-3]}, {"model.lr": [1e-5, 1e-4, 1e-3]}
+    facts = parse_matrix(["experiment=camvid", "variants=[none,head,full]"], "cityscapes")[0]
+    told = matrix_commands(facts | {"tune": {"none": grid, "head": grid, "full": wider}})
+    parsed = [parse_matrix(shlex.split(command)[3:], "cityscapes")[0] for command in told]
+    assert [each["tune"] for each in parsed] == [{"none": grid, "head": grid}, {"full": wider}]
+    assert matrix_commands(facts | {"tune": grid}) == matrix_commands(
+        facts | {"tune": dict.fromkeys(facts["variants"], grid)}
+    ), "as earlier versions wrote it"

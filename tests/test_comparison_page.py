@@ -176,7 +176,7 @@ def test_two_seeds_of_which_one_is_above_and_one_below_measure_no_difference(tmp
 
 
 def test_seeds_that_disagree_leave_it_undecided_however_narrow_the_interval(tmp_path):
-    comparison = two(tmp_path, 0.6, 0.6, 0.6, 0.6, 0.85, images=200)
+    comparison = two(tmp_path, *[0.6] * 9, 0.85, images=200)
     delta = comparison["lora_r8"].delta
     assert delta.high < 0 and delta.reading == "seeds disagree"
     first, _, sentence = headline(comparison)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from eomt.comparison.counts import iou
 
@@ -69,23 +70,45 @@ def times_drawn(indices: np.ndarray) -> np.ndarray:
 
 
 def image_weights(of: Units) -> np.ndarray:
-    """How often each image is in each resample, float64 [B, N]."""
-    return times_drawn(resample(of.count))[:, of.members]
+    """How often each image counts, float64 [1 + B, N]: once, and then as often as it is in each resample."""
+    return np.concatenate([np.ones((1, len(of.members))), times_drawn(resample(of.count))[:, of.members]])
 
 
 def bootstrap_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """IoU [B, K] of every resample, from counts [N, 2, K] and weights [B, N]."""
+    """IoU [1 + B, K] of all images and of every resample, from counts [N, 2, K] and weights [1 + B, N]."""
     sums = weights @ counts.reshape(len(counts), -1)
     return iou(sums.reshape(len(weights), *counts.shape[1:]))
 
 
-def over_drawn_seeds(values: np.ndarray) -> np.ndarray:
-    """The mean over seeds drawn with replacement, [S, B, ...] -> [B, ...]; NaN does not count.
+def mean_over_seeds(values: np.ndarray, of: Units) -> np.ndarray:
+    """The mean over seeds of [S, 1 + B, ...], of all images and of each resample -> [B, ...], both drawn again.
 
-    Images and seeds are drawn independently of each other: it is the two-way bootstrap of a crossed design.
+    Images and seeds are drawn independently of each other: it is the two-way bootstrap of a crossed design. Both
+    deviations are widened as `widening` says. NaN, a class that is not there, does not count.
     """
-    seeds, resamples = values.shape[:2]
-    drawn = times_drawn(resample(seeds, resamples, seed=1)).T.reshape(seeds, resamples, *[1] * (values.ndim - 2))
-    weights = drawn * ~np.isnan(values)
+    known = ~np.isnan(values)
+    seeds, resamples = len(values), values.shape[1] - 1
+    everyone = np.ones((seeds, resamples + 1))
+    drawn = np.concatenate([everyone[:, :1], times_drawn(resample(seeds, resamples, seed=1)).T], 1)
+    whole, again = (_weighted_mean(values, known, weights) for weights in (everyone, drawn))
+    by_images, by_seeds = whole - whole[:1], again - whole
+    return (whole[:1] + widening(of.count) * by_images + widening(known[:, 0].sum(0)) * by_seeds)[1:]
+
+
+def _weighted_mean(values: np.ndarray, known: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean of [S, B, ...] over S with weights [S, B], of what is known."""
+    weights = weights.reshape(*weights.shape, *[1] * (values.ndim - 2)) * known
     total = weights.sum(0)
     return np.where(total > 0, (weights * np.nan_to_num(values)).sum(0) / np.maximum(total, 1), np.nan)
+
+
+def widening(count: int | np.ndarray) -> np.ndarray:
+    """How much more the mean of so few things deviates than their bootstrap: sqrt(n / (n - 1)) t / z; 1 for one thing.
+
+    t and z are the 97.5 % quantiles of Student's t with n - 1 degrees of freedom and of the normal distribution, as in
+    the expanded percentile interval (Hesterberg, arXiv:1411.5279).
+    """
+    count = np.asarray(count, float)
+    several = np.maximum(count, 2)
+    wider = np.sqrt(several / (several - 1)) * stdtrit(several - 1, 0.975) / ndtri(0.975)
+    return np.where(count > 1, wider, 1.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eomt.comparison.bootstrap import bootstrap_iou, image_weights, units
+from eomt.comparison.bootstrap import bootstrap_iou, image_weights, mean_over_seeds, units
 from eomt.comparison.counts import hits_and_unions, nanmean
 from eomt.comparison.result_files import read_confusion, read_sequences, read_summary
 from eomt.exchange.model_card import Score
@@ -39,6 +39,6 @@ def _of_evaluation(file: Path, facts: dict) -> Score:
     confusion = read_confusion(file.with_suffix(".npz"), facts)
     drawn = units(len(confusion), read_sequences(file, facts))
     resampled = nanmean(bootstrap_iou(hits_and_unions(confusion), image_weights(drawn)), -1)
-    low, high = np.nanpercentile(resampled, [2.5, 97.5]).tolist()
+    low, high = np.nanpercentile(mean_over_seeds(resampled[None], drawn), [2.5, 97.5]).clip(0, 1).tolist()
     name = facts.get("description") or facts.get("domain") or file.stem
     return Score(name, facts["miou"], facts["class_iou"], len(confusion), (low, high), drawn.words)

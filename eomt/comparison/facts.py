@@ -9,6 +9,7 @@ from eomt.comparison.differences import by_value, machine_name, run_names, short
 from eomt.comparison.runs import Run, matrix_of
 from eomt.comparison.statistics import Comparison
 from eomt.comparison.table import NONE
+from eomt.comparison.tuning import grids
 from eomt.data.identity import same_files
 from eomt.settings.formats import MATRIX, read_format
 
@@ -63,14 +64,15 @@ def command(run: Run) -> str:
 def provenance(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns what the runs come from: one value where they agree, otherwise a list of all.
 
-    A matrix is told by the one command that runs it, as far as its file tells; `reporting.run_summary.provenance` has
-    the same entries.
+    A matrix is told by the commands that run it, as far as its file tells; `reporting.run_summary.provenance` has the
+    same entries.
     """
     scored = [run for run in runs if run.error is None]
     folders = [matrix_of(run.path) for run in scored]
     commands = [
-        matrix_command(read_format(folder / "matrix.json", MATRIX)) if folder else command(run)
+        told
         for folder, run in zip(folders, scored, strict=True)
+        for told in (matrix_commands(read_format(folder / "matrix.json", MATRIX)) if folder else [command(run)])
     ]
     return {
         "commands": list(dict.fromkeys(commands)),
@@ -87,9 +89,19 @@ def shared(runs: Sequence[Run], name: str) -> Any:
     return different[0] if len(different) == 1 else different
 
 
-def matrix_command(matrix: Mapping[str, Any]) -> str:
-    """Returns the command line of a matrix, from what `matrix.json` holds."""
+def matrix_commands(matrix: Mapping[str, Any]) -> list[str]:
+    """The command lines of a matrix, from what `matrix.json` holds: one for the variants that tried the same values."""
+    tried = grids(matrix)
+    together: list[list[str]] = []
+    for variant in matrix["variants"]:
+        alike = next((group for group in together if tried.get(group[0]) == tried.get(variant)), None)
+        if alike is None:
+            together.append(alike := [])
+        alike.append(variant)
+    return [_matrix_command({**matrix, "variants": group, "tune": tried.get(group[0], {})}) for group in together]
 
+
+def _matrix_command(matrix: Mapping[str, Any]) -> str:
     def listed(values: Iterable[Any]) -> str:
         return f"[{','.join(map(str, values))}]"
 
@@ -100,7 +112,7 @@ def matrix_command(matrix: Mapping[str, Any]) -> str:
     lists = ("variants", "seeds", "images", "anomaly")
     words += [f"{key}={listed(matrix[key])}" for key in lists if matrix.get(key) and matrix[key] != ["all"]]
     words += [f"anomaly_root={matrix['anomaly_root']}"] if matrix.get("anomaly_root") else []
-    if matrix.get("tune"):
+    if matrix["tune"]:
         words.append("tune=" + " ".join(f"{key}={listed(values)}" for key, values in matrix["tune"].items()))
     if matrix.get("source"):
         words.append("source=" + shlex.join(map(plain_word, matrix["source"])))

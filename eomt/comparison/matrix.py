@@ -12,12 +12,12 @@ from typing import Any
 from eomt.command_line import fail, one_sentence, own_process_state, path_in, quote_path, quoted, unquoted
 from eomt.comparison.cells import TOYS, finished, fixed, run_cell, title
 from eomt.comparison.tuning import (
-    Grid,
     Settings,
     check_grids,
     choose_settings,
     edge_words,
     grid_for,
+    grids,
     name_trials,
     read_grid,
     read_tuning,
@@ -205,13 +205,6 @@ def continue_matrix(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{folder} holds a matrix {error}, or another output_dir=") from error
     return facts | {"cells": before["cells"]}
-
-
-def grids(matrix: Mapping[str, Any]) -> dict[str, Grid]:
-    """The values to try for each variant of a `matrix.json`, which were one grid for all in earlier versions."""
-    tune = matrix["tune"]
-    of_all = any(isinstance(values, list) for values in tune.values())
-    return dict.fromkeys(matrix["variants"], tune) if of_all else tune
 
 
 def check_matrix(facts: dict[str, Any], check: Callable[[Any], None]) -> None:

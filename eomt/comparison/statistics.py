@@ -1,7 +1,7 @@
 """Means of the runs of each variant, and intervals of their differences."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eomt.anomaly.benchmarks import BENCHMARKS
-from eomt.comparison.bootstrap import Units, bootstrap_iou, image_weights, over_drawn_seeds, units
+from eomt.comparison.bootstrap import Units, bootstrap_iou, image_weights, mean_over_seeds, units
 from eomt.comparison.counts import mean_iou, nanmean
 from eomt.comparison.differences import UNKNOWN, Difference, differences, machinery_notes, run_names
 from eomt.comparison.runs import AnomalyEvaluation, Evaluation, Run
@@ -60,7 +60,7 @@ def delta_of(seeds: Sequence[float], resampled: np.ndarray | None) -> Delta:
     value = statistics.fmean(seeds)
     if resampled is None or np.isnan(resampled).all():
         return Delta(value, seeds=tuple(seeds))
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    low, high = np.clip(np.nanpercentile(resampled, [2.5, 97.5]), -1, 1)
     return Delta(value, float(low), float(high), tuple(seeds))
 
 
@@ -214,7 +214,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
 
     The difference is the mean over the seeds that both variants have of mIoU(variant) - mIoU(baseline). Its interval
     comes from 2,000 resamples of these seeds and, independently, of the images, the same ones for both variants and
-    all seeds. Images are drawn as `units` groups them.
+    all seeds; see `mean_over_seeds`. Images are drawn as `units` groups them.
 
     Args:
         runs: see `load_runs`.
@@ -240,7 +240,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
     marked = {name for difference in found for name in difference.variants(reference.name)}
     drawn = drawn_together(reference)
     weights = {names: image_weights(together) for names, together in drawn.items()}
-    resampled = {  # IoU [B, K] of every run that can be paired
+    resampled = {  # IoU [1 + B, K] of every run that can be paired
         id(run): bootstrap_iou(run.target.counts, weights[run.target.images])
         for variant in variants
         for run in variant.runs
@@ -253,7 +253,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
         variant.source = Spread.of(
             [run.evaluations["source"].miou for run in variant.runs if "source" in run.evaluations]
         )
-        _set_deltas(variant, reference, resampled)
+        _set_deltas(variant, reference, resampled, drawn)
         if start and variant is not start:
             variant.source_change = _source_change(variant, start)
     machinery = machinery_notes(runs)
@@ -329,7 +329,9 @@ def stands_for(untrained: Run, run: Run) -> bool:
     return untrained.seed == run.seed or bool(known and untrained.start.difference(run.start) is None)
 
 
-def _set_deltas(variant: Variant, baseline: Variant, resampled: dict[int, np.ndarray]) -> None:
+def _set_deltas(
+    variant: Variant, baseline: Variant, resampled: Mapping[int, np.ndarray], drawn: Mapping[tuple[str, ...], Units]
+) -> None:
     """Differences of mIoU and of every class IoU, with intervals where all runs have counts on the same images."""
     both = pairs(variant, baseline)
     if not both:
@@ -339,10 +341,12 @@ def _set_deltas(variant: Variant, baseline: Variant, resampled: dict[int, np.nda
     alike = len({(run.target.images, run.target.classes) for run in runs}) == 1
     paired = alike and all(id(run) in resampled for run in runs)
     resamples = np.stack([np.stack([resampled[id(a)], resampled[id(b)]]) for a, b in both]) if paired else None
-    scores = None if resamples is None else nanmean(resamples, -1)  # [seeds, 2, B]
-    changes = None if scores is None else over_drawn_seeds(scores[:, 0] - scores[:, 1])
+    changes = per_class = None
+    if resamples is not None:
+        together, scores = drawn[runs[0].target.images], nanmean(resamples, -1)  # [seeds, 2, 1 + B]
+        changes = mean_over_seeds(scores[:, 0] - scores[:, 1], together)
+        per_class = mean_over_seeds(resamples[:, 0] - resamples[:, 1], together)
     variant.delta = delta_of([a.target.miou - b.target.miou for a, b in both], changes)
-    per_class = None if resamples is None else over_drawn_seeds(resamples[:, 0] - resamples[:, 1])
     for k, name in enumerate(variant.runs[0].target.classes):
         scores = [(a.target.class_iou.get(name), b.target.class_iou.get(name)) for a, b in both]
         known = [a - b for a, b in scores if a is not None and b is not None]

@@ -268,8 +268,8 @@ def footnotes(comparison: Comparison) -> list[str]:
     lines = [
         f"mIoU: mean ± sample standard deviation over seeds; {NONE} for one seed.",
         "Difference: over the seeds that both variants have. Its 95 % interval comes from a paired two-way bootstrap: "
-        f"seeds and images are both drawn again with replacement ({RESAMPLES:,} resamples, percentiles). Where the "
-        "interval holds 0, no difference was measurable.",
+        f"seeds and images are both drawn again with replacement ({RESAMPLES:,} resamples, percentiles), and widened "
+        "to Student's t where there are few of them. Where the interval holds 0, no difference was measurable.",
         drawn_words(comparison),
         *(comparison.tuning_notes or [UNTUNED]),
     ]

@@ -42,6 +42,13 @@ def read_grid(text: str) -> Grid:
     return grid
 
 
+def grids(matrix: Mapping[str, Any]) -> dict[str, Grid]:
+    """The values to try for each variant of a `matrix.json`, which were one grid for all in earlier versions."""
+    tune = matrix.get("tune", {})
+    of_all = any(isinstance(values, list) for values in tune.values())
+    return dict.fromkeys(matrix["variants"], tune) if of_all else tune
+
+
 def check_grids(tune: Mapping[str, Grid]) -> None:
     """Raises ValueError where there is nothing to choose among for a variant."""
     for variant, grid in tune.items():
