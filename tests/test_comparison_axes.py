@@ -246,7 +246,7 @@ def measured(tmp_path):
     for variant in ("lora_r8", "full"):
         seconds = {"total": 0.2, "data": 0.0, "compute": 0.123 if variant == "full" else 0.119}
         memory = {"bytes": 77 << 20, "of": "resident set of the process"}
-        changes = {"steps": 30, "seconds_per_step": seconds, "peak_memory": memory}
+        changes = {"steps": 30, "seconds_per_step": seconds, "peak_memory": memory, "git_commit": "c" * 40}
         write_run(tmp_path / "measured" / variant / "seed_0", variant, **changes)
     return tmp_path / "measured"
 
@@ -262,6 +262,10 @@ def test_seconds_and_memory_can_come_from_runs_that_had_the_machine_for_themselv
     assert "wall time" in (tmp_path / "alone" / "report.md").read_text()
     assert "wall time" not in text, "a shorter run does not tell it"
     assert "Seconds and memory are from other runs of these variants, of 30 steps" in text
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert facts["costs"]["git_commit"] == "c" * 40 != facts["git_commit"] and facts["costs"]["steps"] == 30
+    assert len(facts["costs"]["commands"]) == 2 and facts["costs"]["seeds"] == [0]
+    assert "costs" not in json.loads((tmp_path / "alone" / "report.json").read_text())
 
 
 def test_costs_of_steps_that_do_something_else_are_refused(matrix, measured, tmp_path):

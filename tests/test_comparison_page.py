@@ -252,6 +252,19 @@ def test_the_weights_at_the_start_are_named(tmp_path, model, words):
     assert weights(*load_runs([write_run(tmp_path / "run", "full", model=model)])) == words
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"ckpt_path": "a/model"}, "a/model, backbone (SHA-256 0123456789ab)"),
+        ({"backbone_weights": "d.pth"}, "backbone (SHA-256 0123456789ab) from d.pth; queries and heads random"),
+        ({"pretrained": False}, "random"),
+    ],
+)
+def test_the_backbone_at_the_start_is_told_by_its_hash(tmp_path, model, words):
+    run = write_run(tmp_path / "run", "full", model=model, start_backbone="0123456789abcdef")
+    assert weights(*load_runs([run])) == words
+
+
 def test_what_trains_is_named_for_variants_without_lora(tmp_path):
     for name, model, words in (
         ("none", {}, "nothing"),

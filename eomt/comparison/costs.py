@@ -11,25 +11,29 @@ from eomt.comparison.runs import Run
 MEASURED = ("seconds_per_step", "peak_memory", "wall_seconds")  # what other work on the machine changes, in a summary
 
 
-def with_costs_of(runs: Sequence[Run], measured: Sequence[Run]) -> tuple[list[Run], str]:
+def with_costs_of(runs: Sequence[Run], measured: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """Gives each run the seconds per step and the peak memory of a measured run of its variant.
 
     The wall time is left out: a measured run may be shorter. A run without steps has no costs, unless one of its
     variant was measured.
 
     Returns:
-        The runs, and a sentence for the report that says where the costs are from.
+        The runs, and the measured ones that were used.
 
     Raises:
         ValueError: no run of a variant was measured, or one does something else in a step.
     """
     by_variant = {run.variant: run for run in reversed(measured) if run.error is None}
     given = [replace(run, summary=run.summary | _costs(run, by_variant.get(run.variant))) for run in runs]
-    used = [by_variant[name] for name in dict.fromkeys(run.variant for run in runs) if name in by_variant]
+    return given, [by_variant[name] for name in dict.fromkeys(run.variant for run in runs) if name in by_variant]
+
+
+def costs_words(used: Sequence[Run]) -> str:
+    """A sentence for the report that says where the costs are from."""
     steps = sorted({run.steps for run in used if run.steps})
     machines = ", ".join(dict.fromkeys(machine_name(run.summary.get("machine")) for run in used))
     length = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-    return given, f"Seconds and memory are from other runs of these variants, of {length} steps, on {machines}."
+    return f"Seconds and memory are from other runs of these variants, of {length} steps, on {machines}."
 
 
 def _costs(run: Run, measured: Run | None) -> dict[str, Any]:

@@ -136,12 +136,15 @@ def backbone(run: Run) -> str:
 def weights(run: Run) -> str:
     """The files or the source of the weights before the first step; what no file holds is random."""
     model = run.config.get("model") or {}
+    known = short_hash(run.summary.get("start_backbone"))
+    backbone = f"backbone (SHA-256 {known})" if known else "backbone"
     if model.get("ckpt_path"):
-        return f"{model['ckpt_path']}" + ", with a fresh class head" * (model.get("load_ckpt_class_head") is False)
+        fresh = ", with a fresh class head" * (model.get("load_ckpt_class_head") is False)
+        return f"{model['ckpt_path']}{fresh}" + f", {backbone}" * bool(known)
     if model.get("backbone_weights"):
-        return f"backbone from {model['backbone_weights']}; queries and heads random"
+        return f"{backbone} from {model['backbone_weights']}; queries and heads random"
     if model.get("pretrained"):
-        return f"backbone as timm has it for {model.get('backbone_name')}; queries and heads random"
+        return f"{backbone} as timm has it for {model.get('backbone_name')}; queries and heads random"
     return "random" if "pretrained" in model else NONE
 
 

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from eomt.comparison import axes, plots
 from eomt.comparison.anomalies import METRICS, chance, spread
-from eomt.comparison.costs import with_costs_of
+from eomt.comparison.costs import costs_words, with_costs_of
 from eomt.comparison.facts import audit_words, command, kept_network, provenance, shared_facts
 from eomt.comparison.formats import latex, markdown, print_table, records, write_csv
 from eomt.comparison.galleries import Predictions, galleries, heat_maps
@@ -48,7 +48,7 @@ def write_report(
     Raises:
         ValueError: what `compare` raises, or the runs differ in a condition that they must share.
     """
-    runs, measured = with_costs_of(runs, costs) if costs else (runs, None)
+    runs, measured = with_costs_of(runs, costs) if costs else (runs, [])
     comparison = compare(list(axes.by_images(runs).values())[-1] if runs else runs, baseline, score)
     fewer = axes.compare_fewer(runs, comparison.baseline, comparison.score)
     found = [difference for each in (comparison, *fewer.values()) for difference in each.differences]
@@ -60,7 +60,7 @@ def write_report(
         )
     edges = axes.edge_notes(tunings)
     comparison.tuning_notes = axes.tuning_notes(tunings, comparison, bool(fewer)) + edges
-    comparison.notes += [measured] if measured else []
+    comparison.notes += [costs_words(measured)] if measured else []
     failed = [run for run in runs if run.error is not None]
     content = table(comparison)
     content.footnotes.extend(failure(run) for run in failed if run.subset != comparison.runs[0].subset)
@@ -75,7 +75,7 @@ def write_report(
         (draft / "report.md").write_text(markdown(comparison, content), encoding="utf-8")
         (draft / "report.tex").write_text(latex(comparison, content), encoding="utf-8")
         write_csv(draft / "report.csv", records(comparison, content))
-        write_json(draft / "report.json", stamped(REPORT, report_facts(comparison, runs, fewer, tunings)))
+        write_json(draft / "report.json", stamped(REPORT, report_facts(comparison, runs, fewer, tunings, measured)))
     print_table(content)
     return comparison
 
@@ -85,9 +85,14 @@ def report_facts(
     runs: Sequence[Run],
     fewer: Mapping[int, Comparison],
     tunings: Sequence[axes.Tuning],
+    measured: Sequence[Run],
 ) -> dict[str, Any]:
-    """Returns what report.json holds: where the runs are from, and all values, also with fewer training images."""
+    """Returns what report.json holds: where the runs are from, and all values, also with fewer training images.
+
+    `measured` are the runs that seconds and memory are from, where these are others.
+    """
     facts = provenance(runs) | {"baseline": comparison.baseline, "chosen": {t["variant"]: t["chosen"] for t in tunings}}
+    facts |= {"costs": provenance(measured)} if measured else {}
     facts["tuning"] = list(tunings)
     facts["compared"] = {
         label: [{"value": value, "runs": of} for value, of in values] for label, values in shared_facts(comparison)

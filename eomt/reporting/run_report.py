@@ -34,6 +34,7 @@ class Start(NamedTuple):
     """The weights and the cost of a run, known before its first step."""
 
     weights: Identity  # fresh adapters left out
+    backbone: Identity
     cost: Cost | None
 
 
@@ -45,7 +46,7 @@ def report_start(trainer: Trainer, module: MaskClassificationSemantic, datamodul
     """
     print_start(module, datamodule, trains=trainer.max_steps != 0)
     cost = estimate_cost(trainer, module, datamodule.batch_size)
-    return Start(identify(module.network, module.network.drawn), cost)
+    return Start(identify(module.network, module.network.drawn), module.base or identify(module.backbone), cost)
 
 
 def print_start(module: MaskClassificationSemantic, datamodule: LightningDataModule, trains: bool = True) -> None:
@@ -142,6 +143,7 @@ def finish_run(
         "batch_contents": batches and batches.as_dict(),
         "start_fingerprint": start.weights.exact,
         "start_weights": start.weights.as_dict(),
+        "start_backbone": start.backbone.stored,
         "seed": seed,
         "lora_audit": audit.results if audit else None,
     }
