@@ -1,6 +1,10 @@
 """The benchmark for a GPU, as far as it can be looked at without one."""
 
 import argparse
+import json
+import sys
+
+import pytest
 
 from benchmarks import gpu
 from benchmarks.step import Task
@@ -52,3 +56,19 @@ def test_a_line_that_fails_leaves_its_error():
 
     row = gpu.tried(gpu.partial(gpu.measure, gpu.Line("full step", fail), SMALL, "cpu", 1))
     assert row == {"what": "full step", "error": "RuntimeError: out of memory"}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_all_of_it_runs_on_a_cpu_and_every_line_is_written(tmp_path, monkeypatch):
+    out = tmp_path / "trial.json"
+    words = ["gpu.py", "--device", "cpu", "--side", "64", "--sizes", "small", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*words, "--minutes", "20"])
+    assert gpu.main() == 0
+    rows = json.loads(out.read_text())["sizes"]["small"]
+    assert [row for row in rows if "error" in row] == []
+    assert [row["what"] for row in rows if row["what"] != "20 steps in 16-mixed"] == [
+        line.name for line in sorted(gpu.lines(SMALL, "cpu"), key=lambda line: line.name.endswith(gpu.COMPILED))
+    ]
+    (fit,) = (row for row in rows if row["what"] == "20 steps in 16-mixed")
+    assert fit["steps"] == 20 and fit["losses"][1] < fit["losses"][0]
