@@ -119,13 +119,28 @@ def check_agreement(backbone: nn.Module, name: str, file: BackboneFile) -> None:
             f"backbone_weights {file.path} has {file.heads} attention heads, as the config.json beside it says, {name} "
             f"has {heads}: set backbone_kwargs={{num_heads: {file.heads}}}, or choose another backbone_name"
         )
+    own_pixels = (tuple(backbone.pretrained_cfg["mean"]), tuple(backbone.pretrained_cfg["std"]))
+    file.check_pixels(name, own_pixels, named_with_pixels(name, file))
     known, used = (timm.get_pretrained_cfg(model) for model in (file.timm_name or name, name))
     only_the_model = file.timm_name == name.split(".")[0]  # of whose sets of weights any may be meant
-    if known and not only_the_model and (known.mean, known.std) != (used.mean, used.std):
+    told_by_name = known and not only_the_model and file.pixels is None
+    if told_by_name and (known.mean, known.std) != (used.mean, used.std):
         raise ValueError(
             f"backbone_weights {file.path} holds {file.backbone}, trained on pixels of mean {known.mean}, deviation "
             f"{known.std}; backbone_name {name} has {used.mean}, {used.std}: set model.backbone_name={file.timm_name}"
         )
+
+
+def named_with_pixels(name: str, file: BackboneFile) -> str | None:
+    """A timm model like the one named, with the statistics of pixels that a file says; None without one."""
+    import timm
+
+    family = name.split(".")[0]
+    for other in (file.timm_name, family, *timm.list_pretrained(family)):
+        config = timm.get_pretrained_cfg(other) if other else None
+        if config and file.pixels and file.pixels.are((config.mean, config.std)):
+            return other
+    return None
 
 
 def combine(made_of: Mapping[str, Sequence[Part]], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The plain backbone in a file of weights: what it is, and which timm model takes it.
 
-torch is needed only for files other than `.safetensors`.
+torch is needed only for files other than `.safetensors`, and beside timm's config.json, whose tags timm alone knows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from eomt.settings.backbones import (
     MAE,
     NO_EOMT,
     ROPE_THETA,
+    SATELLITE,
     TOLD,
     VIT,
     Backbone,
@@ -31,6 +32,16 @@ from eomt.settings.backbones import (
 )
 from eomt.settings.eomt_names import PUBLISHED, program_of
 from eomt.settings.hub import local_path
+from eomt.settings.pixel_statistics import (
+    IMAGENET,
+    Pixels,
+    Statistics,
+    in_words,
+    overlay,
+    timm_entries,
+    timm_pixels,
+    transformers_pixels,
+)
 
 FAMILIES = {  # transformers' model_type
     "dinov2": DINOV2,
@@ -40,6 +51,8 @@ FAMILIES = {  # transformers' model_type
     "deit": DEIT,
     "vit": VIT,
 }
+SATELLITE_TAG = ".sat493m"  # of timm's DINOv3 for satellite images, which these models have
+SATELLITES = ("vit_large_patch16_dinov3", "vit_large_patch16_dinov3_qkvb", "vit_7b_patch16_dinov3")
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class BackboneFile:
         names, backbone: see `name_tensors` and `recognise`.
         timm_name: of the one timm model that this is; None where it may be several, or none.
         heads: of its attention, which no shape tells; None without a config.json.
+        pixels: that it was trained on, as a file beside it says; None without one.
     """
 
     path: Path
@@ -59,6 +73,7 @@ class BackboneFile:
     backbone: Backbone
     timm_name: str | None
     heads: int | None
+    pixels: Pixels | None
 
     def misfit(self, backbone_name: str, asked: Backbone | None = None) -> str:
         """The sentence for a file that holds another backbone than asked for."""
@@ -66,6 +81,22 @@ class BackboneFile:
         return (
             f"backbone_weights {self.path} holds {self.backbone}{is_timms}; backbone_name says {backbone_name}"
             f"{f', {asked}' if asked else ''}: {remedy(self.timm_name)}"
+        )
+
+    def check_pixels(self, backbone_name: str, used: Statistics, better: str | None = None) -> None:
+        """Raises ValueError where a model has other statistics of pixels than a file beside the weights says.
+
+        Args:
+            backbone_name, used: of the model. better: the name of one that has them.
+        """
+        if self.pixels is None or self.pixels.are(used):
+            return
+        said = (self.pixels.mean, self.pixels.std)
+        named = f"model.backbone_name={better} or " if better else ""
+        raise ValueError(
+            f"backbone_weights {self.path} holds {self.backbone}, trained on pixels of mean {in_words(said)}, as "
+            f"{self.pixels.file.name} beside it says; backbone_name {backbone_name} has {in_words(used)}: set {named}"
+            f"model.backbone_kwargs={overlay(said)}"
         )
 
 
@@ -94,9 +125,29 @@ def read_backbone_file(path: str | Path) -> BackboneFile:
     file = files[0].parent / "config.json"
     config = read_json(file, {})
     backbone = _agreeing(backbone, config, file, path)
-    architecture, tag = config.get("architecture"), (config.get("pretrained_cfg") or {}).get("tag")
-    named = f"{architecture}.{tag}" if architecture and tag else architecture
-    return BackboneFile(path, files, names, backbone, named or backbone.timm_name, config.get("num_attention_heads"))
+    pixels = transformers_pixels(file.parent) or timm_pixels(config, file)
+    named = named_by_timm(config) or backbone.timm_name
+    if named in SATELLITES and pixels and pixels.are(SATELLITE):
+        named += SATELLITE_TAG
+    made_with = config.get("model_args")
+    heads = made_with.get("num_heads") if isinstance(made_with, Mapping) else config.get("num_attention_heads")
+    return BackboneFile(path, files, names, backbone, named, heads, pixels)
+
+
+def named_by_timm(config: Mapping[str, Any]) -> str | None:
+    """The timm model that timm's config.json names, with its tag where timm has it, too; None where it names none.
+
+    Only timm knows its tags, which are others' own in what they upload.
+    """
+    architecture, tag = config.get("architecture"), timm_entries(config).get("tag")
+    if not architecture:
+        return None
+    import timm
+
+    if not timm.is_model(architecture):
+        return None
+    tagged = f"{architecture}.{tag}"
+    return tagged if tagged in timm.list_pretrained(architecture) else architecture
 
 
 def check_kind(keys: Collection[str]) -> None:
@@ -182,8 +233,13 @@ def check_backbone_weights(path: str | Path, backbone_name: str | None, kwargs: 
         return
     file, named = read_backbone_file(path), backbone_name.split(".")[0].removesuffix("_qkvb")
     told = (file.timm_name or "").split(".")[0].removesuffix("_qkvb")
-    if not kwargs and told and named in TOLD and told != named:
+    if kwargs or named not in TOLD:
+        return
+    if told and told != named:
         raise ValueError(file.misfit(backbone_name))
+    if "." not in backbone_name:  # else timm knows which pixels such weights are for
+        satellite = str(file.timm_name).endswith(SATELLITE_TAG)
+        file.check_pixels(backbone_name, IMAGENET, file.timm_name if satellite else None)
 
 
 def check_no_backbone(path: str | Path) -> None:

@@ -37,6 +37,7 @@ DEIT_NAMES = {
 # timm's models that names and shapes tell, but for biases
 TOLD = {f"vit_{size}_patch14_{reg}dinov2" for size in ("small", "base", "large", "giant") for reg in ("", "reg4_")}
 TOLD |= {*DINOV3_NAMES.values(), *DEIT_NAMES.values()}
+SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))  # statistics of the pixels of DINOv3's sat493m
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
 ROPE_THETA = 100.0  # of DINOv3, in timm, too
 ATTENTION, QKV = re.compile(r"blocks\.\d+\.attn\."), re.compile(r"blocks\.\d+\.attn\.qkv\.weight")

@@ -20,6 +20,7 @@ from eomt.settings.config_check import check_type
 from eomt.settings.eomt_names import BACKBONE, KNOWN, LIGHTLY, PUBLISHED, TRANSFORMERS, bare, name_eomt, program_of
 from eomt.settings.eomt_names import sizes_of as sizes_of_shapes
 from eomt.settings.formats import refuse_exported
+from eomt.settings.pixel_statistics import transformers_pixels
 
 CONFIG_TYPES = {
     "image_size": int | list[int],
@@ -30,7 +31,6 @@ CONFIG_TYPES = {
     "rope_parameters": dict,
     "rope_theta": float,
 }
-PROCESSOR_TYPES = {"image_mean": list[float], "image_std": list[float], "do_normalize": bool}
 LIGHTLY_TYPES = {
     "image_size": Sequence[int],
     "num_joint_blocks": int,
@@ -204,21 +204,17 @@ def _config(file: Path) -> dict[str, Any]:
 def said_by_transformers(file: Path, _: Mapping[str, Any]) -> Said:
     """What transformers' config.json and preprocessor_config.json beside a file say; ValueError for what cannot be."""
     config = _entries(_config(file.parent / "config.json"), CONFIG_TYPES, file.parent / "config.json")
-    place = file.parent / "preprocessor_config.json"
-    pixels = _entries(_config(place), PROCESSOR_TYPES, place)
+    pixels = transformers_pixels(file.parent)
     size, labels, colors = (config.get(name) for name in ("image_size", "id2label", "class_colors"))
     if labels and sorted(labels) != sorted(map(str, range(len(labels)))):
         raise ValueError(f"{file.parent / 'config.json'}: id2label names {', '.join(labels)}: 0 to K - 1 are meant")
-    mean, std = pixels.get("image_mean"), pixels.get("image_std")
-    if pixels.get("do_normalize") is False:
-        mean, std = [0.0] * 3, [1.0] * 3
     return Said(
         img_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
         num_heads=config.get("num_attention_heads"),
         norm_eps=config.get("layer_norm_eps"),
         class_names=tuple(labels[str(k)] for k in range(len(labels))) if labels else None,
         class_colors=tuple(map(tuple, colors)) if colors else None,
-        pixels=(tuple(mean), tuple(std)) if mean and std else None,
+        pixels=(pixels.mean, pixels.std) if pixels else None,
     )
 
 
