@@ -61,8 +61,10 @@ def test_other_statistics_of_a_model_that_shapes_tell_are_refused_without_torch(
     settings = {"img_size": [56, 56], "num_classes": 3, "patch_size": 14, "backbone_weights": str(path)}
     monkeypatch.setitem(sys.modules, "timm", None)
     message = r"of mean 0.1, 0.2, 0.3.*pretrained_cfg_overlay: \{mean: \[0.1, 0.2, 0.3\], std: \[0.4, 0.5, 0.6\]\}"
-    with pytest.raises(ValueError, match=message):
-        ModelSettings(**settings, backbone_name=DINOV2)
+    monkeypatch.setitem(LETTERS, (48, 3), "S")
+    for name in (DINOV2, None):
+        with pytest.raises(ValueError, match=message):
+            ModelSettings(**settings, backbone_name=name)
     ModelSettings(**settings, backbone_name=DINOV2, backbone_kwargs={"pretrained_cfg_overlay": {}})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 DINOV2, REGISTERS, GIANT = "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"
 DINOV3, GATED = "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3_qkvb"
 MAE, PLAIN, DEIT = "vit_base_patch16_224.mae", "vit_base_patch16_224", "deit_tiny_distilled_patch16_224"
+DEIT3, ABSOLUTE = "deit3_small_patch16_224", "vit_small_patch16_rope_ape_224"
+ROPE = "vit_small_patch16_rope_224"
 ONE_BLOCK = {"patch_embed.proj.weight": torch.ones(8, 3, 2, 2), "blocks.0.attn.qkv.weight": torch.ones(24, 8)}
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
 
@@ -206,7 +209,16 @@ def test_facebooks_dinov3_loads_with_biases_where_its_mask_leaves_them(name, tmp
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [DINOV2, REGISTERS, DINOV3, MAE, DEIT])
+def test_facebooks_deit_iii_loads_with_its_own_names_of_layer_scale(tmp_path):
+    encoder = made(DEIT3, 16)
+    state = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key): t for key, t in encoder.backbone.state_dict().items()}
+    assert "blocks.0.gamma_1" in state
+    head = {"head.weight": torch.ones(5, 48), "head.bias": torch.ones(5)}
+    loaded = assert_loads(encoder, save(tmp_path, {**state, **head}, "deit_3_small_224_21k.pth"), head)
+    assert ": a ViT 48 wide" in str(loaded.report)
+
+
+@pytest.mark.parametrize("name", [DINOV2, REGISTERS, DINOV3, MAE, DEIT, DEIT3, ABSOLUTE, ROPE])
 def test_timms_own_file_loads_without_its_head(name, tmp_path):
     encoder = made(name, 14 if "dinov2" in name else 16)
     state = dict(encoder.backbone.state_dict()) | {"head.weight": torch.ones(5, 48), "head.bias": torch.ones(5)}
@@ -361,6 +373,11 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     state = dict(timm_vit(DINOV2).backbone.state_dict())
     state["blocks.1.mlp.fc1.bias"] = torch.full_like(state["blocks.1.mlp.fc1.bias"], value)
     refused(tmp_path, state, r"blocks.1.mlp.fc1.bias holds NaN or infinity")
+
+
+def test_a_tensor_under_two_spellings_of_its_name_is_refused(tmp_path):
+    state = dict(timm_vit(DEIT3, (64, 64), 16).backbone.state_dict())
+    refused(tmp_path, state | {"blocks.0.gamma_1": torch.ones(48)}, r"unknown here \(blocks.0.gamma_1\)", DEIT3, 16)
 
 
 def test_a_weight_that_is_missing_unknown_or_of_another_shape_is_named(tmp_path):

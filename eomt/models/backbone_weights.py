@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from eomt.fingerprints import first_misfit
 from eomt.models.resampling import find_grid, resize, square_grid
 from eomt.settings.backbone_choice import BackboneFile, read_backbone_file
 from eomt.settings.backbone_files import read_state
-from eomt.settings.backbone_names import Part, name_tensors
+from eomt.settings.backbone_names import Part, name_tensors, named_as_in
 from eomt.settings.backbones import recognise
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
@@ -79,6 +79,7 @@ def load_backbone(
     """
     file = read_backbone_file(path)
     check_agreement(backbone, name, file)
+    file = replace(file, names=named_as_in(file.names, backbone.state_dict()))
     stored = {key: tensor for part in file.files for key, tensor in read_state(part).items()}
     tensors = combine(file.names.made_of, stored)
     report = BackboneReport(

@@ -228,18 +228,16 @@ def check_backbone_weights(path: str | Path, backbone_name: str | None, kwargs: 
         raise ValueError(f"backbone_weights {path} and backbone_kwargs pretrained_cfg_overlay.file: leave one out")
     if any(file.suffix != ".safetensors" for file in weight_files(path)):
         return
-    if not backbone_name:
-        choose_backbone(None, path)
-        return
-    file, named = read_backbone_file(path), backbone_name.split(".")[0].removesuffix("_qkvb")
+    name = choose_backbone(backbone_name, path)
+    file, named = read_backbone_file(path), name.split(".")[0].removesuffix("_qkvb")
     told = (file.timm_name or "").split(".")[0].removesuffix("_qkvb")
     if kwargs or named not in TOLD:
         return
     if told and told != named:
-        raise ValueError(file.misfit(backbone_name))
-    if "." not in backbone_name:  # else timm knows which pixels such weights are for
+        raise ValueError(file.misfit(name))
+    if "." not in name:  # else timm knows which pixels such weights are for
         satellite = str(file.timm_name).endswith(SATELLITE_TAG)
-        file.check_pixels(backbone_name, IMAGENET, file.timm_name if satellite else None)
+        file.check_pixels(name, IMAGENET, file.timm_name if satellite else None)
 
 
 def check_no_backbone(path: str | Path) -> None:

@@ -7,7 +7,7 @@ version 5.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +52,10 @@ ROTARY = _rules(  # timm keeps DINOv3 in another class, with other names
     (r"\.ls([12])\.gamma$", r".gamma_\1"),
     (r"\.attn\.([qkv])\.bias$", r".attn.\1_bias"),
     (r"\.mlp\.gate\.", ".mlp.fc1_g."),
+)
+SPELLINGS = _rules(  # what the weights of timm's model alone tell, in which some have these very names
+    (BLOCK + r")\.gamma_([12])$", r"\1.ls\2.gamma"),  # DeiT III
+    (BLOCK + r"\.attn)\.[qkv]_bias$", r"\1.qkv.bias"),  # rotary ViTs without registers
 )
 LEFT_OUT = re.compile(
     r"^(\w+\.)?mask_token$"
@@ -123,6 +127,17 @@ def name_tensors(keys: Iterable[str]) -> Names:
         else:  # such parts keep their own names, which nothing takes
             made_of |= {part.key: [part] for part in found.values()}
     return Names(made_of, [*students, *left_out])
+
+
+def named_as_in(names: Names, model: Collection[str]) -> Names:
+    """The names as the weights of a model spell them, where the file does not tell how."""
+    made_of = dict(names.made_of)
+    for name in names.made_of:
+        for theirs, timms in SPELLINGS:
+            other = theirs.sub(timms, name)
+            if other in model and name not in model and other not in names.made_of:
+                made_of[other] = [Part(part.key) for part in made_of.pop(name)]
+    return Names(made_of, names.left_out)
 
 
 def places(name: str, rotary: bool, gated: bool) -> list[tuple[str, int, int, int | None]]:
