@@ -1,6 +1,7 @@
 """What was trained from a plain backbone in a file knows that file: opened, moved, resumed, merged, checked."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,13 +10,16 @@ from safetensors.torch import load_file, save_file
 from test_pretrained import build, open_, outputs, save_lightning, trained
 
 from eomt.cost.training_cost import build_without_weights
+from eomt.diagnosis.extraction import extract
 from eomt.diagnosis.facts import NothingToCheck, RunFacts
 from eomt.diagnosis.inspection import inspect_model
+from eomt.diagnosis.report import examine
+from eomt.exchange.opening import open_merged, recognised
 from eomt.flags import translate_flags
 from eomt.inference.artefacts import merge_adapter
 from eomt.models.vit import ViT
 from eomt.settings.compose import absolute_paths, compose_run, name_backbone
-from eomt.settings.model import check_same_settings
+from eomt.settings.model import ModelSettings, check_same_settings
 from eomt.training.run_folder import check_resume
 
 KWARGS = {"embed_dim": 64, "depth": 3, "num_heads": 2}
@@ -179,6 +183,67 @@ def test_a_run_goes_on_with_the_file_at_another_place(settings, tmp_path):
 def test_the_cost_of_a_run_is_estimated_without_reading_a_weight(settings):
     module = build_without_weights(dict(build(**settings).hparams))
     assert module.backbone.pos_embed.is_meta and module.hparams.backbone_name == DINOV2["backbone_name"]
+
+
+# A plain backbone where a saved network is expected
+
+
+PLAIN = r"dinov2\S* holds a DINOv2 ViT 64 wide, patch/14 of 3 blocks, a plain backbone.*model\.backbone_weights"
+
+
+@pytest.fixture(params=["dinov2.safetensors", "dinov2.pth", "dinov2.ckpt", "dinov2", "dinov2_odd"])
+def plain(request, tmp_path):
+    """A plain backbone as a file of each kind, as a folder of transformers, and as one with a name of its own."""
+    path, state = tmp_path / request.param, backbone()
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    elif path.suffix:
+        torch.save(state, path)
+    else:
+        path.mkdir()
+        save_file(state, path / ("model.safetensors" if path.name == "dinov2" else "dinov2_vits14.safetensors"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        open_,
+        open_merged,
+        lambda path: extract(path, "timm", path.parent / "out", 1, scores=False),
+        examine,
+        recognised,
+    ],
+    ids=["open", "merge or export", "extract", "doctor", "convert"],
+)
+def test_a_plain_backbone_in_the_place_of_a_network_is_named_with_the_key_that_takes_it(take, plain):
+    with pytest.raises((ValueError, FileNotFoundError), match=PLAIN) as error:
+        take(plain)
+    assert "ckpt_path" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plain_backbone_to_resume_from_is_named_with_the_key_that_takes_it(plain):
+    if plain.is_file():
+        with pytest.raises(ValueError, match=rf"resume \S*{PLAIN}") as error:
+            check_resume(plain, {})
+        assert "ckpt_path" not in str(error.value)
+
+
+def test_inspection_shows_a_plain_backbone_as_what_it_is(plain):
+    facts = inspect_model(plain)
+    assert re.search(
+        "^a DINOv2 ViT 64 wide, patch/14 of 3 blocks: a plain backbone.*model.backbone_weights", facts["kind"]
+    )
+    assert facts["parts"].keys() == {"backbone"} and facts["parts"]["backbone"]["tensors"] == len(backbone())
+    assert facts["network"]["depth"] == 3 and facts["network"]["patch_size"] == 14
+
+
+def test_a_plain_backbone_in_ckpt_path_is_named_whatever_its_file_is_called(plain):
+    if plain.suffix in ("", ".safetensors"):  # of others torch tells, later
+        with pytest.raises(ValueError, match=rf"ckpt_path \S*{PLAIN}"):
+            ModelSettings(img_size=[56, 56], num_classes=3, patch_size=14, ckpt_path=str(plain))
+    with pytest.raises(ValueError, match=rf"ckpt_path \S*{PLAIN}"):
+        build(ckpt_path=str(plain))
 
 
 # Inspection and doctor

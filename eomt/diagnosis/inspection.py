@@ -24,6 +24,7 @@ from eomt.lora.files import WEIGHTS_FILE as LORA_WEIGHTS
 from eomt.lora.saved_config import CONFIG_FILE as LORA_CONFIG
 from eomt.lora.saved_config import read_adapter_config
 from eomt.lora.updates import stored_updates
+from eomt.models.backbone_weights import combine
 from eomt.models.checkpoint import (
     BACKBONE,
     NOT_WEIGHTS,
@@ -35,8 +36,10 @@ from eomt.models.checkpoint import (
     read_safetensors,
 )
 from eomt.models.resampling import find_grid, fit_pos_embed
-from eomt.settings.backbone_choice import plain_backbone
+from eomt.settings.backbone_choice import plain_backbone, plain_backbone_of
 from eomt.settings.backbone_files import flat
+from eomt.settings.backbone_names import name_tensors
+from eomt.settings.backbones import NO_EOMT, Backbone
 from eomt.settings.eomt_files import weights_in
 from eomt.settings.eomt_names import LIGHTLY, TRANSFORMERS, bare, program_of
 from eomt.settings.hub import hub_place
@@ -110,8 +113,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
         if not (isinstance(init, Mapping) and isinstance(state, Mapping)):
             raise ValueError(f"{path} holds no weights and settings by name: it is no checkpoint")
         init = own_settings(init, path)
-        keys = [key for key, value in flat(weights_in(content)) if isinstance(value, Tensor)]
-        if program_of(keys) in (TRANSFORMERS, LIGHTLY):
+        stored = {key: value for key, value in flat(weights_in(content)) if isinstance(value, Tensor)}
+        if backbone := plain_backbone_of({key: list(tensor.shape) for key, tensor in stored.items()}):
+            return {**describe_plain(backbone, stored), "lora": None}, [path]
+        if program_of(stored) in (TRANSFORMERS, LIGHTLY):
             stored = read_checkpoint(path)
             said = {"hyper_parameters": {}, "state_dict": stored.tensors, "kind": stored.content}
             return {**said, "lora": None}, [path]
@@ -146,6 +151,14 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     if not state:
         raise ValueError(f"{path} holds no tensors: it is no saved network")
     return content | {"state_dict": {bare(key): tensor for key, tensor in state.items()}}, files
+
+
+def describe_plain(backbone: Backbone, stored: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The content of a file with a plain backbone: its kind, and its tensors under the network's names."""
+    names = name_tensors(stored)
+    tensors = {BACKBONE + name: tensor for name, tensor in combine(names.made_of, stored).items()}
+    kind = f"{backbone}: {NO_EOMT}; give it as model.backbone_weights"
+    return {"kind": kind, "state_dict": tensors | {key: stored[key] for key in names.left_out}, "plain": True}
 
 
 def own_settings(init: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from typing import Any
 from eomt import __version__
 from eomt.files import PICTURES, read_json, restored
 from eomt.lora.saved_config import CONFIG_FILE as ADAPTER_CONFIG
+from eomt.settings.backbone_choice import plain_backbone
 from eomt.settings.backbone_files import places_in
+from eomt.settings.backbones import NO_EOMT
 from eomt.settings.config_check import argument_types, check_type
 from eomt.settings.eomt_files import read_eomt_file
 from eomt.settings.eomt_names import PUBLISHED
@@ -58,6 +60,8 @@ def find_artefact(path: str | Path) -> Path:
         raise ValueError(f"{path} holds both adapter/ and model/: give one of them, for example {found[0]}")
     if not found:
         refuse_other_program(path)
+        if plain_backbone(path):
+            raise ValueError(bare_weights(path))
         raise FileNotFoundError(f"{path} has no {CONFIG_FILE}, and no adapter/ or model/ with one: {SAVED}")
     return found[0]
 
@@ -97,7 +101,8 @@ def check_artefact(path: str | Path) -> Path:
 def find_weights(path: str | Path) -> Path:
     """Returns the file of weights or the folder that is meant; raises as `find_artefact` does."""
     path = here(path)
-    if path.is_dir() and not (path / CONFIG_FILE).is_file() and (places := places_in(path)):  # as from a hub
+    ours = any((path / name / CONFIG_FILE).is_file() for name in ("", *ARTEFACTS))
+    if path.is_dir() and not ours and (places := places_in(path)):  # as from a hub
         return places[0]
     in_folder = path.is_file() and (path.parent / CONFIG_FILE).is_file() and path.name != BASE_FILE
     return path.parent if in_folder else path if path.is_file() else find_artefact(path)
@@ -138,6 +143,8 @@ def keep_other_network(file: Path, artefact_id: str | None) -> None:
 
 def bare_weights(path: Path) -> str:
     """Returns the sentence for weights that say nothing of the network they belong to."""
+    if backbone := plain_backbone(path):
+        return f"{path} holds {backbone}, {NO_EOMT}: start a training from it with model.backbone_weights={path}"
     return (
         f"{path} holds weights without a configuration, so the network they belong to is not known: to evaluate them, "
         f"name it and its data: python train_with_lora.py variant=none model.ckpt_path={path} data.root=..., with the "

@@ -164,11 +164,20 @@ def check_kind(keys: Collection[str]) -> None:
 
 
 def plain_backbone(path: str | Path) -> Backbone | None:
-    """Returns the plain backbone that a file holds; None where it holds something else."""
+    """Returns the plain backbone that a file or folder holds; None where it holds something else, or nothing."""
     try:
         return read_backbone_file(path).backbone
+    except (ValueError, FileNotFoundError):
+        return None
+
+
+def plain_backbone_of(shapes: Mapping[str, Sequence[int]]) -> Backbone | None:
+    """Returns the plain backbone that tensors of these shapes are; None where they are something else."""
+    try:
+        check_kind(shapes)
     except ValueError:
         return None
+    return plain_vit(shapes)
 
 
 def _agreeing(backbone: Backbone, config: Mapping[str, Any], file: Path, path: str | Path) -> Backbone:
@@ -256,11 +265,7 @@ def check_no_backbone(path: str | Path) -> None:
 
 def refuse_backbone(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raises ValueError where the tensors of what `ckpt_path` names are a plain backbone."""
-    try:
-        check_kind(shapes)
-    except ValueError:  # something else
-        return
-    if backbone := plain_vit(shapes):
+    if backbone := plain_backbone_of(shapes):
         raise ValueError(
             f"ckpt_path {path} holds {backbone}, {NO_EOMT}: give it as model.backbone_weights, and leave ckpt_path out"
         )

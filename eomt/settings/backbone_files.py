@@ -33,17 +33,24 @@ def weight_files(path: str | Path) -> list[Path]:
         raise ValueError(f"backbone_weights {path} is an adapter, which holds no backbone: give what it was trained on")
     if places := places_in(path):
         return parts_of(places[0])
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    found = _files_in(path)
     if not found:
         raise FileNotFoundError(f"backbone_weights {path} has no file that ends in {', '.join(SUFFIXES)}")
-    if len(found) > 1:
-        raise ValueError(f"backbone_weights {path} has {', '.join(file.name for file in found)}: give one of them")
-    return found
+    raise ValueError(f"backbone_weights {path} has {', '.join(file.name for file in found)}: give one of them")
 
 
 def places_in(folder: Path) -> list[Path]:
-    """Those files of a folder that usually hold weights, or the index of their parts, the preferred one first."""
-    return [folder / name for name in PLACES if (folder / name).is_file()]
+    """Those files of a folder that usually hold weights, or the index of their parts, the preferred one first.
+
+    Without any it is the one file that may hold weights, whatever its name, if there is no other.
+    """
+    usual = [folder / name for name in PLACES if (folder / name).is_file()]
+    found = [] if usual else _files_in(folder)
+    return usual or (found if len(found) == 1 else [])
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
 
 
 def parts_of(file: Path) -> list[Path]:

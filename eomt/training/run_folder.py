@@ -14,6 +14,8 @@ import yaml
 
 from eomt.files import claimed, read_json, read_yaml, replacing
 from eomt.processes import is_first_process
+from eomt.settings.backbone_choice import plain_backbone
+from eomt.settings.backbones import NO_EOMT
 from eomt.settings.model import check_same_settings
 from eomt.settings.run import LEFT_BY_RUNS, check_output_dir, remove_empty
 
@@ -54,11 +56,15 @@ def check_resume(checkpoint: str | Path, model: Mapping[str, Any]) -> None:
     """Raises ValueError where a run with these settings of its model cannot go on from there."""
     from eomt.inference.artefacts import read_lightning
 
-    content = read_lightning(Path(checkpoint))
+    content = read_lightning(Path(checkpoint)) if Path(checkpoint).suffix != ".safetensors" else {}
     if "optimizer_states" not in content:
+        backbone = plain_backbone(checkpoint)
+        what = (
+            f"{checkpoint} holds {backbone}, {NO_EOMT}" if backbone else f"{checkpoint}: it is no checkpoint of a run"
+        )
         raise ValueError(
-            f"resume {checkpoint}: it is no checkpoint of a run; give checkpoints/last.ckpt of one, or start a new run "
-            "from these weights with model.ckpt_path"
+            f"resume {what}; give checkpoints/last.ckpt of a run, or start a new run from these weights with "
+            f"{'model.backbone_weights' if backbone else 'model.ckpt_path'}"
         )
     asked = {key: value for key, value in model.items() if key not in DERIVED}
     if asked.get("backbone_name") is None:  # what that comes to is compared where the network is built
