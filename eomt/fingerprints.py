@@ -212,10 +212,20 @@ def first_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
             return f"does not fit: {name} is {list(tensor.shape)}, this network's is {list(own.shape)}"
         if (tensor.is_floating_point(), tensor.is_complex()) != (own.is_floating_point(), own.is_complex()):
             return f"does not fit: {name} is {tensor.dtype}, this network's is {own.dtype}"
+        if unusual := unusual_numbers(tensor):
+            return f"does not fit: {name} {unusual}"
         ends = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else ()  # one pass; nan stays nan
         if not all(end.isfinite() for end in ends):
             return f"cannot be used: {name} holds NaN or infinity, its training has diverged; take an earlier one"
     return None
+
+
+def unusual_numbers(tensor: Tensor) -> str | None:
+    """Says that a tensor is sparse, or of numbers in 8 bits, with which nothing is computed here; None if it is not."""
+    strided = str(tensor.layout) == "torch.strided"
+    if strided and not (tensor.is_floating_point() and tensor.itemsize < 2):
+        return None
+    return f"is {tensor.dtype if strided else tensor.layout}: save it dense, in float32, float16 or bfloat16"
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:

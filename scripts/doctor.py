@@ -52,7 +52,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "overrides", nargs="*", default=[], metavar="data=NAME data.key=value", help="other data, or where they are now"
     )
-    add("--ckpt_path", type=Path, help="the weights that the run started from, if they have moved")
+    add(
+        *("--ckpt_path", "--backbone_weights"),
+        type=Path,
+        help="the weights that the run started from, if they have moved: an EoMT, or a plain backbone",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     args = parser.parse_intermixed_args(argv)
     if strange := [word for word in args.overrides if not word.startswith(("data=", "data.", "experiment="))]:

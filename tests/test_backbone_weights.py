@@ -428,6 +428,33 @@ def test_biases_of_dinov3_are_left_out_only_where_they_are_0(tmp_path):
     refused(tmp_path, spoilt, "bias_mask should be 1 for queries and values", DINOV3, 16)
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"), [(lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn"), (torch.Tensor.to_sparse, "sparse_coo")]
+)
+def test_weights_in_8_bits_or_sparse_are_refused_by_file_and_tensor(change, kind, tmp_path):
+    state = dict(timm_vit(DINOV2).backbone.state_dict())
+    torch.save(state | {"blocks.1.attn.proj.weight": change(state["blocks.1.attn.proj.weight"])}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=rf"backbone_weights \S+file.pth: blocks.1.attn\S+ is torch.{kind}: save"):
+        timm_vit(DINOV2, weights=tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("prefix", ["network.encoder.backbone.", "encoder.backbone."])
+def test_the_backbone_alone_of_an_eomt_loads(prefix, tmp_path):
+    encoder = made(DINOV2, 14)
+    assert_loads(encoder, save(tmp_path, {prefix + key: t for key, t in encoder.backbone.state_dict().items()}))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-5, 1e-3])
+def test_another_layer_norm_eps_is_refused_where_outputs_would_differ(eps, tmp_path):
+    state = timm_vit(DINOV2).backbone.state_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2", "layer_norm_eps": eps}))
+    if eps <= 1e-5:
+        timm_vit(DINOV2, weights=save(tmp_path, state))
+        return
+    refused(tmp_path, state, r"layer_norm_eps 0.001.*set model.backbone_kwargs=\{norm_eps: 0.001\}")
+    timm_vit(DINOV2, kwargs=TINY | {"norm_eps": eps}, weights=tmp_path)
+
+
 def test_other_rotary_periods_are_refused(tmp_path):
     state = facebook_dinov3(made(DINOV3, 16).backbone)
     state["rope_embed.periods"] = 2 * state["rope_embed.periods"]
@@ -490,6 +517,8 @@ def shapes_of(name):
         ("vit_large_patch16_dinov3_qkvb", "a DINOv3 ViT-L/16 of 24 blocks with 4 registers"),
         ("vit_huge_plus_patch16_dinov3_qkvb", "a DINOv3 ViT-H+/16 of 32 blocks with 4 registers"),
         ("vit_7b_patch16_dinov3", "a DINOv3 ViT-7B/16 of 40 blocks with 4 registers"),
+        ("vit_base_patch16_rope_224", "a ViT-B/16 of 12 blocks with rotary positions"),
+        ("vit_medium_patch16_reg4_gap_256", "a ViT 512 wide, patch/16 of 12 blocks with 4 registers"),
         ("deit_small_distilled_patch16_224", "a DeiT ViT-S/16 of 12 blocks"),
         ("vit_base_patch16_224", "a ViT-B/16 of 12 blocks"),
         (

@@ -22,6 +22,7 @@ from eomt.diagnosis.checks import (
     check_trained_weights,
 )
 from eomt.diagnosis.facts import NothingToCheck, RunFacts
+from eomt.inference.saved import bare_weights
 
 if TYPE_CHECKING:
     from eomt.data.datamodule import SegmentationDataModule
@@ -49,6 +50,8 @@ def diagnose(
         ValueError: weights that cannot be read.
     """
     run_facts = RunFacts(Path(path), Path(run), data, no_data, ckpt_path)
+    if run_facts.content.get("plain"):
+        raise ValueError(bare_weights(Path(path)))
     facts: dict[Callable[..., Finding], Callable[[], tuple]] = {
         check_adapter_updates: run_facts.updates,
         check_lora_audit: run_facts.audit,

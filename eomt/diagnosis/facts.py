@@ -28,7 +28,7 @@ from eomt.diagnosis.pixels import count_labels, drawn_images, reaching_patches, 
 from eomt.files import read_yaml
 from eomt.fingerprints import Identity, base_tensors, identify_tensors, is_adapter
 from eomt.inference.artefacts import PLAIN_BASE, read_lightning, set_settings
-from eomt.inference.saved import BASE_FILE, bare_weights, find_weights
+from eomt.inference.saved import BASE_FILE, find_weights
 from eomt.models.checkpoint import (
     CLASS_HEAD,
     NOT_WEIGHTS,
@@ -72,8 +72,6 @@ class RunFacts:
                 raise
             self.path = None  # a run that failed before it saved anything
         self.content = read(self.path)[0] if self.path else {"state_dict": {}}
-        if self.content.get("plain"):
-            raise ValueError(bare_weights(self.path))
         self.state: dict[str, Tensor] = self.content["state_dict"]
         self.init: dict[str, Any] = self.content.get("hyper_parameters") or {}
 

@@ -158,7 +158,9 @@ def describe_plain(backbone: Backbone, stored: Mapping[str, Tensor]) -> dict[str
     names = name_tensors(stored)
     tensors = {BACKBONE + name: tensor for name, tensor in combine(names.made_of, stored).items()}
     kind = f"{backbone}: {NO_EOMT}; give it as model.backbone_weights"
-    return {"kind": kind, "state_dict": tensors | {key: stored[key] for key in names.left_out}, "plain": True}
+    said = {"backbone_name": backbone.timm_name} if backbone.timm_name else {}
+    state = tensors | {key: stored[key] for key in names.left_out}
+    return {"hyper_parameters": said, "state_dict": state, "kind": kind, "plain": True}
 
 
 def own_settings(init: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eomt.fingerprints import first_misfit
+from eomt.fingerprints import first_misfit, unusual_numbers
 from eomt.models.resampling import find_grid, resize, square_grid
 from eomt.settings.backbone_choice import BackboneFile, read_backbone_file
 from eomt.settings.backbone_files import read_state
@@ -20,6 +20,7 @@ from eomt.settings.backbone_names import Part, name_tensors, named_as_in
 from eomt.settings.backbones import recognise
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
+LEAST_EPS, LARGEST_EPS = 1e-12, 1e-5  # of norms, within which no output differs visibly
 BIASES = re.compile(r"\.attn\.[qkv]_bias$")
 
 
@@ -81,7 +82,10 @@ def load_backbone(
     check_agreement(backbone, name, file)
     file = replace(file, names=named_as_in(file.names, backbone.state_dict()))
     stored = {key: tensor for part in file.files for key, tensor in read_state(part).items()}
-    tensors = combine(file.names.made_of, stored)
+    try:
+        tensors = combine(file.names.made_of, stored)
+    except ValueError as error:
+        raise ValueError(f"backbone_weights {file.path}: {error}") from error
     report = BackboneReport(
         file.path, str(file.backbone), name, backbone.blocks[0].attn.num_heads, file.heads is not None
     )
@@ -120,6 +124,12 @@ def check_agreement(backbone: nn.Module, name: str, file: BackboneFile) -> None:
             f"backbone_weights {file.path} has {file.heads} attention heads, as the config.json beside it says, {name} "
             f"has {heads}: set backbone_kwargs={{num_heads: {file.heads}}}, or choose another backbone_name"
         )
+    eps = backbone.norm.eps
+    if file.norm_eps not in (None, eps) and not LEAST_EPS <= file.norm_eps <= LARGEST_EPS:
+        raise ValueError(
+            f"backbone_weights {file.path} has norms with layer_norm_eps {file.norm_eps:g}, as the config.json beside "
+            f"it says, {name} has {eps:g}: set model.backbone_kwargs={{norm_eps: {file.norm_eps:g}}}"
+        )
     own_pixels = (tuple(backbone.pretrained_cfg["mean"]), tuple(backbone.pretrained_cfg["std"]))
     file.check_pixels(name, own_pixels, named_with_pixels(name, file))
     known, used = (timm.get_pretrained_cfg(model) for model in (file.timm_name or name, name))
@@ -148,10 +158,13 @@ def combine(made_of: Mapping[str, Sequence[Part]], stored: Mapping[str, Tensor])
     """Returns tensors under timm's names from those that a file has; see `name_tensors`.
 
     Raises:
-        ValueError: parts of one tensor are of different shapes.
+        ValueError: parts of one tensor are of different shapes, or one is sparse or in 8 bits.
     """
     tensors = {}
     for name, parts in made_of.items():
+        for key, _ in parts:
+            if unusual := unusual_numbers(stored[key]):
+                raise ValueError(f"{key} {unusual}")
         found = [stored[key] if third is None else stored[key].chunk(3)[third] for key, third in parts]
         if len({tensor.shape for tensor in found}) > 1 or not (len(found) == 1 or found[0].ndim):
             raise ValueError(f"{', '.join(part.key for part in parts)} are of different shapes")

@@ -30,7 +30,8 @@ from eomt.settings.backbones import (
     recognise,
     rope_theta,
 )
-from eomt.settings.eomt_names import PUBLISHED, program_of
+from eomt.settings.config_check import check_type
+from eomt.settings.eomt_names import PUBLISHED, is_backbone_alone, program_of
 from eomt.settings.hub import local_path
 from eomt.settings.pixel_statistics import (
     IMAGENET,
@@ -64,6 +65,7 @@ class BackboneFile:
         names, backbone: see `name_tensors` and `recognise`.
         timm_name: of the one timm model that this is; None where it may be several, or none.
         heads: of its attention, which no shape tells; None without a config.json.
+        norm_eps: what its norms add to the variance, as transformers' config.json says; None without one.
         pixels: that it was trained on, as a file beside it says; None without one.
     """
 
@@ -73,6 +75,7 @@ class BackboneFile:
     backbone: Backbone
     timm_name: str | None
     heads: int | None
+    norm_eps: float | None
     pixels: Pixels | None
 
     def misfit(self, backbone_name: str, asked: Backbone | None = None) -> str:
@@ -131,7 +134,10 @@ def read_backbone_file(path: str | Path) -> BackboneFile:
         named += SATELLITE_TAG
     made_with = config.get("model_args")
     heads = made_with.get("num_heads") if isinstance(made_with, Mapping) else config.get("num_attention_heads")
-    return BackboneFile(path, files, names, backbone, named, heads, pixels)
+    eps = config.get("layer_norm_eps")
+    if eps is not None:
+        check_type(eps, float, f"{file}: layer_norm_eps")
+    return BackboneFile(path, files, names, backbone, named, heads, eps, pixels)
 
 
 def named_by_timm(config: Mapping[str, Any]) -> str | None:
@@ -156,7 +162,8 @@ def check_kind(keys: Collection[str]) -> None:
         raise ValueError(
             "it holds an adapter, and backbone_weights takes a plain backbone: give what it was trained on"
         )
-    if program := program_of(keys):
+    program = program_of(keys)
+    if program and not is_backbone_alone(keys):
         whole = "a whole EoMT" if program == PUBLISHED else program
         raise ValueError(f"it holds {whole}, with queries and heads: give it as model.ckpt_path")
     if not keys:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 # what wrappers, training programs and transformers' larger models put before a name
 WRAPPER = re.compile(
-    r"(_orig_mod|module|model(_ema)?|state_dict(_ema)?|backbone|teacher|student|vit|deit|dinov2|"
+    r"(_orig_mod|module|network|encoder(?=\.backbone\.)|model(_ema)?|state_dict(_ema)?|backbone|teacher|student|vit|deit|dinov2|"
     r"dinov2_with_registers|dinov3_vit)\."
 )
 STUDENT = re.compile(r"((_orig_mod|module|model|state_dict)\.)*student\.")

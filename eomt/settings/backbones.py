@@ -174,10 +174,10 @@ def _family(
     if distilled:
         return DEIT
     if rotary:  # timm's own have no class token
-        return DINOV3 if scaled and "cls_token" in first else VIT
+        return DINOV3 if scaled and registers and "cls_token" in first else VIT
     tokens = first["pos_embed"][-2] if len(first["pos_embed"]) > 1 else 0
     class_too = math.isqrt(max(tokens - 1, 0)) ** 2 == tokens - 1  # DeiT III has layer scale, too, but none for it
-    return DINOV2 if scaled and (class_too or registers) else VIT
+    return DINOV2 if scaled and "cls_token" in first and (class_too or registers) else VIT
 
 
 def _is_gated(names: Names, first: Mapping[str, Shape]) -> bool:

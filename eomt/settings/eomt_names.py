@@ -51,6 +51,12 @@ def program_of(keys: Iterable[str]) -> str | None:
     return next((program for program, signs in SIGNS.items() if any(name.startswith(signs) for name in names)), None)
 
 
+def is_backbone_alone(keys: Iterable[str]) -> bool:
+    """Whether tensors are the encoder of a published EoMT, without queries and heads."""
+    names = [bare(key) for key in keys]
+    return bool(names) and all(name.startswith("encoder.") for name in names)
+
+
 def name_eomt(keys: Iterable[str], program: str) -> Names:
     """Finds the published names, less `network.`, for those of another program's file.
 
