@@ -101,6 +101,17 @@ def dusk_findings(facts: Facts) -> str:
     """
 
 
+def dusk_brief(facts: Facts) -> str:
+    rows = by_variant(facts)
+    start = rows["none"]["miou_percent"]
+    gains = [rows[name]["miou_percent"] - start for name in ("lora_r16", "full")]
+    changes = [points(rows[name]["source_change_points"]) for name in ("lora_r16", "full")]
+    return f"""
+        Adapted from day to dusk on {facts["data"]["train_images"]} images, LoRA at rank 16 gains {gains[0]:.1f} points
+        and the full fine-tune {gains[1]:.1f}; of the day they forget: {changes[0]} and {changes[1]} points.
+    """
+
+
 def few_run(facts: Facts) -> str:
     counts = [part["training_images"] for part in facts["fewer_images"]]
     return f"""
