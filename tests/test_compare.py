@@ -301,10 +301,7 @@ def test_a_matrix_passes_a_signal_on_and_its_run_holds_its_folder_when_the_matri
         ),
         (["variants=[head]", "variant=full"], "variant=full: this is not for a matrix to be told: give variants=[...]"),
         (["variants=[head]", "patience=3"], "runs must have equally many steps"),
-        (
-            ["variants=[none]", "trainer.max_steps=2"],
-            "trainer.max_steps=2 makes of variant none, which has 0",
-        ),
+        (["variants=[head]", "model.freeze=[]"], "model.freeze=[] makes of variant head, which has ['backbone']"),
         (["variants=[lora_r8]", "model.lora_blocks=1"], "model.lora_blocks=1 makes of variant lora_r8, which has all"),
         (["variants=[head]", "seeds=[a]"], "seeds are integers"),
         (["variants=[head]", "model.lr=-1"], "must be greater than 0"),
