@@ -18,6 +18,7 @@ from eomt.comparison.facts import matrix_commands
 from eomt.comparison.matrix import parse_matrix
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
+from eomt.comparison.statistics import check_unique
 from eomt.comparison.table import NONE
 from eomt.comparison.tuning import read_tuning
 from eomt.settings.formats import TUNING, stamped
@@ -190,6 +191,13 @@ def test_variants_that_nothing_was_chosen_for_are_named(matrix, tmp_path):
     assert "Settings were chosen for full on training images that were held out; the validation images chose" in text
     assert "lora_r8 has the experiment's, tuned for no variant in particular." in text
     assert "chosen for each variant" not in text
+
+
+def test_runs_on_other_numbers_of_images_are_not_one_run_twice(matrix):
+    runs = load_runs([matrix])
+    check_unique(runs)
+    with pytest.raises(ValueError, match=r"on 16 images occurs twice"):
+        check_unique([*runs, *(run for run in load_runs([matrix]) if run.subset == 16)])
 
 
 def test_what_was_chosen_with_more_images_than_a_run_had_is_said(report):

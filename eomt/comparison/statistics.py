@@ -271,10 +271,10 @@ def compare(runs: Sequence[Run], baseline: str | None = None, score: str | None 
 
 
 def check_unique(runs: Sequence[Run]) -> None:
-    """Raises ValueError where two runs share variant and seed."""
-    seen: dict[tuple[str, int | None], Run] = {}
+    """Raises ValueError where two runs share variant, seed and number of training images."""
+    seen: dict[tuple[str, int | None, int | None], Run] = {}
     for run in runs:
-        other = seen.setdefault((run.variant, run.seed), run)
+        other = seen.setdefault((run.variant, run.seed, run.subset), run)
         if other is not run:
             raise ValueError(f"{run} occurs twice, in {other.path} and {run.path}: leave one out or name its variant")
 
