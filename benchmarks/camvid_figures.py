@@ -118,8 +118,8 @@ def few_brief(facts: Facts) -> str:
         for part in facts["fewer_images"]
     ]
     return f"""
-        On fewer training images LoRA at rank 16 gets ahead of the full fine-tune, in points: {listed(found)} (one subset
-        of each size, {len(facts["seeds"])} seeds).
+        On fewer training images LoRA at rank 16 gets ahead of the full fine-tune, in points: {listed(found)}
+        (one subset of each size, {len(facts["seeds"])} seeds).
     """
 
 
