@@ -342,8 +342,8 @@ def seed_warnings(comparison: Comparison) -> list[str]:
         lines.append(f"One seed in the difference of {', '.join(once)}: its interval is over images alone.")
     if few := [v.name for v in paired if 1 < len(v.delta.seeds) <= FEW_SEEDS]:
         lines.append(
-            f"Few seeds in the difference of {', '.join(few)}: two or three tell little of how seeds vary, and "
-            "where they vary much the interval is too narrow."
+            f"Few seeds in the difference of {', '.join(few)}: two or three tell little of how seeds vary, "
+            "which makes the interval wide where they do."
         )
     return lines
 
