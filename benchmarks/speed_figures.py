@@ -190,7 +190,7 @@ def startup_many(facts: Facts) -> str:
         A run of one step on folders of small PNGs ({machine["processor"]}, {machine["cores"]} cores, idle;
         `{facts["commands"][0]}`, commit {facts["git_commit"][:7]},
         [benchmarks/startup_many.json](../benchmarks/startup_many.json)): with {last["many"]["images"]:,} images the
-        first step begins after {last["many"]["seconds_to_first_step"]:.1f} s, with
+        first step is done after {last["many"]["seconds_to_first_step"]:.1f} s, with
         {last["many"]["mib_at_first_step"]:,} MiB resident; with {last["few"]["images"]} after
         {last["few"]["seconds_to_first_step"]:.1f} s, with {last["few"]["mib_at_first_step"]:,} MiB, most of them for
         importing torch, torchvision, timm and Lightning. From start to end it is {last["many"]["seconds"]:.1f} s and

@@ -1,8 +1,8 @@
 """What a run of one step of the tiny network takes from start to end with many images, against a run with 8.
 
-The images are small PNG files in one folder, their masks in another. The first step begins when its progress bar is
-drawn. The first run of each kind finds no hashes of earlier runs. Seconds of the processor are told beside those
-of the clock, which other work on the machine lengthens.
+The images are small PNG files in one folder, their masks in another. The first step has ended when its line is logged;
+what comes after it is the artefact and, the first time, the hashes. The first run of each kind finds no hashes of
+earlier runs. Seconds of the processor are told beside those of the clock, which other work on the machine lengthens.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from eomt.files import write_json  # noqa: E402
 from eomt.reporting.run_summary import git_commit, provenance  # noqa: E402
 
 SEED = 0  # of the images; the runs' own is 0, too
+FIRST_STEP = b"epoch 0, step 1: "  # the line that is logged after it where there is no terminal
 STEP = "experiment=toy_source data=folder trainer.max_steps=1 trainer.limit_val_batches=0".split()
 LOADER = ["data.batch_size=4", "data.num_workers=0"]
 CLASSES = "classes:\n" + "".join(f"  - {{name: c{k}, color: [{k}, 0, 0], ids: [{k}]}}\n" for k in range(3))
@@ -70,15 +71,15 @@ def measure(code: Path, folder: Path, count: int) -> dict[str, float]:
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=code, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     printed = b""
-    while (part := os.read(process.stdout.fileno(), 4096)) and b"Epoch 0" not in (printed := printed + part):
-        pass
+    while FIRST_STEP not in printed and (part := os.read(process.stdout.fileno(), 4096)):
+        printed += part
     first_step = time.perf_counter() - start
     resident = resident_mib(process.pid)
     printed += process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    if status:
-        raise RuntimeError(printed.decode()[-2000:])
+    if status or FIRST_STEP not in printed:
+        raise RuntimeError(f"no first step was seen:\n{printed.decode()[-2000:]}")
     found = {
         "images": count,
         "seconds_to_first_step": round(first_step, 2),

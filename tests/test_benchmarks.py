@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, as far as it can be looked at without one."""
+"""Benchmarks that no quick run of the project uses: for a GPU, on the CPU, and of starting with many images."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, startup_many
 from benchmarks.step import Task
 
 SMALL = Task("small", 64)
@@ -72,3 +72,16 @@ def test_all_of_it_runs_on_a_cpu_and_every_line_is_written(tmp_path, monkeypatch
     ]
     (fit,) = (row for row in rows if row["what"] == "20 steps in 16-mixed")
     assert fit["steps"] == 20 and fit["losses"][1] < fit["losses"][0]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_starting_with_many_images_tells_the_first_step_apart_from_the_end(tmp_path, monkeypatch):
+    out = tmp_path / "startup.json"
+    monkeypatch.setattr(sys, "argv", ["startup_many.py", "--images", "16", "--rounds", "1", "--out", str(out)])
+    assert startup_many.main() == 0
+    runs = json.loads(out.read_text())["runs"]
+    assert [run["images"] for run in runs] == [8, 16]
+    for run in runs:
+        assert 0 < run["seconds_to_first_step"] < run["seconds"]
+        assert 0 < run["mib_at_first_step"] <= run["peak_mib"]
