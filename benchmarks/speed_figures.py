@@ -14,6 +14,7 @@ def speed_cells(row: Facts) -> list[str]:
     return [row["what"], row["peer"], row["ours"], ratio, target, met, row["floor"]]
 
 
+CLEAR_RATIO = 0.95  # of times; one nearer to 1 may be noise
 SPEED_TITLES = ["what", "peer", "ours", "ratio", "target", "met", "floor, peer / ours"]
 
 
@@ -100,24 +101,39 @@ def of_case(facts: Facts, part: str, case: str) -> dict[str, Facts]:
     return {row["what"].rpartition(": ")[2]: row for row in rows}
 
 
-def speed_missed(facts: Facts) -> str:
+def speed_floors(facts: Facts) -> str:
     lora, last, kept = (of_case(facts, "step", f"step.{case}") for case in ("lora", "last", "checkpoint"))
     beside = max(case["time"]["ratio"] / case["counted FLOPs"]["ratio"] - 1 for case in (last, kept))
     full = of_case(facts, "step", "step.full")["time"]["facts"]
-    floors = statistics.median(full["seconds"]["ours"]) / full["floor_seconds"]["ours"]
+    peer, ours = (statistics.median(full["seconds"][side]) for side in ("peer", "ours"))
+    floor = full["floor_seconds"]["ours"]
     return f"""
-        What is missed: LoRA in all blocks saves {percentage(1 - lora["counted FLOPs"]["ratio"])} of the operations and
+        Where the time goes: a full step takes {ours / floor:.1f} times its floor, which alone is
+        {percentage(floor / peer)} of the peer's step. LoRA in all blocks saves
+        {percentage(1 - lora["counted FLOPs"]["ratio"])} of the operations and
         {percentage(1 - lora["time"]["ratio"])} of the time: the rest goes into its own small products and sums. LoRA in
         the last blocks, and with `checkpoint_predictions`, stay within {percentage(beside)} of what their operations
-        say. The loss reads and writes the five feature maps, whole. A full step takes {floors:.1f} times its floor.
+        say. The loss reads and writes the five feature maps, whole.
     """
+
+
+def speed_gains(facts: Facts) -> str:
+    """Which of the shortcuts gain time."""
+    rows = [row for row in facts["parts"]["ways"]["rows"] if row["what"].endswith(": time")]
+    names = {row["what"].removeprefix("step with ").removesuffix(": time"): row["ratio"] for row in rows}
+    gained = {name: ratio for name, ratio in names.items() if ratio < CLEAR_RATIO}
+    others = span([ratio for name, ratio in names.items() if name not in gained], ".2f")
+    listed = "; ".join(f"{name} ({ratio:.2f})" for name, ratio in gained.items())
+    return f"Clear gains of time on this CPU: {listed or 'none'}. The ratios of the others are {others}."
 
 
 def speed_decoding(facts: Facts) -> str:
     found = of_case(facts, "data", "data")["speed"]["facts"]
-    share = found["floor_seconds"]["ours"] / statistics.median(found["seconds"]["ours"])
+    peer, ours = (statistics.median(found["seconds"][side]) for side in ("peer", "ours"))
+    floor = found["floor_seconds"]["ours"]
     return f"""
-        Decoding the PNG is {percentage(share)} of the time of a training sample. The pictures are drawn streets,
+        Decoding the PNG is {percentage(floor / ours)} of the time of a training sample: with decoding alone it would be
+        {peer / floor:.1f} times as fast as the peer. The pictures are drawn streets,
         blurred to the bytes of Cityscapes' own.
     """
 
@@ -150,10 +166,9 @@ def speed_same_task(facts: Facts) -> str:
             found[axis] = points[task[names[axis]]]["seconds"]
     seconds = ", ".join(f"{value:.1f} s on the axis of the {axis}" for axis, value in found.items())
     return f"""
-        Every point is a process of its own, measured once. Times at the larger sizes depend on how fast this virtual
-        machine hands out memory that was not in use before: the same task (side {task["side"]}, batch {task["batch"]},
+        Every point is a process of its own, measured once: the same task (side {task["side"]}, batch {task["batch"]},
         {task["queries"]} queries) took {seconds}. Memory grows more slowly than the operations, but for the classes,
-        where both hardly grow.
+        where both grow little.
     """
 
 
@@ -187,7 +202,7 @@ def startup_many(facts: Facts) -> str:
     few, many = ([run for run in facts["runs"] if (run["images"] > 8) == large] for large in (False, True))
     machine, last = facts["machine"], {"few": few[-1], "many": many[-1]}
     return f"""
-        A run of one step on folders of small PNGs ({machine["processor"]}, {machine["cores"]} cores, idle;
+        A run of one step on folders of small PNGs ({machine["processor"]}, {machine["threads"]} threads, idle;
         `{facts["commands"][0]}`, commit {facts["git_commit"][:7]},
         [benchmarks/startup_many.json](../benchmarks/startup_many.json)): with {last["many"]["images"]:,} images the
         first step is done after {last["many"]["seconds_to_first_step"]:.1f} s, with

@@ -191,9 +191,9 @@ def test_the_cost_of_a_run_is_estimated_without_reading_a_weight(settings):
 PLAIN = r"dinov2\S* holds a DINOv2 ViT 64 wide, patch/14 of 3 blocks, a plain backbone.*model\.backbone_weights"
 
 
-@pytest.fixture(params=["dinov2.safetensors", "dinov2.pth", "dinov2.ckpt", "dinov2", "dinov2_odd"])
+@pytest.fixture(params=["dinov2.safetensors", "dinov2.pth", "dinov2.ckpt", "dinov2", "dinov2_odd", "dinov2_said"])
 def plain(request, tmp_path):
-    """A plain backbone as a file of each kind, as a folder of transformers, and as one with a name of its own."""
+    """A plain backbone as a file of each kind, as a folder, one with a name of its own, and one wrongly described."""
     path, state = tmp_path / request.param, backbone()
     if path.suffix == ".safetensors":
         save_file(state, path)
@@ -201,7 +201,9 @@ def plain(request, tmp_path):
         torch.save(state, path)
     else:
         path.mkdir()
-        save_file(state, path / ("model.safetensors" if path.name == "dinov2" else "dinov2_vits14.safetensors"))
+        save_file(state, path / ("dinov2_vits14.safetensors" if path.name == "dinov2_odd" else "model.safetensors"))
+    if path.name == "dinov2_said":
+        (path / "config.json").write_text(json.dumps({"model_type": "dinov2", "hidden_size": 999}))
     return path
 
 

@@ -42,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 CLASSES = ("sky", "road", "traffic_sign")
 COLORS = ((70, 130, 180), (128, 64, 128), (220, 220, 0))
 PARAMETERS = {"none": 4000, "head": 300, "lora_r8": 500, "lora_r16": 600, "full": 4000}
+PARAMETERS |= {"lora_r4": 400, "lora_last_k": 400, "unfreeze_last_n": 1000}
 
 
 def confusion(accuracy, seed=0, images=20, classes=3, pixels=2000):

@@ -10,6 +10,7 @@ from io import StringIO
 
 import pytest
 import yaml
+from latex import assert_fits_the_page, needs_latex
 from test_comparison import confusion, digest, rewrite, write_failed, write_run
 
 from benchmarks import figures
@@ -21,16 +22,18 @@ from eomt.comparison.runs import load_runs
 from eomt.comparison.statistics import check_unique
 from eomt.comparison.table import NONE
 from eomt.comparison.tuning import read_tuning
+from eomt.reporting.run_summary import git_commit
 from eomt.settings.formats import TUNING, stamped
 
 SIZES = {16: 0.2, 64: 0.1, None: 0.0}  # training images, and what they lack in accuracy
 
 
-def write_axes(root):
-    """Two variants, two seeds, three numbers of images; a choice of the learning rate for each."""
+def write_axes(root, variants=("lora_r8", "full"), also=()):
+    """Variants with two seeds, three numbers of images; a choice of the learning rate for each, `also` of others."""
     (root / "tuning").mkdir(parents=True)
-    (root / "matrix.json").write_text(json.dumps({"variants": ["lora_r8", "full"], "seeds": [0, 1]}))
-    for variant, quality in (("lora_r8", 0.85), ("full", 0.8)):
+    (root / "matrix.json").write_text(json.dumps({"variants": variants, "seeds": [0, 1]}))
+    for variant in variants:
+        quality = 0.8 if variant == "full" else 0.85
         for size, lack in SIZES.items():
             for seed in (0, 1):
                 folder = root / variant / ("" if size is None else f"images_{size}") / f"seed_{seed}"
@@ -40,12 +43,13 @@ def write_axes(root):
                 (folder / "config.yaml").write_text(yaml.safe_dump(config))
         scores = {1e-4: 0.5, 1e-3: 0.7, 1e-2: None} if variant == "full" else {1e-4: 0.4, 1e-3: 0.5, 1e-2: 0.6}
         trials = [
-            {"settings": {"model.lr": lr}, "miou": miou, "steps": 50} | {"error": None if miou else "the loss is NaN"}
+            {"settings": {"model.lr": lr, **dict(also)}, "miou": miou, "steps": 50}
+            | {"error": None if miou else "the loss is NaN"}
             for lr, miou in scores.items()
         ]
         chosen, edges = (1e-3, {}) if variant == "full" else (1e-2, {"model.lr": "highest"})
-        facts = {"variant": variant, "chosen": {"model.lr": chosen}, "edges": edges, "trials": trials, "hold_out": 0.2}
-        facts |= {"seed": 0, "data": {"val_images": 73, "train_images": 294}}
+        facts = {"variant": variant, "chosen": {"model.lr": chosen, **dict(also)}, "edges": edges, "trials": trials}
+        facts |= {"hold_out": 0.2, "seed": 0, "data": {"val_images": 73, "train_images": 294}}
         (root / "tuning" / f"{variant}.json").write_text(json.dumps(stamped(TUNING, facts)))
     (root / "tuning" / "full" / "trial_0").mkdir(parents=True)
     (root / "tuning" / "full" / "trial_0" / "summary.json").write_text('{"status": "finished"}')
@@ -208,6 +212,15 @@ def test_what_was_chosen_with_more_images_than_a_run_had_is_said(report):
         assert words in report[kind], kind
 
 
+@needs_latex
+def test_latex_tables_of_six_tuned_variants_and_few_images_fit_the_page(tmp_path):
+    variants = ("head", "unfreeze_last_n", "lora_r4", "lora_r16", "lora_last_k", "full")
+    matrix = write_axes(tmp_path / "matrix", variants, {"model.lora_lr": 3e-4})
+    texts = written(load_runs([matrix]), tmp_path / "report", tunings=read_tuning(matrix))
+    assert all(words in texts[".tex"] for words in ("By the number of training images", "What was chosen"))
+    assert_fits_the_page(tmp_path / "report")
+
+
 def test_trials_that_failed_are_told_with_their_reason(report):
     for kind in ("", ".md", ".tex", ".html"):
         assert "A trial of full with model.lr 0.01 has no score: the loss is NaN." in report[kind], kind
@@ -299,6 +312,7 @@ def test_the_json_file_has_the_values_of_all_numbers_of_images_and_where_they_ar
     row = rows[367, "lora_r8"]
     assert {key: "" if row[key] is None else str(row[key]) for key in with_csv} == with_csv
     assert facts["seeds"] == [0, 1] and facts["git_commit"] == "0123456789abcdef" and facts["commands"]
+    assert facts["report_commit"] == git_commit()
     assert facts["machine"] == {"platform": "Linux", "threads": 2, "gpus": []} and facts["versions"]["torch"] == "2.7.0"
     of_all = [
         run["target_miou_percent"] for run in facts["runs"] if run["variant"] == "full" and not run["train_images"]

@@ -5,7 +5,6 @@ import csv
 import io
 import re
 import shutil
-import subprocess
 from collections import Counter
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latex import assert_fits_the_page, needs_latex
 from PIL import Image
 from test_comparison import (
     confusion,
@@ -399,14 +399,9 @@ def test_latex_tables_have_at_most_seven_columns_and_each_column_once(anomaly_re
     assert {tex_escape(title) for title in content.classes.titles[1:]} < set(titles)
 
 
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="there is no LaTeX to set the tables with")
+@needs_latex
 def test_latex_tables_fit_the_page(anomaly_report):
-    page = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{report.tex}\end{document}"
-    (anomaly_report / "page.tex").write_text(page)
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
-    result = subprocess.run(command, cwd=anomaly_report, capture_output=True, text=True, errors="replace")
-    assert result.returncode == 0, result.stdout[-2000:]
-    assert "Overfull" not in result.stdout and "Float too large" not in result.stdout
+    assert_fits_the_page(anomaly_report)
 
 
 def test_the_console_shows_whole_cells_at_eighty_columns(matrix, tmp_path, capsys, monkeypatch):

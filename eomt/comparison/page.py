@@ -17,6 +17,7 @@ from eomt.comparison.statistics import Comparison, Variant, compare
 from eomt.comparison.table import NONE, Part, Table, drawn_words, failure, percent, table, warnings_of
 from eomt.comparison.verdicts import headline
 from eomt.files import replacing_files, write_json
+from eomt.reporting.run_summary import git_commit
 from eomt.settings.formats import REPORT, stamped
 
 
@@ -89,9 +90,12 @@ def report_facts(
 ) -> dict[str, Any]:
     """Returns what report.json holds: where the runs are from, and all values, also with fewer training images.
 
+    `git_commit` is that of the runs' code, `report_commit` that of the code which compares them.
+
     `measured` are the runs that seconds and memory are from, where these are others.
     """
-    facts = provenance(runs) | {"baseline": comparison.baseline, "chosen": {t["variant"]: t["chosen"] for t in tunings}}
+    facts = provenance(runs) | {"report_commit": git_commit(), "baseline": comparison.baseline}
+    facts["chosen"] = {tuning["variant"]: tuning["chosen"] for tuning in tunings}
     facts |= {"costs": provenance(measured)} if measured else {}
     facts["tuning"] = list(tunings)
     facts["compared"] = {

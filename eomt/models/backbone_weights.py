@@ -18,9 +18,11 @@ from eomt.settings.backbone_choice import BackboneFile, read_backbone_file
 from eomt.settings.backbone_files import read_state
 from eomt.settings.backbone_names import Part, name_tensors, named_as_in
 from eomt.settings.backbones import recognise
+from eomt.settings.pixel_statistics import Pixels
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
 LEAST_EPS, LARGEST_EPS = 1e-12, 1e-5  # of norms, within which no output differs visibly
+PIXELS = re.compile(r"encoder\.pixel_(mean|std)$")
 BIASES = re.compile(r"\.attn\.[qkv]_bias$")
 
 
@@ -86,6 +88,7 @@ def load_backbone(
         tensors = combine(file.names.made_of, stored)
     except ValueError as error:
         raise ValueError(f"backbone_weights {file.path}: {error}") from error
+    check_pixels(backbone, name, replace(file, pixels=stored_pixels(stored, file)))
     report = BackboneReport(
         file.path, str(file.backbone), name, backbone.blocks[0].attn.num_heads, file.heads is not None
     )
@@ -130,8 +133,7 @@ def check_agreement(backbone: nn.Module, name: str, file: BackboneFile) -> None:
             f"backbone_weights {file.path} has norms with layer_norm_eps {file.norm_eps:g}, as the config.json beside "
             f"it says, {name} has {eps:g}: set model.backbone_kwargs={{norm_eps: {file.norm_eps:g}}}"
         )
-    own_pixels = (tuple(backbone.pretrained_cfg["mean"]), tuple(backbone.pretrained_cfg["std"]))
-    file.check_pixels(name, own_pixels, named_with_pixels(name, file))
+    check_pixels(backbone, name, file)
     known, used = (timm.get_pretrained_cfg(model) for model in (file.timm_name or name, name))
     only_the_model = file.timm_name == name.split(".")[0]  # of whose sets of weights any may be meant
     told_by_name = known and not only_the_model and file.pixels is None
@@ -140,6 +142,21 @@ def check_agreement(backbone: nn.Module, name: str, file: BackboneFile) -> None:
             f"backbone_weights {file.path} holds {file.backbone}, trained on pixels of mean {known.mean}, deviation "
             f"{known.std}; backbone_name {name} has {used.mean}, {used.std}: set model.backbone_name={file.timm_name}"
         )
+
+
+def check_pixels(backbone: nn.Module, name: str, file: BackboneFile) -> None:
+    """Raises ValueError where the model has other statistics of pixels than the file, or one beside it, says."""
+    own = (tuple(backbone.pretrained_cfg["mean"]), tuple(backbone.pretrained_cfg["std"]))
+    file.check_pixels(name, own, named_with_pixels(name, file))
+
+
+def stored_pixels(stored: Mapping[str, Tensor], file: BackboneFile) -> Pixels | None:
+    """The statistics of pixels that a published EoMT's encoder has among its tensors; None without."""
+    keys = {key.rpartition("_")[2]: key for key in file.names.left_out if PIXELS.search(key)}
+    if keys.keys() != {"mean", "std"}:
+        return None
+    mean, std = (tuple(stored[keys[name]].flatten().tolist()) for name in ("mean", "std"))
+    return Pixels(mean, std, file.files[0])
 
 
 def named_with_pixels(name: str, file: BackboneFile) -> str | None:

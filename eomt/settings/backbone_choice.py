@@ -98,7 +98,7 @@ class BackboneFile:
         named = f"model.backbone_name={better} or " if better else ""
         raise ValueError(
             f"backbone_weights {self.path} holds {self.backbone}, trained on pixels of mean {in_words(said)}, as "
-            f"{self.pixels.file.name} beside it says; backbone_name {backbone_name} has {in_words(used)}: set {named}"
+            f"{self.pixels.file.name} says; backbone_name {backbone_name} has {in_words(used)}: set {named}"
             f"model.backbone_kwargs={overlay(said)}"
         )
 
@@ -171,9 +171,12 @@ def check_kind(keys: Collection[str]) -> None:
 
 
 def plain_backbone(path: str | Path) -> Backbone | None:
-    """Returns the plain backbone that a file or folder holds; None where it holds something else, or nothing."""
+    """Returns the plain backbone that a file or folder holds, whatever the config.json beside it says.
+
+    None where it holds something else, or nothing.
+    """
     try:
-        return read_backbone_file(path).backbone
+        return plain_backbone_of(read_shapes(weight_files(Path(path).expanduser())))
     except (ValueError, FileNotFoundError):
         return None
 

@@ -64,6 +64,7 @@ LEFT_OUT = re.compile(
     r"|^(dino_head|ibot_head|dino_loss|ibot_patch_loss|projectors|lm_head|local_cls_norm)\."
     r"|^rope(_embed|_embeddings)?\.(periods|inv_freq)$"  # computed
     r"|\.attn\.qkv\.bias_mask$"
+    r"|^encoder\.pixel_(mean|std)$"  # a published EoMT's, which are compared
     r"|^(optimizer|optimizer_states|lr_scheduler|lr_schedulers|scaler|callbacks|loops)\."
 )
 QKV, GATE = re.compile(r"(.*\.attn)\.([qkv])\.(\w+)"), re.compile(r"(.*\.mlp)\.(gate|up)\.(\w+)")

@@ -15,7 +15,13 @@ from eomt.files import read_json
 from eomt.settings.config_check import check_type
 
 PROCESSOR = "preprocessor_config.json"  # transformers'
-PROCESSOR_TYPES = {"image_mean": list[float], "image_std": list[float], "do_normalize": bool}
+PROCESSOR_TYPES = {
+    "image_mean": list[float],
+    "image_std": list[float],
+    "do_normalize": bool,
+    "do_rescale": bool,
+    "rescale_factor": float,
+}
 TIMM_TYPES = {"mean": list[float], "std": list[float]}
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # of images that are not normalised
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -50,6 +56,11 @@ def transformers_pixels(folder: Path) -> Pixels | None:
     mean, std = said.get("image_mean"), said.get("image_std")
     if said.get("do_normalize") is False:
         mean, std = NONE
+    factor = None if said.get("do_rescale") is False else said.get("rescale_factor")
+    white = 1.0 if factor is None else 255 * factor  # a white pixel, before it is normalised
+    if not 0 < white < math.inf:
+        raise ValueError(f"{file}: rescale_factor {factor:g} leaves no picture: it is 1/255, 0.00392, in most")
+    mean, std = ([value / white for value in values or ()] for values in (mean, std))
     return Pixels(tuple(mean), tuple(std), file) if mean and std else None
 
 
