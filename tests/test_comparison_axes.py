@@ -15,7 +15,7 @@ from test_comparison import confusion, digest, rewrite, write_failed, write_run
 
 from benchmarks import figures
 from eomt.comparison.axes import by_images
-from eomt.comparison.facts import matrix_commands
+from eomt.comparison.facts import learning_rates, matrix_commands
 from eomt.comparison.matrix import parse_matrix
 from eomt.comparison.page import write_report
 from eomt.comparison.runs import load_runs
@@ -320,6 +320,23 @@ def test_the_json_file_has_the_values_of_all_numbers_of_images_and_where_they_ar
     assert statistics.fmean(of_all) == pytest.approx(rows[367, "full"]["miou_percent"], abs=1e-5) and len(of_all) == 2
     assert facts["chosen"]["full"] == {"model.lr": 1e-3} and facts["steps"] == 100
     assert {run["variant"]: run["lora_audit"] for run in facts["runs"]} == {"lora_r8": "1 of 1 passed", "full": NONE}
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({}, "0.0003, layer-wise decay 0.65, poly"),
+        ({"llrd": 1.0}, "0.0003, poly"),
+        ({"freeze": ["backbone"]}, "0.0003, poly"),
+        ({"use_lora": True}, "0.0003, adapters 0.001, poly"),
+    ],
+    ids=["everything trains", "no decay", "heads", "LoRA"],
+)
+def test_rates_are_told_with_their_decay_by_layer_where_the_backbone_trains(model, told, tmp_path):
+    rates = {"lr": 3e-4, "lora_lr": 1e-3, "llrd": 0.65, "lr_schedule": "poly", "weight_decay": 0.05}
+    write_run(tmp_path / "run", "lora_r8" if "use_lora" in model else "full", model=rates | model)
+    (run,) = load_runs([tmp_path / "run"])
+    assert learning_rates(run).startswith(f"{told}, weight decay 0.05")
 
 
 def by_size(facts):

@@ -189,8 +189,11 @@ def learning_rates(run: Run) -> str:
     if not run.steps or "lr" not in model:
         return NONE
     adapters = f", adapters {model.get('lora_lr') or model['lr']:g}" if run.uses_lora else ""
+    frozen = run.uses_lora or "backbone" in (model.get("freeze") or [])
+    layers = "" if frozen or model.get("llrd", 1) == 1 else f", layer-wise decay {model['llrd']:g}"
     decay, clip = model.get("weight_decay"), trainer.get("gradient_clip_val")
-    return f"{model['lr']:g}{adapters}, {model.get('lr_schedule')}, weight decay {decay}, gradients clipped at {clip}"
+    rates = f"{model['lr']:g}{layers}{adapters}"
+    return f"{rates}, {model.get('lr_schedule')}, weight decay {decay}, gradients clipped at {clip}"
 
 
 def class_head(run: Run) -> str:
