@@ -25,10 +25,9 @@ NOTHING = OmegaConf.create({})
 GRID = {"model.lr": [1e-4, 1e-3], "model.lora_lr": [1e-3, 2e-3, 4e-3]}
 
 
-def config(use_lora=False, max_steps=-1, max_epochs=7):
-    return OmegaConf.create(
-        {"model": {"use_lora": use_lora}, "trainer": {"max_steps": max_steps, "max_epochs": max_epochs}}
-    )
+def config(use_lora=False, max_steps=-1, max_epochs=7, freeze=()):
+    model = {"use_lora": use_lora, "freeze": list(freeze)}
+    return OmegaConf.create({"model": model, "trainer": {"max_steps": max_steps, "max_epochs": max_epochs}})
 
 
 def test_a_grid_is_read_in_ascending_order():
@@ -62,6 +61,13 @@ def test_each_variant_tries_all_combinations_of_what_means_something_to_it():
     own = OmegaConf.create({"model": {"lr": 5e-5}})  # which is what the variant's name means
     assert grid_for(GRID, config(use_lora=True), own) == [{"model.lora_lr": value} for value in GRID["model.lora_lr"]]
     assert grid_for(GRID, config(max_steps=0), NOTHING) == grid_for({}, config(), NOTHING) == []
+
+
+def test_a_decay_by_layer_is_tried_where_the_backbone_trains():
+    grid = {"model.lr": [1e-4, 1e-3], "model.llrd": [0.65, 0.8, 1.0]}
+    assert len(grid_for(grid, config(), NOTHING)) == len(grid_for(grid, config(freeze=["queries"]), NOTHING)) == 6
+    for frozen in (config(freeze=["backbone"]), config(use_lora=True)):
+        assert grid_for(grid, frozen, NOTHING) == [{"model.lr": 1e-4}, {"model.lr": 1e-3}]
 
 
 def test_a_trial_holds_training_images_out_and_takes_half_the_steps():

@@ -91,9 +91,12 @@ def grid_for(grid: Mapping[str, Sequence[int | float]], config: Any, own: Any) -
     """
     from omegaconf import OmegaConf
 
+    frozen = config.model.use_lora or "backbone" in (config.model.get("freeze") or ())
+
     def matters(key: str) -> bool:
         without_adapters = key.startswith("model.lora_") and not config.model.use_lora
-        return not without_adapters and OmegaConf.select(own, key) is None
+        without_decay = key.startswith("model.llrd") and frozen
+        return not (without_adapters or without_decay) and OmegaConf.select(own, key) is None
 
     keys = [key for key in grid if matters(key)]
     if config.trainer.max_steps == 0 or not keys:
