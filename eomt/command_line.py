@@ -54,6 +54,10 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+# Lightning's bars; tqdm's own class may be another one by now, since importing lightning_sdk loads tqdm again
+BARS = "lightning.pytorch.callbacks.progress.tqdm_progress"
+
+
 class ScreenLog(logging.StreamHandler):
     """The same on the screen, where nobody may be left to read; a progress bar makes room for each line."""
 
@@ -62,8 +66,8 @@ class ScreenLog(logging.StreamHandler):
         return printable(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm = sys.modules.get("tqdm")  # no bar without it
-        with tqdm.tqdm.external_write_mode(self.stream) if tqdm else nullcontext():
+        bars = sys.modules.get(BARS)  # none without it
+        with bars.Tqdm.external_write_mode(self.stream) if bars else nullcontext():
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 import pytest
 from conftest import TOY_DATA, TOY_MODEL, run_training
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -164,8 +165,9 @@ def test_a_log_that_stays_full_is_closed_without_an_error(tmp_path, full_disk, c
 def test_a_line_of_the_log_stands_beside_no_progress_bar(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(tqdm, "_instances", WeakSet(), raising=False)  # other tests may have left bars above it
-    bar = tqdm(total=2, file=screen, desc="Epoch 0")
+    monkeypatch.setattr(Tqdm, "_instances", WeakSet(), raising=False)  # other tests may have left bars above it
+    monkeypatch.setattr("tqdm.tqdm", type("tqdm", (tqdm,), {"_instances": WeakSet()}))  # as it is once loaded again
+    bar = Tqdm(total=2, file=screen, desc="Epoch 0")
     ScreenLog(screen).emit(record("step 1"))
     bar.close()
     lines = [part for part in re.split("[\r\n]", screen.getvalue()) if "step 1" in part]
