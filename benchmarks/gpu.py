@@ -116,6 +116,7 @@ def peer_inference(task: step.Task, device: str, compiled: bool) -> Work:
 
 def measure(line: Line, task: step.Task, device: str, rounds: int) -> dict[str, Any]:
     """Seconds (the median and all), peak bytes, counted operations and their rate, and the estimate of the peak."""
+    torch.compiler.reset()  # what earlier lines compiled counts towards the limit of recompilations
     with PeakMemory(device) as memory:
         work = line.build()
         for _ in range(3):  # compiles, and makes the optimiser's state
